@@ -1,0 +1,27 @@
+// The kernels for AVX-512: 64-byte vectors, 32 registers. Nothing of this unit runs unless the processor has them.
+#include "includes.h"
+
+#if defined(__x86_64__)
+// After the standard headers, so that no inline function of theirs is compiled for a processor that may not be there.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#endif
+
+#define GROSS_ISA avx512
+#define GROSS_VECTOR_BYTES 64
+#define GROSS_VECTOR_REGISTERS 32
+#include "kernels.h"
+
+namespace gross::cpu {
+const Kernels avx512_kernels{"avx512", avx512::forward_entry, avx512::input_grad_entry, avx512::weight_grad_entry, avx512::sum_entry};
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

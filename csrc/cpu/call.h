@@ -1,0 +1,73 @@
+// What a CPU kernel is told: tensors as pointers and strides, geometry as numbers. Nothing of torch, so that the kernels
+// can be compiled, tested and profiled on their own. Every argument has been checked before it gets here.
+#pragma once
+
+#include <cstdint>
+
+namespace gross::cpu {
+
+enum class Type { float32, float64, bfloat16, float16 };
+
+constexpr int max_terms = 16;
+
+// A four-dimensional activation tensor; strides in elements, any values.
+struct Image {
+  void* data;
+  int64_t channels, height, width;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+};
+
+// The terms r_1 … r_active, contiguous [C_out, s_i, kh, kw]; gates as numbers (1 where there are none).
+struct Series {
+  int active;
+  Type type;
+  const void* terms[max_terms];
+  int64_t group_sizes[max_terms];
+  double gates[max_terms];
+};
+
+// The same for gradients: where the gradient of each term goes, and gate_grads[i] = ⟨restrict_i(D), r_i⟩ or null.
+struct SeriesGradient {
+  void* terms[max_terms];
+  double* gates;
+};
+
+struct Geometry {
+  int64_t images, in_channels, out_channels;
+  int64_t group_size;  // of the last active term
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+
+  int64_t groups() const { return in_channels / group_size; }
+  int64_t outputs_per_group() const { return out_channels / groups(); }
+  int64_t taps() const { return kernel_h * kernel_w; }
+};
+
+// Runs body(context, begin, end) over slices of [0, count) on torch's own threads.
+struct Threads {
+  int count;
+  void (*run)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+};
+
+// The kernels for one instruction set; the activations' type is `type`.
+struct Kernels {
+  const char* name;
+  void (*forward)(Type type, const Image& input, const Series& series, const Image& output, const Geometry& geometry,
+                  const Threads& threads);
+  void (*input_grad)(Type type, const Image& grad, const Series& series, const Image& grad_input,
+                     const Geometry& geometry, const Threads& threads);
+  void (*weight_grad)(Type type, const Image& grad, const Image& input, const Series& series,
+                      const SeriesGradient& gradient, const Geometry& geometry, const Threads& threads);
+  // Σ gate_i t_i of terms of `count` elements each, in their type.
+  void (*sum)(const Series& series, int64_t count, void* output, const Threads& threads);
+};
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+// The kernels for this machine, or for the instruction set that GROSS_KERNELS_ISA names.
+const Kernels& kernels();
+
+}  // namespace gross::cpu

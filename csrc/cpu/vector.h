@@ -1,0 +1,176 @@
+// A small vector type on the compiler's own vector extension: one spelling of every kernel for AVX-512, AVX2, NEON and plain
+// code. Included once per instruction set, inside that set's namespace and target options: GROSS_ISA names the namespace,
+// GROSS_VECTOR_BYTES and GROSS_VECTOR_REGISTERS describe the machine. All of it is inlined, so nothing of it crosses units.
+#define GROSS_INLINE __attribute__((always_inline)) inline
+
+namespace gross::cpu::GROSS_ISA {
+
+constexpr int registers = GROSS_VECTOR_REGISTERS;
+
+template <class T>
+constexpr int lanes = GROSS_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+using Vector __attribute__((vector_size(GROSS_VECTOR_BYTES))) = T;
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// The type that sums are kept in.
+template <class S>
+using Sum = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+// Conversions lane by lane, written for vectors of 32-bit integers; U is uint32_t or a vector of them, F the float alike. -----
+
+template <class U, class F>
+GROSS_INLINE F widen_bfloat16(U bits) {
+  return __builtin_bit_cast(F, bits << 16);
+}
+// Round to nearest even; a NaN stays one.
+template <class U, class F>
+GROSS_INLINE U narrow_bfloat16(F value) {
+  const U bits = __builtin_bit_cast(U, value);
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
+}
+// Exact: the exponent is moved by a multiplication, which also normalises what was denormal.
+template <class U, class F>
+GROSS_INLINE F widen_float16(U bits) {
+  const U magnitude = bits & 0x7fffu;
+  U wide = __builtin_bit_cast(U, __builtin_bit_cast(F, magnitude << 13) * 0x1p112f);
+  wide = magnitude >= 0x7c00u ? wide | 0x7f800000u : wide;
+  return __builtin_bit_cast(F, wide | ((bits & 0x8000u) << 16));
+}
+// Round to nearest even, overflow to infinity; below 2^-14 adding 0.5 rounds to the denormals' spacing.
+template <class U, class F>
+GROSS_INLINE U narrow_float16(F value) {
+  const U bits = __builtin_bit_cast(U, value);
+  const U magnitude = bits & 0x7fffffffu;
+  const U normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U denormal = __builtin_bit_cast(U, __builtin_bit_cast(F, magnitude) + 0.5f) - 0x3f000000u;
+  U half = magnitude < 0x38800000u ? denormal : normal;
+  half = magnitude >= 0x477ff000u ? U{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? U{} + 0x7e00u : half;
+  return half | ((bits >> 16) & 0x8000u);
+}
+
+template <class T, class S>
+GROSS_INLINE T widen(S value) {
+  if constexpr (std::is_same_v<S, bfloat16>)
+    return widen_bfloat16<uint32_t, float>(value.bits);
+  else if constexpr (std::is_same_v<S, float16>)
+    return widen_float16<uint32_t, float>(value.bits);
+  else
+    return static_cast<T>(value);
+}
+template <class S, class T>
+GROSS_INLINE S narrow(T value) {
+  if constexpr (std::is_same_v<S, bfloat16>)
+    return {static_cast<uint16_t>(narrow_bfloat16<uint32_t, float>(static_cast<float>(value)))};
+  else if constexpr (std::is_same_v<S, float16>)
+    return {static_cast<uint16_t>(narrow_float16<uint32_t, float>(static_cast<float>(value)))};
+  else
+    return static_cast<S>(value);
+}
+
+// Unaligned memory ------------------------------------------------------------------------------------------------------------
+
+using Halves __attribute__((vector_size(GROSS_VECTOR_BYTES / 2))) = uint16_t;
+using Words __attribute__((vector_size(GROSS_VECTOR_BYTES))) = uint32_t;
+
+template <class T, class S>
+GROSS_INLINE Vector<T> load(const S* from) {
+  if constexpr (std::is_same_v<T, S>) {
+    Vector<T> v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+  } else {
+    static_assert(sizeof(S) == 2 && std::is_same_v<T, float>);
+    Halves halves;
+    __builtin_memcpy(&halves, from, sizeof halves);
+    const Words words = __builtin_convertvector(halves, Words);
+    if constexpr (std::is_same_v<S, bfloat16>)
+      return widen_bfloat16<Words, Vector<float>>(words);
+    else
+      return widen_float16<Words, Vector<float>>(words);
+  }
+}
+
+template <class T, class S>
+GROSS_INLINE void store(S* to, Vector<T> v) {
+  if constexpr (std::is_same_v<T, S>) {
+    __builtin_memcpy(to, &v, sizeof v);
+  } else {
+    static_assert(sizeof(S) == 2 && std::is_same_v<T, float>);
+    Words words;
+    if constexpr (std::is_same_v<S, bfloat16>)
+      words = narrow_bfloat16<Words, Vector<float>>(v);
+    else
+      words = narrow_float16<Words, Vector<float>>(v);
+    const Halves halves = __builtin_convertvector(words, Halves);
+    __builtin_memcpy(to, &halves, sizeof halves);
+  }
+}
+
+// The first n lanes, zeros in the others; nothing beyond them is touched.
+template <class T, class S>
+GROSS_INLINE Vector<T> load_first(const S* from, int64_t n) {
+  Vector<T> v{};
+  for (int64_t i = 0; i < n; i++) v[i] = widen<T>(from[i]);
+  return v;
+}
+template <class T, class S>
+GROSS_INLINE void store_first(S* to, Vector<T> v, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = narrow<S>(T(v[i]));
+}
+
+// Shuffles --------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+template <class T, int... I>
+GROSS_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, Vector<Index<T>>{I...});
+#endif
+}
+
+// Exchange the off-diagonal D×D blocks of a pair of rows that lie D apart.
+template <class T, int D, int... L>
+GROSS_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, L...>) {
+  constexpr int n = lanes<T>;
+  const Vector<T> low = shuffle<T>(a, b, std::integer_sequence<int, (L & D ? n + L - D : L)...>{});
+  b = shuffle<T>(a, b, std::integer_sequence<int, (L & D ? n + L : L + D)...>{});
+  a = low;
+}
+
+// Transpose a square of lanes × lanes in registers, log2(lanes) shuffles per row.
+template <class T, int D = 1>
+GROSS_INLINE void transpose(Vector<T>* rows) {
+  if constexpr (D < lanes<T>) {
+#pragma GCC unroll 64
+    for (int i = 0; i < lanes<T>; i++)
+      if (!(i & D)) exchange<T, D>(rows[i], rows[i + D], std::make_integer_sequence<int, lanes<T>>{});
+    transpose<T, 2 * D>(rows);
+  }
+}
+
+// Sum of the lanes, by halves: a fixed order.
+template <class T>
+GROSS_INLINE T sum_of_lanes(Vector<T> v) {
+  T part[lanes<T>];
+  __builtin_memcpy(part, &v, sizeof v);
+#pragma GCC unroll 8
+  for (int n = lanes<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) part[i] += part[i + n];
+  return part[0];
+}
+
+}  // namespace gross::cpu::GROSS_ISA

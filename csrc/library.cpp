@@ -1,0 +1,213 @@
+// The operators' CPU implementations, registered through LibTorch's stable ABI: one build serves torch 2.10 and newer. Schemas,
+// shapes for tracing and gradients are in gross_kernels/ops.py. Arguments are checked here, so that the kernels start with trust.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/version.h>
+
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/call.h"
+
+namespace {
+
+using namespace gross::cpu;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+
+Type type_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::Double: return Type::float64;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, name, ": accepted dtypes are float32, float64, bfloat16 and float16");
+  }
+}
+
+int active_of(const Tensor& active, size_t count) {
+  STD_TORCH_CHECK(active.is_cpu() && active.numel() == 1 && active.scalar_type() == ScalarType::Long,
+                  "active: accepted is a 0-dimensional int64 tensor on the CPU");
+  const int64_t value = *active.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(value >= 1 && value <= static_cast<int64_t>(count), "active: got ", value, ", accepted is 1 to ", count);
+  return static_cast<int>(value);
+}
+
+// The memory format of ATen's convolutions: channels-last when the strides say so, contiguous in every doubtful case.
+bool is_channels_last(const Tensor& tensor) {
+  int64_t least = 0;
+  if (tensor.stride(1) == 0) return false;
+  for (int d : {1, 3, 2, 0}) {
+    if (tensor.size(d) == 0 || tensor.stride(d) < least || (d == 0 && least == tensor.stride(1))) return false;
+    least = tensor.size(d) > 1 ? tensor.stride(d) * tensor.size(d) : tensor.stride(d);
+  }
+  return true;
+}
+
+Tensor empty_image(int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
+  const Ints size{n, c, h, w};
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              is_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Image image_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.size(1), tensor.size(2), tensor.size(3),
+          tensor.stride(0),  tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+void read_gates(const std::optional<Tensor>& gates, size_t count, double* to) {
+  for (size_t i = 0; i < count; i++) to[i] = 1;
+  if (!gates.has_value()) return;
+  STD_TORCH_CHECK(gates->is_cpu() && gates->dim() == 1 && gates->size(0) == static_cast<int64_t>(count),
+                  "gates: accepted is one per term, on the CPU");
+  type_of(*gates, "gates");
+  const Tensor wide = torch::stable::to(*gates, ScalarType::Double);
+  for (size_t i = 0; i < count; i++) to[i] = wide.const_data_ptr<double>()[i * wide.stride(0)];
+}
+
+Threads torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+            if (count > 0)
+              torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          }};
+}
+
+// A checked call: the terms made contiguous (they are small) and everything in the kernels' words.
+struct Call {
+  std::vector<Tensor> terms;
+  Series series{};
+  Geometry geometry{};
+  Type type;
+  int64_t out_h, out_w;
+
+  Call(const Tensor& input, const std::vector<Tensor>& given, const Tensor& active, const std::optional<Tensor>& gates,
+       const Ints& stride, const Ints& padding, const Ints& dilation)
+      : type(type_of(input, "input")) {
+    STD_TORCH_CHECK(!given.empty() && given.size() <= max_terms, "terms: got ", given.size(), ", accepted are 1 to ", max_terms);
+    STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4, "input: accepted is [N, C_in, H, W] on the CPU");
+    STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                    "stride, padding, dilation: accepted are pairs");
+    for (int d = 0; d < 2; d++)
+      STD_TORCH_CHECK(stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1,
+                      "stride, padding, dilation: accepted are at least 1, 0, 1");
+    series.active = active_of(active, given.size());
+    series.type = type_of(given[0], "terms");
+    STD_TORCH_CHECK(series.type == type || (series.type == Type::float32 && (type == Type::bfloat16 || type == Type::float16)),
+                    "terms: accepted is the input's dtype, or float32 with a 16-bit input");
+    const Tensor& first = given[0];
+    STD_TORCH_CHECK(first.dim() == 4, "terms: accepted is [C_out, group size, kh, kw]");
+    const int64_t in_channels = input.size(1), out_channels = first.size(0);
+    for (size_t i = 0; i < given.size(); i++) {
+      const Tensor& term = given[i];
+      STD_TORCH_CHECK(term.is_cpu() && term.dim() == 4 && term.scalar_type() == first.scalar_type() &&
+                          term.size(0) == out_channels && term.size(2) == first.size(2) && term.size(3) == first.size(3),
+                      "terms[", i, "]: accepted is the shape and dtype of terms[0] up to the group size, on the CPU");
+      const int64_t s = term.size(1);
+      STD_TORCH_CHECK(s >= 1 && in_channels % s == 0 && in_channels > 0 && out_channels > 0 && out_channels % (in_channels / s) == 0 &&
+                          (i == 0 || (s > given[i - 1].size(1) && s % given[i - 1].size(1) == 0)),
+                      "terms[", i, "]: group size ", s, " does not nest in ", in_channels, " → ", out_channels, " channels");
+      terms.push_back(torch::stable::contiguous(term));
+      series.terms[i] = terms[i].data_ptr();
+      series.group_sizes[i] = s;
+    }
+    read_gates(gates, given.size(), series.gates);
+    geometry = {input.size(0), in_channels, out_channels, series.group_sizes[series.active - 1], first.size(2), first.size(3),
+                stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+    STD_TORCH_CHECK(geometry.kernel_h >= 1 && geometry.kernel_w >= 1, "terms: accepted are kernels of at least 1×1");
+    const int64_t room_h = input.size(2) + 2 * padding[0] - dilation[0] * (geometry.kernel_h - 1) - 1;
+    const int64_t room_w = input.size(3) + 2 * padding[1] - dilation[1] * (geometry.kernel_w - 1) - 1;
+    STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "kernel_size: the dilated kernel is larger than the padded input");
+    out_h = room_h / stride[0] + 1;
+    out_w = room_w / stride[1] + 1;
+  }
+};
+
+Tensor series_conv2d(const Tensor& input, const std::vector<Tensor>& terms, const Tensor& active,
+                     const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation) {
+  const Call call(input, terms, active, gates, stride, padding, dilation);
+  Tensor output = empty_image(input.size(0), call.geometry.out_channels, call.out_h, call.out_w, input);
+  if (output.numel() > 0)
+    kernels().forward(call.type, image_of(input), call.series, image_of(output), call.geometry, torch_threads());
+  return output;
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor> series_conv2d_backward(
+    const Tensor& grad, const Tensor& input, const std::vector<Tensor>& terms, const Tensor& active,
+    const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation,
+    const std::vector<bool>& needs) {
+  const Call call(input, terms, active, gates, stride, padding, dilation);
+  const Geometry& g = call.geometry;
+  STD_TORCH_CHECK(grad.is_cpu() && grad.dim() == 4 && grad.size(0) == g.images && grad.size(1) == g.out_channels &&
+                      grad.size(2) == call.out_h && grad.size(3) == call.out_w && grad.scalar_type() == input.scalar_type(),
+                  "grad: accepted is the output's shape and dtype");
+  STD_TORCH_CHECK(needs.size() == 3, "needs: accepted are three flags: input, terms, gates");
+  const bool some = grad.numel() > 0;
+  const Ints none{0};
+
+  Tensor grad_input = torch::stable::new_empty(input, none);
+  if (needs[0]) {
+    grad_input = empty_image(g.images, g.in_channels, input.size(2), input.size(3), input);
+    if (some && grad_input.numel() > 0)
+      kernels().input_grad(call.type, image_of(grad), call.series, image_of(grad_input), g, torch_threads());
+  }
+
+  std::vector<Tensor> grad_terms;
+  SeriesGradient gradient{};
+  for (size_t i = 0; needs[1] && i < terms.size(); i++) {
+    grad_terms.push_back(torch::stable::empty(terms[i].sizes(), terms[i].scalar_type(), std::nullopt, terms[i].device()));
+    gradient.terms[i] = grad_terms[i].data_ptr();
+    if (!some || static_cast<int>(i) >= call.series.active) torch::stable::zero_(grad_terms[i]);
+  }
+  Tensor grad_gates = torch::stable::new_empty(terms[0], none);
+  Tensor wide_gates;
+  const bool for_gates = needs[2] && gates.has_value();
+  if (for_gates) {
+    wide_gates = torch::stable::empty(gates->sizes(), ScalarType::Double, std::nullopt, gates->device());
+    torch::stable::zero_(wide_gates);
+    gradient.gates = wide_gates.mutable_data_ptr<double>();
+  }
+  if (some && (needs[1] || for_gates))
+    kernels().weight_grad(call.type, image_of(grad), image_of(input), call.series, gradient, g, torch_threads());
+  if (for_gates) grad_gates = torch::stable::to(wide_gates, gates->scalar_type());
+  return {grad_input, grad_terms, grad_gates};
+}
+
+Tensor series_sum(const std::vector<Tensor>& terms, const Tensor& active, const std::optional<Tensor>& gates) {
+  STD_TORCH_CHECK(!terms.empty() && terms.size() <= max_terms, "terms: got ", terms.size(), ", accepted are 1 to ", max_terms);
+  Series series{};
+  series.active = active_of(active, terms.size());
+  series.type = type_of(terms[0], "terms");
+  read_gates(gates, terms.size(), series.gates);
+  std::vector<Tensor> contiguous;
+  for (int i = 0; i < series.active; i++) {
+    bool same = terms[i].is_cpu() && terms[i].scalar_type() == terms[0].scalar_type() && terms[i].dim() == terms[0].dim();
+    for (int64_t d = 0; same && d < terms[0].dim(); d++) same = terms[i].size(d) == terms[0].size(d);
+    STD_TORCH_CHECK(same, "terms[", i, "]: accepted is the shape and dtype of terms[0], on the CPU");
+    contiguous.push_back(torch::stable::contiguous(terms[i]));
+    series.terms[i] = contiguous[i].data_ptr();
+  }
+  Tensor output = torch::stable::empty(terms[0].sizes(), terms[0].scalar_type(), std::nullopt, terms[0].device());
+  if (output.numel() > 0) kernels().sum(series, output.numel(), output.data_ptr(), torch_threads());
+  return output;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gross, CPU, m) {
+  m.impl("series_conv2d", TORCH_BOX(&series_conv2d));
+  m.impl("series_conv2d_backward", TORCH_BOX(&series_conv2d_backward));
+  m.impl("series_sum", TORCH_BOX(&series_sum));
+}
+
+// For gross_kernels/environment.py: how the library was built, and the instruction set in use.
+#define GROSS_EXPORT extern "C" __attribute__((visibility("default")))
+GROSS_EXPORT const char* gross_cpu_build() {
+  return "torch " TORCH_VERSION ", compiler " __VERSION__ ", flags " GROSS_BUILD_FLAGS;
+}
+GROSS_EXPORT const char* gross_cpu_isa() { return kernels().name; }

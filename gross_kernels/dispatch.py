@@ -1,0 +1,141 @@
+"""Which backend serves a call, and why.
+
+A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and ``supports(call)``. The CPU's kernels are
+registered by the C++ library itself; on CUDA the public operators are Python functions that ask this module.
+``GROSS_KERNELS_BACKEND`` or :func:`use_backend` force one backend for the functions and layers of this package.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .backends import cpu, reference
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+
+#: Backends by device type, the preferred one first.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("reference",)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend looks at to say whether it serves a call: device type, dtypes and geometry."""
+
+    device: str
+    dtype: torch.dtype
+    terms_dtype: torch.dtype
+    in_channels: int
+    out_channels: int
+    group_sizes: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        terms: Sequence[Tensor],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Call:
+        """Describe a call of the operator by its arguments."""
+        return cls(
+            input.device.type,
+            input.dtype,
+            terms[0].dtype,
+            input.shape[1],
+            terms[0].shape[0],
+            tuple(term.shape[1] for term in terms),
+            tuple(terms[0].shape[2:]),
+            tuple(stride),
+            tuple(padding),
+            tuple(dilation),
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves a call, and the reason."""
+
+    name: str
+    reason: str
+
+    @property
+    def backend(self) -> ModuleType:
+        return BACKENDS[self.name]
+
+
+def choose(call: Call) -> Choice:
+    """The backend that serves ``call``.
+
+    Raises:
+        ValueError: if the forced backend does not serve it, or none does.
+    """
+    if _forced is not None:
+        if not BACKENDS[_forced].supports(call):
+            raise ValueError(f"backend: {_forced!r} is forced but does not serve {call}")
+        return Choice(_forced, "forced by GROSS_KERNELS_BACKEND or use_backend")
+    names = PREFERENCE.get(call.device, ("reference",))
+    for name in names:
+        if BACKENDS[name].supports(call):
+            return Choice(name, f"first of {', '.join(names)} for {call.device} tensors that serves this call")
+    raise ValueError(f"backend: none of {', '.join(names)} serves {call}")
+
+
+def explain(
+    input: Tensor,
+    terms: Sequence[Tensor],
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> str:
+    """One sentence: which backend serves this call of ``series_conv2d``, and why."""
+    choice = choose(Call.of(input, terms, stride, padding, dilation))
+    return f"{choice.name}: {choice.reason}"
+
+
+def check_backend(name: str) -> str:
+    """Return ``name`` if it is a backend's, else raise ValueError."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """Name of the backend forced by ``GROSS_KERNELS_BACKEND`` or :func:`use_backend`, None if the choice is free."""
+    return _forced
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for the functions and layers of this package, process-wide, while the context lasts.
+
+    Args:
+        name: "cpu" or "reference".
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    global _forced
+    before = _forced
+    _forced = check_backend(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+_forced: str | None = None
+if os.environ.get("GROSS_KERNELS_BACKEND"):
+    _forced = check_backend(os.environ["GROSS_KERNELS_BACKEND"])

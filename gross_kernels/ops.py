@@ -1,0 +1,308 @@
+"""The operators ``gross::series_conv2d``, ``gross::series_conv2d_backward`` and ``gross::series_sum``: schemas, shapes,
+gradients, autocast, FLOP counts. Implementations live in the backends; the C++ library registers those for the CPU.
+
+``active`` is a zero-dimensional int64 tensor on the host: as an int, every configuration of a network would be a graph of its
+own under ``torch.compile``. The operators are tagged ``cudagraph_unsafe`` so that a captured graph never replays a stale ``active``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import dispatch
+from .backends import cpu
+from .series import convolution_macs, output_size
+
+_library = torch.library.Library("gross", "DEF")
+for _schema in (
+    "series_conv2d(Tensor input, Tensor[] terms, Tensor active, Tensor? gates, "
+    "int[2] stride, int[2] padding, int[2] dilation) -> Tensor",
+    "series_conv2d_backward(Tensor grad, Tensor input, Tensor[] terms, Tensor active, Tensor? gates, "
+    "int[2] stride, int[2] padding, int[2] dilation, bool[3] needs) -> (Tensor, Tensor[], Tensor)",
+    "series_sum(Tensor[] terms, Tensor active, Tensor? gates) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides))
+
+#: Why the CPU kernels cannot be loaded; None when they are.
+load_error = cpu.load()
+
+
+def memory_format(input: Tensor) -> torch.memory_format:
+    """Memory format of a convolution's output: the input's own, judged from its strides as ATen's operators do."""
+    sizes, strides = input.shape, input.stride()
+    least = 0
+    if strides[1] == 0:
+        return torch.contiguous_format
+    for d in (1, 3, 2, 0):
+        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[d] * sizes[d] if sizes[d] > 1 else strides[d]
+    return torch.channels_last
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("gross::series_conv2d", lib=_library)
+def _series_conv2d_shape(
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    size = output_size(input.shape[2:], terms[0].shape[2:], stride, padding, dilation)
+    shape = (input.shape[0], terms[0].shape[0], *size)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+@torch.library.register_fake("gross::series_conv2d_backward", lib=_library)
+def _series_conv2d_backward_shape(
+    grad: Tensor,
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    return (
+        torch.empty_like(input, memory_format=memory_format(input)) if needs[0] else input.new_empty(0),
+        [torch.empty_like(term, memory_format=torch.contiguous_format) for term in terms] if needs[1] else [],
+        torch.empty_like(gates) if needs[2] and gates is not None else terms[0].new_empty(0),
+    )
+
+
+@torch.library.register_fake("gross::series_sum", lib=_library)
+def _series_sum_shape(terms: Sequence[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
+    return torch.empty_like(terms[0], memory_format=torch.contiguous_format)
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
+    input, terms, active, gates, ctx.stride, ctx.padding, ctx.dilation = inputs
+    ctx.count = len(terms)
+    ctx.save_for_backward(input, active, gates, *terms)
+
+
+def _series_conv2d_grad(ctx: Any, grad: Tensor) -> tuple:
+    input, active, gates, *terms = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1]), ctx.needs_input_grad[3]]
+    grad_input, grad_terms, grad_gates = torch.ops.gross.series_conv2d_backward(
+        grad, input, terms, active, gates, ctx.stride, ctx.padding, ctx.dilation, needs
+    )
+    return (
+        grad_input if needs[0] else None,
+        grad_terms if needs[1] else [None] * ctx.count,
+        None,
+        grad_gates if needs[2] else None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("gross::series_conv2d", _series_conv2d_grad, setup_context=_save, lib=_library)
+
+
+def _save_backward(ctx: Any, inputs: tuple, output: Any) -> None:
+    grad, input, terms, active, gates, ctx.stride, ctx.padding, ctx.dilation, ctx.needs = inputs
+    ctx.count = len(terms)
+    ctx.save_for_backward(grad, input, active, gates, *terms)
+
+
+def _series_conv2d_backward_grad(ctx: Any, of_input: Tensor, of_terms: list[Tensor], of_gates: Tensor) -> tuple:
+    """Second derivatives.
+
+    With W = Σ γ_i Ψ(r_i), the backward computes gI = convᵀ(g, W), γ_i S_i(D) and ⟨S_i(D), r_i⟩, where D is the weight gradient of
+    (g, x) and S_i the adjoint of Ψ. Its cotangents a, b_i, c_i enter linearly, so everything is the operator and its
+    backward again, with the terms r and with v_i = γ_i b_i + c_i r_i.
+    """
+    grad, input, active, gates, *terms = ctx.saved_tensors
+    geometry = (ctx.stride, ctx.padding, ctx.dilation)
+    op, backward = torch.ops.gross.series_conv2d, torch.ops.gross.series_conv2d_backward
+    grad_grad: Tensor | None = None
+    grad_input: Tensor | None = None
+    grad_terms: list[Tensor] | None = None
+    grad_gates: Tensor | None = None
+    if ctx.needs[0]:
+        grad_grad = op(of_input, terms, active, gates, *geometry)
+        _, grad_terms, parts = backward(
+            grad, of_input, terms, active, gates, *geometry, [False, True, gates is not None]
+        )
+        grad_gates = None if gates is None else parts
+    if ctx.needs[1] or ctx.needs[2]:
+        scales = [None] * ctx.count if gates is None else [gate.to(terms[0].dtype) for gate in gates.unbind()]
+        shares = of_gates.to(terms[0].dtype).unbind() if ctx.needs[2] else [None] * ctx.count
+        slopes = of_terms if ctx.needs[1] else [None] * ctx.count
+        directions = []
+        for term, scale, share, slope in zip(terms, scales, shares, slopes, strict=True):
+            direction = torch.zeros_like(term)
+            if slope is not None:
+                direction = direction + (slope if scale is None else scale * slope)
+            if share is not None:
+                direction = direction + share * term
+            directions.append(direction)
+        through = op(input, directions, active, None, *geometry)
+        grad_grad = through if grad_grad is None else grad_grad + through
+        grad_input, unscaled, _ = backward(grad, input, directions, active, None, *geometry, [True, True, False])
+        if ctx.needs[2]:
+            extra = [share * part for share, part in zip(shares, unscaled, strict=True)]
+            grad_terms = extra if grad_terms is None else [a + b for a, b in zip(grad_terms, extra, strict=True)]
+        if gates is not None and ctx.needs[1]:
+            extra_gates = torch.stack([(b * part).sum() for b, part in zip(slopes, unscaled, strict=True)]).to(gates.dtype)
+            grad_gates = extra_gates if grad_gates is None else grad_gates + extra_gates
+    return grad_grad, grad_input, grad_terms or [None] * ctx.count, None, grad_gates, None, None, None, None
+
+
+torch.library.register_autograd(
+    "gross::series_conv2d_backward", _series_conv2d_backward_grad, setup_context=_save_backward, lib=_library
+)
+
+
+def _save_sum(ctx: Any, inputs: tuple, output: Any) -> None:
+    terms, active, gates = inputs
+    ctx.count = len(terms)
+    ctx.save_for_backward(active, gates, *(terms if gates is not None else ()))
+
+
+def _series_sum_grad(ctx: Any, grad: Tensor) -> tuple:
+    # Written with where, not with the value of active, which a compiled graph does not know.
+    active, gates, *terms = ctx.saved_tensors
+    counted = (torch.arange(ctx.count) < active).unbind()
+    zero = grad.new_zeros(())
+    scaled = [grad] * ctx.count if gates is None else [grad * gate.to(grad.dtype) for gate in gates.unbind()]
+    grad_terms = [torch.where(here.to(grad.device), g, zero) for here, g in zip(counted, scaled, strict=True)]
+    grad_gates = None
+    if gates is not None and ctx.needs_input_grad[2]:
+        products = torch.stack([(grad * term).sum() for term in terms])
+        grad_gates = torch.where(torch.stack(counted).to(grad.device), products, zero).to(gates.dtype)
+    return grad_terms, None, grad_gates
+
+
+torch.library.register_autograd("gross::series_sum", _series_sum_grad, setup_context=_save_sum, lib=_library)
+
+
+# Autocast -------------------------------------------------------------------------------------------------------------
+
+
+def _register_autocast(device: str, key: str) -> None:
+    """Autocast casts the input alone: the kernel sums float32 terms in float32 and casts the sum once, where casting every term
+    first would cost N launches and four times the weight error."""
+
+    def series_conv2d(input: Tensor, *rest: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        if input.device.type == device and input.is_floating_point() and input.dtype != torch.float64:
+            input = input.to(dtype)
+        with torch.amp.autocast(device, enabled=False):
+            return torch.ops.gross.series_conv2d(input, *rest)
+
+    _library.impl("series_conv2d", series_conv2d, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+# Implementations ------------------------------------------------------------------------------------------------------
+
+
+def _cuda_forward(
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    geometry = (stride, padding, dilation)
+    backend = dispatch.choose(dispatch.Call.of(input, terms, *geometry)).backend
+    return backend.forward(input, terms, int(active), gates, *geometry)
+
+
+def _cuda_backward(
+    grad: Tensor,
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    geometry = (stride, padding, dilation)
+    backend = dispatch.choose(dispatch.Call.of(input, terms, *geometry)).backend
+    args = (grad, input, terms, int(active), gates, *geometry)
+    grad_input, grad_terms, grad_gates = input.new_empty(0), [], None
+    if needs[0]:
+        grad_input = backend.input_grad(*args)
+    if needs[1] or needs[2]:
+        grad_terms, grad_gates = backend.weight_grad(*args)
+    return (
+        grad_input,
+        grad_terms if needs[1] else [],
+        grad_gates if needs[2] and grad_gates is not None else terms[0].new_empty(0),
+    )
+
+
+def _cuda_sum(terms: Sequence[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
+    return dispatch.BACKENDS[dispatch.PREFERENCE["cuda"][-1]].series_sum(terms, int(active), gates)
+
+
+_library.impl("series_conv2d", _cuda_forward, "CUDA")
+_library.impl("series_conv2d_backward", _cuda_backward, "CUDA")
+_library.impl("series_sum", _cuda_sum, "CUDA")
+
+
+def _missing(*args: Any) -> Any:
+    raise RuntimeError(
+        f"gross_kernels: the compiled CPU kernels could not be loaded from {cpu.LIBRARY}: {load_error}\n"
+        "Build them with `pip install -e .` (a C++ compiler is needed), or use the slow definition: "
+        "GROSS_KERNELS_BACKEND=reference. `python -m gross_kernels.environment` says what is installed."
+    )
+
+
+if load_error is not None:
+    for _name in ("series_conv2d", "series_conv2d_backward", "series_sum"):
+        _library.impl(_name, _missing, "CPU")
+
+
+# FLOP counts ----------------------------------------------------------------------------------------------------------
+
+
+def _flops(input: Tensor, terms: Sequence[Tensor], active: Tensor, stride: Any, padding: Any, dilation: Any) -> int:
+    kernel = terms[0].shape[2:]
+    size = output_size(input.shape[2:], kernel, stride, padding, dilation)
+    group_size = terms[int(active) - 1].shape[1]
+    return 2 * input.shape[0] * convolution_macs(terms[0].shape[0], group_size, kernel, size)
+
+
+@register_flop_formula(torch.ops.gross.series_conv2d, get_raw=True)
+def _series_conv2d_flops(input, terms, active, gates, stride, padding, dilation, **_: Any) -> int:  # type: ignore[no-untyped-def]
+    """Two FLOP per multiply–accumulate at the active group size, as torch counts a convolution's; sums of terms are not counted."""
+    return _flops(input, terms, active, stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.gross.series_conv2d_backward, get_raw=True)
+def _series_conv2d_backward_flops(grad, input, terms, active, gates, stride, padding, dilation, needs, **_: Any) -> int:  # type: ignore[no-untyped-def]
+    """The forward's count for each of the two gradients that is needed."""
+    return (bool(needs[0]) + bool(needs[1])) * _flops(input, terms, active, stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.gross.series_sum)
+def _series_sum_flops(*args: Any, **_: Any) -> int:
+    """Nothing: a convolution's count has no additions of weights either."""
+    return 0

@@ -1,0 +1,184 @@
+"""Ψ and the group-size series: the definition of everything that the kernels compute, in plain torch.
+
+Equations are those of "GroSS: Group-Size Series Decomposition for Grouped Architecture Search" (ECCV 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def block_starts(
+    in_channels: int, out_channels: int, group_size: int, device: torch.device | str | None = None
+) -> Tensor:
+    """First input channel that each output channel reads at a group size: ``start_s(o) = (o // (C_out·s/C_in))·s``.
+
+    Args:
+        in_channels: ``C_in``, channels of the convolution's input.
+        out_channels: ``C_out``; ``C_in / s`` groups must divide it.
+        group_size: ``s``, input channels per group; must divide ``C_in``.
+        device: where the result lies.
+
+    Returns:
+        int64 tensor of shape ``[C_out]``.
+    """
+    outputs_per_group = out_channels * group_size // in_channels
+    return torch.arange(out_channels, device=device) // outputs_per_group * group_size
+
+
+def check_group_sizes(group_sizes: Sequence[int], in_channels: int, out_channels: int) -> tuple[int, ...]:
+    """Check that group sizes nest: ascending, each divides the next, the last divides ``in_channels``, and
+    ``in_channels / s`` groups divide ``out_channels``.
+
+    Returns:
+        The group sizes as a tuple.
+
+    Raises:
+        TypeError: if a group size is not an int.
+        ValueError: if the group sizes do not nest.
+    """
+    sizes = tuple(group_sizes)
+    if not sizes:
+        raise ValueError("group_sizes: got none, at least one is needed")
+    for s in sizes:
+        if isinstance(s, bool) or not isinstance(s, int):
+            raise TypeError(f"group_sizes: got {s!r} of type {type(s).__name__} in {sizes}, accepted are ints")
+        if s < 1 or in_channels % s:
+            raise ValueError(f"group_sizes: got {s} in {sizes}, accepted are divisors of the input width {in_channels}")
+        if out_channels % (in_channels // s):
+            raise ValueError(
+                f"group_sizes: got {s} in {sizes}, which makes {in_channels // s} groups; accepted are sizes whose "
+                f"number of groups divides the output width {out_channels}"
+            )
+    for smaller, larger in zip(sizes, sizes[1:], strict=False):
+        if larger <= smaller or larger % smaller:
+            raise ValueError(
+                f"group_sizes: got {smaller} before {larger} in {sizes}, accepted are ascending sizes of which each "
+                "divides the next"
+            )
+    return sizes
+
+
+def powers_of_two(in_channels: int, out_channels: int) -> tuple[int, ...]:
+    """All powers of two that are group sizes of a convolution with these widths, ascending.
+
+    Where the smallest of them would make more groups than divide ``out_channels``, it is left out; where none is left
+    (``out_channels`` shares no such divisor), the one size ``in_channels`` (a dense convolution) is returned.
+    """
+    sizes = []
+    s = 1
+    while s <= in_channels and in_channels % s == 0:
+        if out_channels % (in_channels // s) == 0:
+            sizes.append(s)
+        s *= 2
+    return tuple(sizes) or (in_channels,)
+
+
+def expand(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
+    """Ψ (equation 4): the weight of a grouped convolution, rewritten as the same operator at a larger group size.
+
+    Args:
+        weight: ``[C_out, g, kh, kw]``, the weight of a convolution with ``in_channels / g`` groups.
+        to_group_size: ``h ≥ g``; ``g`` divides ``h`` and ``h`` divides ``in_channels``.
+        in_channels: channels of the convolution's input.
+
+    Returns:
+        ``[C_out, h, kh, kw]`` of the same dtype, zero outside the smaller blocks. Differentiable.
+
+    Raises:
+        ValueError: if the weight is not four-dimensional or the sizes do not nest.
+    """
+    if weight.dim() != 4:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, group size, kh, kw]")
+    out_channels, group_size = weight.shape[:2]
+    if group_size == to_group_size:
+        check_group_sizes((group_size,), in_channels, out_channels)
+        return weight
+    check_group_sizes((group_size, to_group_size), in_channels, out_channels)
+    columns = _block_columns(in_channels, out_channels, group_size, to_group_size, weight.device)
+    expanded = weight.new_zeros(out_channels, to_group_size, *weight.shape[2:])
+    return expanded.scatter(1, columns.expand(-1, -1, *weight.shape[2:]), weight)
+
+
+def restrict(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
+    """The adjoint of Ψ: the entries of ``weight`` ``[C_out, h, kh, kw]`` that a weight of group size g ≤ h expands to.
+
+    Returns:
+        ``[C_out, g, kh, kw]``; ``⟨Ψ(v), w⟩ = ⟨v, restrict(w)⟩`` for every ``v``, so this turns the gradient of an expanded
+        weight into the gradient of a term.
+    """
+    out_channels, group_size = weight.shape[:2]
+    columns = _block_columns(in_channels, out_channels, to_group_size, group_size, weight.device)
+    return weight.gather(1, columns.expand(-1, -1, *weight.shape[2:]))
+
+
+def _block_columns(
+    in_channels: int, out_channels: int, group_size: int, within: int, device: torch.device
+) -> Tensor:
+    """Position of each entry of a weight of ``group_size`` inside the block of size ``within``: ``[C_out, group_size, 1, 1]``."""
+    starts = block_starts(in_channels, out_channels, group_size, device) % within
+    return (starts[:, None] + torch.arange(group_size, device=device))[:, :, None, None]
+
+
+def sum_terms(terms: Sequence[Tensor], in_channels: int, active: int, gates: Tensor | None = None) -> Tensor:
+    """``R_n = Σ_{i≤n} gate_i Ψ(r_i)`` (equation 5) in the terms' dtype.
+
+    Args:
+        terms: ``[C_out, s_i, kh, kw]``, ascending group sizes.
+        in_channels: channels of the convolution's input.
+        active: n, how many leading terms are summed.
+        gates: one scale per term, ``[N]``, or None for ones.
+
+    Returns:
+        ``[C_out, s_n, kh, kw]``. Differentiable.
+    """
+    to = terms[active - 1].shape[1]
+    expanded = [expand(term, to, in_channels) for term in terms[:active]]
+    if gates is not None:
+        expanded = [weight * gates[i].to(weight.dtype) for i, weight in enumerate(expanded)]
+    return torch.stack(expanded).sum(0)
+
+
+def residuals(weights: Sequence[Tensor], in_channels: int) -> list[Tensor]:
+    """Equation 6: independent grouped weights, one per group size, as the terms of a series.
+
+    ``r_1 = R_1`` and ``r_i = R_i − Ψ(R_{i−1})``, so that summing the first i terms gives ``R_i`` back.
+    """
+    first, *rest = weights
+    return [first] + [
+        weight - expand(smaller, weight.shape[1], in_channels)
+        for smaller, weight in zip(weights[:-1], rest, strict=True)
+    ]
+
+
+def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(before, after) padding of each spatial dimension under which a convolution of stride 1 keeps the size; an odd
+    total puts the larger half after, as ``torch.nn.Conv2d`` does."""
+    totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def output_size(
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """Spatial size of a convolution's output; ``padding`` is what is added on each side."""
+    return tuple(
+        (i + 2 * p - d * (k - 1) - 1) // s + 1
+        for i, k, s, p, d in zip(input_size, kernel_size, stride, padding, dilation, strict=True)
+    )
+
+
+def convolution_macs(
+    out_channels: int, group_size: int, kernel_size: Sequence[int], out_size: Sequence[int], bias: bool = False
+) -> int:
+    """Multiply–accumulates of one grouped convolution for one image, with one more per output element for a bias."""
+    kh, kw = kernel_size
+    h, w = out_size
+    return out_channels * h * w * (group_size * kh * kw + bias)
