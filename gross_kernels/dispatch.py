@@ -1,8 +1,9 @@
 """Which backend serves a call, and why.
 
-A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and ``supports(call)``. The CPU's kernels are
-registered by the C++ library itself; on CUDA the public operators are Python functions that ask this module.
-``GROSS_KERNELS_BACKEND`` or :func:`use_backend` force one backend for the functions and layers of this package.
+A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and ``supports(call)``. The
+CPU's kernels are registered by the C++ library itself; on CUDA the public operators are Python functions that ask this
+module. ``GROSS_KERNELS_BACKEND`` or :func:`use_backend` force one backend for the functions and layers of this
+package.
 """
 
 from __future__ import annotations

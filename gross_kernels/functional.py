@@ -23,17 +23,18 @@ def series_conv2d(
     dilation: int | Sequence[int] = 1,
     gates: Tensor | None = None,
 ) -> Tensor:
-    """Grouped convolution with a series of residual weights, ``R_n = Σ_{i≤n} gate_i Ψ(r_i)`` (GroSS, equations 4 and 5).
+    """Grouped convolution with a series of residual weights, ``R_n = Σ_{i≤n} gate_i Ψ(r_i)`` (equations 4 and 5).
 
-    The convolution runs at the group size of the last active term. Nothing expanded or summed is written to memory. Differentiable
-    (twice) in input, terms and gates; terms beyond ``active`` get zero gradients.
+    The convolution runs at the group size of the last active term. Nothing expanded or summed is written to memory.
+    Differentiable (twice) in input, terms and gates; terms beyond ``active`` get zero gradients.
 
     Args:
-        input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``, contiguous or channels-last; the output has the same memory format.
-        terms: ``[C_out, s_i, kh, kw]`` each, group sizes ascending, each dividing the next, the last dividing ``C_in``. They have
-            the input's dtype, or are float32 with a 16-bit input (summed in float32, cast once).
-        active: n, how many leading terms are summed: an int from 1 to N, a 0-dimensional int64 tensor on the CPU (one compiled graph
-            then serves every value), or None for all.
+        input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``, contiguous or channels-last; the output has the same memory
+            format.
+        terms: ``[C_out, s_i, kh, kw]`` each, group sizes ascending, each dividing the next, the last dividing
+            ``C_in``. They have the input's dtype, or are float32 with a 16-bit input (summed in float32, cast once).
+        active: n, how many leading terms are summed: an int from 1 to N, a 0-dimensional int64 tensor on the CPU (one
+            compiled graph then serves every value), or None for all.
         stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`; padding may be "valid" or "same".
         gates: one scale per term, ``[N]``, of the terms' dtype or float32.
 
@@ -81,7 +82,7 @@ def apply(
 
 
 def series_sum(terms: list[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
-    """``Σ_{i≤n} gate_i t_i`` (equation 5 for P and Q) by the operator, or by the backend that is forced in its place."""
+    """``Σ_{i≤n} gate_i t_i`` (equation 5 for P and Q), by the operator or by the backend that is forced."""
     if dispatch.forced_backend() == "reference":
         return reference.series_sum(terms, int(active), gates)
     return torch.ops.gross.series_sum(terms, active, gates)
@@ -96,7 +97,7 @@ def pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, in
         raise TypeError(f"{name}: got {value!r}, accepted is an int or a pair of ints")
     if len(values) != 2 or any(v < least for v in values):
         raise ValueError(f"{name}: got {value!r}, accepted is an int or a pair of ints of at least {least}")
-    return values  # type: ignore[return-value]
+    return values
 
 
 def check_padding_mode(padding: str, stride: Sequence[int]) -> None:
@@ -192,8 +193,8 @@ def _host_active(active: int | Tensor | None, count: int) -> Tensor:
     if isinstance(active, Tensor):
         if active.dtype != torch.int64 or active.dim() != 0 or active.device.type != "cpu":
             raise TypeError(
-                f"active: got a tensor of {active.dtype}, shape {tuple(active.shape)} on {active.device}, accepted is a "
-                "0-dimensional int64 tensor on the CPU"
+                f"active: got a tensor of {active.dtype}, shape {tuple(active.shape)} on {active.device}, "
+                "accepted is a 0-dimensional int64 tensor on the CPU"
             )
         # Inside a compiled graph the value is not known; the kernel checks it there.
         if torch.compiler.is_compiling() or 1 <= int(active) <= count:

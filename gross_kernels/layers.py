@@ -1,7 +1,9 @@
-"""``SeriesConv2d``, the grouped convolution over a series, and ``GroSSConv2d``, the drop-in replacement of ``nn.Conv2d``."""
+"""``SeriesConv2d``, the grouped convolution over a series, and ``GroSSConv2d``, the drop-in replacement of
+``nn.Conv2d``."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -60,8 +62,9 @@ class _SeriesModule(nn.Module):
     def release_inactive(self) -> None:
         """Set the gradients of the terms beyond the active one to None.
 
-        They are zeros after a backward pass, and a zero gradient still moves a weight through momentum and weight decay. Call
-        it between ``backward()`` and ``optimizer.step()``, with ``group_size`` set to the largest size used in the step.
+        They are zeros after a backward pass, and a zero gradient still moves a weight through momentum and weight
+        decay. Call it between ``backward()`` and ``optimizer.step()``, with ``group_size`` set to the largest size
+        used in the step.
         """
         for terms in self._series():
             for term in terms[int(self._active) :]:
@@ -71,7 +74,8 @@ class _SeriesModule(nn.Module):
         raise NotImplementedError
 
     def _convolve(self, input: Tensor, terms: list[Tensor], gates: Tensor | None) -> Tensor:
-        """The grouped convolution of a four-dimensional input, padded by ``padding_mode`` already unless that is zeros."""
+        """The grouped convolution of a four-dimensional input, padded by ``padding_mode`` already unless that is
+        zeros."""
         padding = self.padding if self.padding_mode == "zeros" else (0, 0)
         input, padding = explicit_padding(input, self.kernel_size, padding, self.dilation)
         check_fits(input, self.kernel_size, padding, self.dilation)
@@ -112,13 +116,14 @@ class _SeriesModule(nn.Module):
 
 
 class SeriesConv2d(_SeriesModule):
-    """Grouped convolution over a series of residual weights, ``R_n = Σ_{i≤n} gate_i Ψ(r_i)`` (GroSS, equation 5), without bias.
+    """Grouped convolution over a series of residual weights, ``R_n = Σ_{i≤n} gate_i Ψ(r_i)`` (GroSS, equation 5),
+    without bias.
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
         kernel_size, stride, padding, dilation, padding_mode, device, dtype: as ``torch.nn.Conv2d``'s.
-        group_sizes: ascending, each dividing the next, the last dividing ``in_channels``, and ``in_channels / s`` dividing
-            ``out_channels``; by default all such powers of two.
+        group_sizes: ascending, each dividing the next, the last dividing ``in_channels``, and ``in_channels / s``
+            dividing ``out_channels``; by default all such powers of two.
 
     Shape:
         input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's memory format.
@@ -172,16 +177,18 @@ class SeriesConv2d(_SeriesModule):
 
 
 class GroSSConv2d(_SeriesModule):
-    """Drop-in for ``torch.nn.Conv2d``: pointwise → grouped → pointwise, at every group size at once (GroSS, Table 1, equation 5).
+    """Drop-in for ``torch.nn.Conv2d``: pointwise → grouped → pointwise, at every group size at once (GroSS, Table 1,
+    equation 5).
 
-    Stride, padding and dilation are on the grouped convolution, the bias on the last pointwise one. At the n-th group size the layer is
-    the bottleneck ``P_n = Σ_{i≤n} p_i``, ``R_n = Σ_{i≤n} Ψ(r_i)``, ``Q_n = Σ_{i≤n} q_i``; setting ``group_size`` costs nothing.
+    Stride, padding and dilation are on the grouped convolution, the bias on the last pointwise one. At the n-th group
+    size the layer is the bottleneck ``P_n = Σ_{i≤n} p_i``, ``R_n = Σ_{i≤n} Ψ(r_i)``, ``Q_n = Σ_{i≤n} q_i``; setting
+    ``group_size`` costs nothing.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
             ``torch.nn.Conv2d``'s; ``groups`` must be 1.
-        group_sizes: ascending, each dividing the next, the last dividing the input width, and the number of groups dividing the output
-            width; by default all such powers of two.
+        group_sizes: ascending, each dividing the next, the last dividing the input width, and the number of groups
+            dividing the output width; by default all such powers of two.
         width: channels of the bottleneck, ``(width_in, width_out)`` or one int for both; by default ``in_channels``.
 
     Shape:
@@ -237,8 +244,8 @@ class GroSSConv2d(_SeriesModule):
     def reset_parameters(self) -> None:
         """Draw an independent bottleneck per group size and take residuals (equation 6).
 
-        P and Q have variance 1/fan-in and R has ``nn.Conv2d``'s, so that the output's variance is that of a fresh ``nn.Conv2d``
-        at every group size. The bias is drawn as ``nn.Conv2d`` draws it.
+        P and Q have variance 1/fan-in and R has ``nn.Conv2d``'s, so that the output's variance is that of a fresh
+        ``nn.Conv2d`` at every group size. The bias is drawn as ``nn.Conv2d`` draws it.
         """
         for series in (self.pointwise_in, self.pointwise_out):
             weights = [nn.init.kaiming_uniform_(torch.empty_like(p), nonlinearity="linear") for p in series]
@@ -249,14 +256,13 @@ class GroSSConv2d(_SeriesModule):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def from_bottlenecks(
-        cls, conv: nn.Conv2d, bottlenecks: Mapping[int, tuple[Tensor, Tensor, Tensor]]
-    ) -> GroSSConv2d:
+    def from_bottlenecks(cls, conv: nn.Conv2d, bottlenecks: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> GroSSConv2d:
         """Build the layer from independent bottlenecks, one per group size, by equation 6.
 
         Args:
             conv: the convolution that the layer replaces: gives geometry, bias, dtype and device.
-            bottlenecks: group size → ``(P [width_in, C_in, 1, 1], R [width_out, s, kh, kw], Q [C_out, width_out, 1, 1])``.
+            bottlenecks: group size → ``(P [width_in, C_in, 1, 1], R [width_out, s, kh, kw], Q [C_out, width_out, 1,
+                1])``.
 
         Returns:
             A layer that computes, at each group size, what that size's bottleneck computes; copies of the weights.
@@ -313,44 +319,36 @@ class GroSSConv2d(_SeriesModule):
         return output if input.dim() == 4 else output.squeeze(0)
 
     def fold(self, group_size: int | None = None) -> nn.Sequential:
-        """The layer at one group size (default: the active one) as three plain ``nn.Conv2d`` with copies of the summed weights."""
+        """The layer at one group size (default: the active one) as three plain ``nn.Conv2d`` with copies of the
+        summed weights."""
         size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
         active = torch.tensor(self.group_sizes.index(size) + 1)
         width_in, width_out = self.width
-        made = {"device": self.grouped[0].device, "dtype": self.grouped[0].dtype}
-        convolutions = nn.Sequential(
-            nn.Conv2d(self.in_channels, width_in, 1, bias=False, **made),
-            nn.Conv2d(
-                width_in,
-                width_out,
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.dilation,
-                width_in // size,
-                False,
-                self.padding_mode,
-                **made,
-            ),
-            nn.Conv2d(width_out, self.out_channels, 1, bias=self.bias is not None, **made),
+        made: Any = {"device": self.grouped[0].device, "dtype": self.grouped[0].dtype}
+        geometry: Any = {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "padding_mode": self.padding_mode,
+        }
+        first = nn.Conv2d(self.in_channels, width_in, 1, bias=False, **made)
+        middle = nn.Conv2d(
+            width_in, width_out, self.kernel_size, groups=width_in // size, bias=False, **geometry, **made
         )
+        last = nn.Conv2d(width_out, self.out_channels, 1, bias=self.bias is not None, **made)
         with torch.no_grad():
-            weights = (
-                series_sum(list(self.pointwise_in), active, None),
-                sum_terms(list(self.grouped), width_in, int(active)),
-                series_sum(list(self.pointwise_out), active, None),
-            )
-        for convolution, weight in zip(convolutions, weights, strict=True):
-            _assign([convolution.weight], [weight])
-        if self.bias is not None:
-            _assign([convolutions[2].bias], [self.bias])
-        return convolutions.train(self.training)
+            first.weight.copy_(series_sum(list(self.pointwise_in), active, None))
+            middle.weight.copy_(sum_terms(list(self.grouped), width_in, int(active)))
+            last.weight.copy_(series_sum(list(self.pointwise_out), active, None))
+            if self.bias is not None and last.bias is not None:
+                last.bias.copy_(self.bias)
+        return nn.Sequential(first, middle, last).train(self.training)
 
     def macs(self, input_size: int | Sequence[int], group_size: int | None = None) -> int:
         """Multiply–accumulates for one image of ``input_size`` (H, W) at a group size (default: the active one).
 
-        The first pointwise counts at the input's resolution, the grouped and the last pointwise at the output's; a bias counts one
-        per output element.
+        The first pointwise counts at the input's resolution, the grouped and the last pointwise at the output's; a
+        bias counts one per output element.
         """
         size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
         output = self._output_size(input_size)
@@ -388,7 +386,7 @@ def _draw_grouped(terms: Iterable[Tensor]) -> list[Tensor]:
 
 def _differences(weights: list[Tensor]) -> list[Tensor]:
     """Equation 6 for weights of one shape: the first, then each less the one before."""
-    return [weights[0]] + [b - a for a, b in zip(weights[:-1], weights[1:], strict=True)]
+    return [weights[0]] + [b - a for a, b in itertools.pairwise(weights)]
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """The operators ``gross::series_conv2d``, ``gross::series_conv2d_backward`` and ``gross::series_sum``: schemas, shapes,
 gradients, autocast, FLOP counts. Implementations live in the backends; the C++ library registers those for the CPU.
 
-``active`` is a zero-dimensional int64 tensor on the host: as an int, every configuration of a network would be a graph of its
-own under ``torch.compile``. The operators are tagged ``cudagraph_unsafe`` so that a captured graph never replays a stale ``active``.
+``active`` is a zero-dimensional int64 tensor on the host: as an int, every configuration of a network would be a graph
+of its own under ``torch.compile``. The operators are tagged ``cudagraph_unsafe`` so that a captured graph never
+replays a stale ``active``.
 """
 
 from __future__ import annotations
@@ -125,9 +126,9 @@ def _save_backward(ctx: Any, inputs: tuple, output: Any) -> None:
 def _series_conv2d_backward_grad(ctx: Any, of_input: Tensor, of_terms: list[Tensor], of_gates: Tensor) -> tuple:
     """Second derivatives.
 
-    With W = Σ γ_i Ψ(r_i), the backward computes gI = convᵀ(g, W), γ_i S_i(D) and ⟨S_i(D), r_i⟩, where D is the weight gradient of
-    (g, x) and S_i the adjoint of Ψ. Its cotangents a, b_i, c_i enter linearly, so everything is the operator and its
-    backward again, with the terms r and with v_i = γ_i b_i + c_i r_i.
+    With W = Σ γ_i Ψ(r_i), the backward computes gI = convᵀ(g, W), γ_i S_i(D) and ⟨S_i(D), r_i⟩, where D is the weight
+    gradient of (g, x) and S_i the adjoint of Ψ. Its cotangents a, b_i, c_i enter linearly, so everything is the
+    operator and its backward again, with the terms r and with v_i = γ_i b_i + c_i r_i.
     """
     grad, input, active, gates, *terms = ctx.saved_tensors
     geometry = (ctx.stride, ctx.padding, ctx.dilation)
@@ -161,7 +162,9 @@ def _series_conv2d_backward_grad(ctx: Any, of_input: Tensor, of_terms: list[Tens
             extra = [share * part for share, part in zip(shares, unscaled, strict=True)]
             grad_terms = extra if grad_terms is None else [a + b for a, b in zip(grad_terms, extra, strict=True)]
         if gates is not None and ctx.needs[1]:
-            extra_gates = torch.stack([(b * part).sum() for b, part in zip(slopes, unscaled, strict=True)]).to(gates.dtype)
+            extra_gates = torch.stack([(b * part).sum() for b, part in zip(slopes, unscaled, strict=True)]).to(
+                gates.dtype
+            )
             grad_gates = extra_gates if grad_gates is None else grad_gates + extra_gates
     return grad_grad, grad_input, grad_terms or [None] * ctx.count, None, grad_gates, None, None, None, None
 
@@ -198,8 +201,8 @@ torch.library.register_autograd("gross::series_sum", _series_sum_grad, setup_con
 
 
 def _register_autocast(device: str, key: str) -> None:
-    """Autocast casts the input alone: the kernel sums float32 terms in float32 and casts the sum once, where casting every term
-    first would cost N launches and four times the weight error."""
+    """Autocast casts the input alone: the kernel sums float32 terms in float32 and casts the sum once, where casting
+    every term first would cost N launches and four times the weight error."""
 
     def series_conv2d(input: Tensor, *rest: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
@@ -283,7 +286,14 @@ if load_error is not None:
 # FLOP counts ----------------------------------------------------------------------------------------------------------
 
 
-def _flops(input: Tensor, terms: Sequence[Tensor], active: Tensor, stride: Any, padding: Any, dilation: Any) -> int:
+def _flops(
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> int:
     kernel = terms[0].shape[2:]
     size = output_size(input.shape[2:], kernel, stride, padding, dilation)
     group_size = terms[int(active) - 1].shape[1]
@@ -291,13 +301,33 @@ def _flops(input: Tensor, terms: Sequence[Tensor], active: Tensor, stride: Any, 
 
 
 @register_flop_formula(torch.ops.gross.series_conv2d, get_raw=True)
-def _series_conv2d_flops(input, terms, active, gates, stride, padding, dilation, **_: Any) -> int:  # type: ignore[no-untyped-def]
-    """Two FLOP per multiply–accumulate at the active group size, as torch counts a convolution's; sums of terms are not counted."""
+def _series_conv2d_flops(
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    **_: Any,
+) -> int:
+    """Two FLOP per multiply–accumulate at the active group size, as torch counts a convolution's."""
     return _flops(input, terms, active, stride, padding, dilation)
 
 
 @register_flop_formula(torch.ops.gross.series_conv2d_backward, get_raw=True)
-def _series_conv2d_backward_flops(grad, input, terms, active, gates, stride, padding, dilation, needs, **_: Any) -> int:  # type: ignore[no-untyped-def]
+def _series_conv2d_backward_flops(
+    grad: Tensor,
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
     """The forward's count for each of the two gradients that is needed."""
     return (bool(needs[0]) + bool(needs[1])) * _flops(input, terms, active, stride, padding, dilation)
 

@@ -5,6 +5,7 @@ Equations are those of "GroSS: Group-Size Series Decomposition for Grouped Archi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +54,7 @@ def check_group_sizes(group_sizes: Sequence[int], in_channels: int, out_channels
                 f"group_sizes: got {s} in {sizes}, which makes {in_channels // s} groups; accepted are sizes whose "
                 f"number of groups divides the output width {out_channels}"
             )
-    for smaller, larger in zip(sizes, sizes[1:], strict=False):
+    for smaller, larger in itertools.pairwise(sizes):
         if larger <= smaller or larger % smaller:
             raise ValueError(
                 f"group_sizes: got {smaller} before {larger} in {sizes}, accepted are ascending sizes of which each "
@@ -107,18 +108,17 @@ def restrict(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
     """The adjoint of Ψ: the entries of ``weight`` ``[C_out, h, kh, kw]`` that a weight of group size g ≤ h expands to.
 
     Returns:
-        ``[C_out, g, kh, kw]``; ``⟨Ψ(v), w⟩ = ⟨v, restrict(w)⟩`` for every ``v``, so this turns the gradient of an expanded
-        weight into the gradient of a term.
+        ``[C_out, g, kh, kw]``; ``⟨Ψ(v), w⟩ = ⟨v, restrict(w)⟩`` for every ``v``, so this turns the gradient of an
+        expanded weight into the gradient of a term.
     """
     out_channels, group_size = weight.shape[:2]
     columns = _block_columns(in_channels, out_channels, to_group_size, group_size, weight.device)
     return weight.gather(1, columns.expand(-1, -1, *weight.shape[2:]))
 
 
-def _block_columns(
-    in_channels: int, out_channels: int, group_size: int, within: int, device: torch.device
-) -> Tensor:
-    """Position of each entry of a weight of ``group_size`` inside the block of size ``within``: ``[C_out, group_size, 1, 1]``."""
+def _block_columns(in_channels: int, out_channels: int, group_size: int, within: int, device: torch.device) -> Tensor:
+    """Position of each entry of a weight of ``group_size`` inside the block of size ``within``: ``[C_out, group_size,
+    1, 1]``."""
     starts = block_starts(in_channels, out_channels, group_size, device) % within
     return (starts[:, None] + torch.arange(group_size, device=device))[:, :, None, None]
 

@@ -1,6 +1,7 @@
 """The C++ kernels for CPUs (``csrc/cpu``).
 
-The library registers itself for the public operators' CPU key through LibTorch's stable ABI; the functions here call those.
+The library registers itself for the public operators' CPU key through LibTorch's stable ABI; the functions here call
+those.
 """
 
 from __future__ import annotations

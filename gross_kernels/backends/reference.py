@@ -1,7 +1,8 @@
 """The series convolution as its definition reads: sum the expanded terms, then call torch. Any dtype, any device.
 
-Every kernel is tested against this module; it is never optimised. 16-bit calls are computed in float32 and rounded once:
-torch's own bfloat16 weight gradient on the CPU is wrong for stride 3 over narrow images (pytorch #169688, torch 2.15).
+Every kernel is tested against this module; it is never optimised. 16-bit calls are computed in float32 and rounded
+once: torch's own bfloat16 weight gradient on the CPU is wrong for stride 3 over narrow images (pytorch #169688, torch
+2.15).
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def forward(
     The terms are summed in their own dtype, float32 at least, and cast once to the input's. Differentiable.
     """
     weight = sum_terms(_widened(terms), input.shape[1], active, gates).to(input.dtype)
-    args = (None, tuple(stride), tuple(padding), tuple(dilation), _groups(input, weight))
-    return F.conv2d(*_widened([input, weight]), *args).to(input.dtype)
+    groups = _groups(input, weight)
+    wide_input, wide_weight = _widened([input, weight])
+    output = F.conv2d(wide_input, wide_weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return output.to(input.dtype)
 
 
 def input_grad(
@@ -54,7 +57,8 @@ def input_grad(
         return torch.zeros_like(input)
     weight = sum_terms(_widened(terms), input.shape[1], active, gates).to(input.dtype)
     args = (tuple(stride), tuple(padding), tuple(dilation), _groups(input, weight))
-    return conv2d_input(input.shape, *_widened([weight, grad]), *args).to(input.dtype)
+    wide_weight, wide_grad = _widened([weight, grad])
+    return conv2d_input(input.shape, wide_weight, wide_grad, *args).to(input.dtype)
 
 
 def weight_grad(

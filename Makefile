@@ -1,0 +1,42 @@
+# `make demo` and `make test` need Python 3.11 or newer, a C++ compiler and the package index; everything else they install.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: setup demo test lint sanitize benchmark clean
+
+setup: .venv/installed
+
+.venv/installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"make: {sys.executable} is Python {sys.version.split()[0]}, 3.11 or newer is needed: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja "torch>=2.10"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[gross,test]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/resnet18.py
+	$(BIN)/python examples/digits.py
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The kernels alone, against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: build/sanitized
+	for isa in portable avx2 avx512; do GROSS_KERNELS_ISA=$$isa ./build/sanitized || exit 1; done
+
+build/sanitized: tests/native/kernels.cpp $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -pthread \
+		tests/native/kernels.cpp csrc/cpu/*.cpp -o $@
+
+benchmark: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf .venv build *.egg-info gross_kernels/*.so

@@ -1,0 +1,79 @@
+"""What was built, what is installed, and which backend serves a typical call: ``python -m gross_kernels.environment``.
+
+Meant to be pasted into a bug report.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import dispatch, ops
+from .backends import cpu
+
+
+def report() -> str:
+    """The report as text, one ``name: value`` a line."""
+    return "\n".join(f"{name + ':':16} {value}" for name, value in facts())
+
+
+def facts() -> list[tuple[str, str]]:
+    """What the report says, as pairs of name and value."""
+    return [
+        ("gross-kernels", _version("gross-kernels")),
+        ("python", f"{platform.python_version()}, {platform.platform()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("triton", _version("triton")),
+        ("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
+        ("gpu", _gpu()),
+        ("cpu kernels", _cpu_library()),
+        ("variables", ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("GROSS_")) or "none set"),
+        *((f"{device} call", _typical_call(device)) for device in ("cpu", "cuda")),
+    ]
+
+
+def _cpu_library() -> str:
+    if ops.load_error is not None:
+        return f"not loaded: {ops.load_error}"
+    library = ctypes.CDLL(str(cpu.LIBRARY))
+    library.gross_cpu_build.restype = library.gross_cpu_isa.restype = ctypes.c_char_p
+    return f"running as {library.gross_cpu_isa().decode()}, built with {library.gross_cpu_build().decode()}"
+
+
+def _typical_call(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no GPU"
+    input = torch.empty(1, 64, 8, 8, device=device)
+    terms = [torch.empty(64, s, 3, 3, device=device) for s in (1, 4, 16, 32)]
+    return dispatch.explain(input, terms, padding=(1, 1))
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return f"none available (torch built for CUDA {torch.version.cuda or 'none'})"
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    return f"{name}, compute capability {capability[0]}.{capability[1]}, CUDA {torch.version.cuda}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,167 @@
+// The CPU kernels against plain loops in double precision, over random geometries, on buffers of exactly the needed size: run under
+// AddressSanitizer and UndefinedBehaviorSanitizer by `make sanitize`. What it would catch: a read or write outside a tensor, and any wrong value.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/call.h"
+#include "../../csrc/cpu/plan.h"
+#include "../../csrc/series.h"
+
+using namespace gross::cpu;
+
+namespace {
+
+std::mt19937 generator(1);
+
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+
+// A tensor of exactly as many bytes as it has elements, and its values as doubles.
+struct Tensor {
+  int64_t n, c, h, w;
+  bool channels_last;
+  bool wide;  // float64, else float32
+  std::unique_ptr<char[]> memory;
+
+  Tensor(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, bool wide, bool random)
+      : n(n), c(c), h(h), w(w), channels_last(channels_last), wide(wide), memory(new char[n * c * h * w * (wide ? 8 : 4)]) {
+    for (int64_t i = 0; i < n * c * h * w; i++) put(i, random ? pick(-8, 8) / 8.0 : NAN);
+  }
+  void put(int64_t i, double value) {
+    if (wide)
+      std::memcpy(memory.get() + 8 * i, &value, 8);
+    else {
+      const float narrow = static_cast<float>(value);
+      std::memcpy(memory.get() + 4 * i, &narrow, 4);
+    }
+  }
+  double at(int64_t i) const {
+    if (wide) {
+      double value;
+      std::memcpy(&value, memory.get() + 8 * i, 8);
+      return value;
+    }
+    float value;
+    std::memcpy(&value, memory.get() + 4 * i, 4);
+    return value;
+  }
+  int64_t index(int64_t in, int64_t ic, int64_t ih, int64_t iw) const {
+    return channels_last ? ((in * h + ih) * w + iw) * c + ic : ((in * c + ic) * h + ih) * w + iw;
+  }
+  Image image() const {
+    return channels_last ? Image{memory.get(), c, h, w, h * w * c, 1, w * c, c}
+                         : Image{memory.get(), c, h, w, h * w * c, h * w, w, 1};
+  }
+};
+
+const Threads two_threads{2, [](int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+                            std::thread other([&] { body(context, 0, count / 2); });
+                            body(context, count / 2, count);
+                            other.join();
+                          }};
+
+double worst = 0;
+
+void compare(const char* what, double got, double expected, const std::string& where) {
+  const double error = std::abs(got - expected) / (1 + std::abs(expected));
+  worst = std::max(worst, error);
+  if (!(error < 1e-4)) {  // float32 sums of at most a few thousand eighths
+    std::printf("%s: got %g, expected %g, for %s\n", what, got, expected, where.c_str());
+    std::exit(1);
+  }
+}
+
+void one_case() {
+  Geometry g{};
+  const int64_t smallest = pick(1, 4), growth = pick(1, 4), groups = pick(1, 5);
+  g.group_size = smallest * growth;
+  g.in_channels = g.group_size * groups;
+  g.out_channels = groups * growth * pick(1, 3);
+  g.images = pick(1, 5);
+  g.kernel_h = pick(1, 4), g.kernel_w = pick(1, 4);
+  g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
+  g.padding_h = pick(0, 4), g.padding_w = pick(0, 4);
+  g.dilation_h = pick(1, 3), g.dilation_w = pick(1, 3);
+  const int64_t h = pick(1, 18), w = pick(1, 18);
+  const int64_t room_h = h + 2 * g.padding_h - g.dilation_h * (g.kernel_h - 1) - 1;
+  const int64_t room_w = w + 2 * g.padding_w - g.dilation_w * (g.kernel_w - 1) - 1;
+  if (room_h < 0 || room_w < 0) return;
+  const int64_t out_h = room_h / g.stride_h + 1, out_w = room_w / g.stride_w + 1;
+  const bool wide = pick(0, 1), last = pick(0, 1);
+  const std::string where = std::to_string(g.in_channels) + "→" + std::to_string(g.out_channels) + " s=" +
+                            std::to_string(g.group_size) + " input " + std::to_string(h) + "×" + std::to_string(w);
+
+  Tensor input(g.images, g.in_channels, h, w, last, wide, true), output(g.images, g.out_channels, out_h, out_w, last, wide, false);
+  Tensor grad(g.images, g.out_channels, out_h, out_w, pick(0, 1), wide, true), grad_input(g.images, g.in_channels, h, w, last, wide, false);
+
+  Series series{};
+  SeriesGradient gradient{};
+  std::vector<std::unique_ptr<Tensor>> terms, grad_terms;
+  std::vector<double> grad_gates(2, NAN);
+  series.active = growth > 1 ? 2 : 1;
+  series.type = wide ? Type::float64 : Type::float32;
+  for (int i = 0; i < series.active; i++) {
+    series.group_sizes[i] = i ? g.group_size : smallest;
+    if (series.active == 1) series.group_sizes[0] = g.group_size;
+    series.gates[i] = pick(1, 4) / 2.0;
+    terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, wide, true));
+    grad_terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, wide, false));
+    series.terms[i] = terms[i]->memory.get();
+    gradient.terms[i] = grad_terms[i]->memory.get();
+  }
+  gradient.gates = grad_gates.data();
+
+  const Type type = series.type;
+  kernels().forward(type, input.image(), series, output.image(), g, two_threads);
+  kernels().input_grad(type, grad.image(), series, grad_input.image(), g, two_threads);
+  kernels().weight_grad(type, grad.image(), input.image(), series, gradient, g, two_threads);
+
+  std::vector<double> expected(output.n * output.c * out_h * out_w), expected_input(input.n * input.c * h * w);
+  for (int i = 0; i < series.active; i++) {
+    const int64_t s = series.group_sizes[i];
+    double expected_gate = 0;
+    for (int64_t o = 0; o < g.out_channels; o++)
+      for (int64_t j = 0; j < s; j++)
+        for (int64_t ky = 0; ky < g.kernel_h; ky++)
+          for (int64_t kx = 0; kx < g.kernel_w; kx++) {
+            const int64_t at = terms[i]->index(o, j, ky, kx), c = gross::block_start(o, g.in_channels, g.out_channels, s) + j;
+            const double weight = terms[i]->at(at);
+            double sum = 0;
+            for (int64_t n = 0; n < g.images; n++)
+              for (int64_t y = 0; y < out_h; y++)
+                for (int64_t x = 0; x < out_w; x++) {
+                  const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h, ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
+                  if (iy < 0 || iy >= h || ix < 0 || ix >= w) continue;
+                  const int64_t to = output.index(n, o, y, x), from = input.index(n, c, iy, ix);
+                  const double slope = grad.at(grad.index(n, o, y, x));
+                  expected[to] += series.gates[i] * weight * input.at(from);
+                  expected_input[from] += series.gates[i] * weight * slope;
+                  sum += slope * input.at(from);
+                }
+            compare("term gradient", grad_terms[i]->at(at), series.gates[i] * sum, where);
+            expected_gate += weight * sum;
+          }
+    compare("gate gradient", grad_gates[i], expected_gate, where);
+  }
+  for (size_t k = 0; k < expected.size(); k++) compare("output", output.at(k), expected[k], where);
+  for (size_t k = 0; k < expected_input.size(); k++) compare("input gradient", grad_input.at(k), expected_input[k], where);
+}
+
+}  // namespace
+
+int main() {
+  const int cases = 400;
+  try {
+    std::printf("%s: ", kernels().name);
+  } catch (const std::exception& error) {  // forced to an instruction set that this processor lacks
+    std::printf("not run here: %s\n", error.what());
+    return 0;
+  }
+  for (int i = 0; i < cases; i++) one_case();
+  std::printf("%d geometries agree with plain loops, largest relative error %.1e\n", cases, worst);
+}
