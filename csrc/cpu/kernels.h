@@ -73,7 +73,7 @@ void add_term(const Series& series, int i, const Geometry& g, int64_t first, int
 }
 template <class T>
 void sum_terms(const Series& series, const Geometry& g, int64_t first, int64_t outputs, T* to) {
-  fill_zero(to, outputs * g.group_size * g.taps());
+  std::fill_n(to, outputs * g.group_size * g.taps(), T(0));
   for (int i = 0; i < series.active; i++) {
     if (series.type == Type::bfloat16)
       add_term<T, bfloat16>(series, i, g, first, outputs, to);
@@ -86,8 +86,14 @@ void sum_terms(const Series& series, const Geometry& g, int64_t first, int64_t o
   }
 }
 
+// A sum as the activations' type holds it: 16-bit activations see 16-bit weights.
+template <class T, class S>
+GROSS_INLINE T rounded(T value) {
+  return widen<T>(narrow<S>(value));
+}
+
 // The weights of one channel block in the order the inner loop reads them: [target][group][up to 4 outputs][source channel][tap][output].
-// Backward, sources are the outputs of the forward convolution and outputs its inputs. 16-bit activations see 16-bit weights.
+// Backward, sources are the outputs of the forward convolution and outputs its inputs.
 template <class T, class S>
 T* pack_weights(const Plan& plan, const Series& series, const Geometry& g, const ChannelBlock& block, bool backward,
                 T* sum, T* to) {
@@ -99,12 +105,17 @@ T* pack_weights(const Plan& plan, const Series& series, const Geometry& g, const
       else
         sum_terms(series, g, group * m + block.output, block.outputs, sum);
       even_parts(block.outputs, max_outputs, [&](int64_t first, int64_t count) {
-        for (int64_t source = 0; source < (backward ? m : s); source++)
+        if (!backward) {
+          // Forward every tap counts, in order: rows of the sum, interleaved.
+          for (int64_t o = 0; o < count; o++)
+            for (int64_t k = 0; k < s * taps; k++) to[k * count + o] = rounded<T, S>(sum[(first + o) * s * taps + k]);
+          to += count * s * taps;
+          return;
+        }
+        for (int64_t source = 0; source < m; source++)
           for (const Tap& tap : target.taps)
-            for (int64_t o = first; o < first + count; o++) {
-              const T* entry = backward ? sum + (source * s + block.output + o) * taps : sum + (o * s + source) * taps;
-              *to++ = widen<T>(narrow<S>(entry[tap.index]));
-            }
+            for (int64_t o = first; o < first + count; o++)
+              *to++ = rounded<T, S>(sum[(source * s + block.output + o) * taps + tap.index]);
       });
     }
   return to;
@@ -177,12 +188,120 @@ inline std::vector<Strip> plan_strips(const Plan& plan, int64_t images, int64_t 
   return strips(images, plan.rows, rows, together);
 }
 
+// Where each tap of a target reads, relative to the position it writes.
+inline void tap_offsets(const Plan& plan, const Target& target, const Planes& planes, int64_t* to) {
+  for (const Tap& tap : target.taps)
+    *to++ = tap.source * planes.source_stride + (tap.row - plan.min_row) * plan.pitch + tap.col - plan.min_col;
+}
+
+inline void fill_tables(const Image& source, const Image& target, const Plan& plan, const Strip& strip,
+                        const Planes& planes, int64_t positions, std::vector<std::vector<int64_t>>& source_tables,
+                        std::vector<std::vector<int64_t>>& target_tables) {
+  for (size_t i = 0; source.stride_c == 1 && i < plan.sources.size(); i++)
+    source_table(source, plan, plan.sources[i], strip, planes, source_tables[i]);
+  for (size_t i = 0; i < plan.targets.size(); i++)
+    target_table(target, plan, plan.targets[i], strip, positions, target_tables[i]);
+}
+
+// Group size 1 with one output per channel, channels-last: lanes are channels, so nothing is transposed. Planes are
+// [source][position][lane] for one vector of channels, and weights one vector per tap.
+template <class T, class S, int Positions>
+__attribute__((noinline)) void correlate_lanes(const T* planes, const int64_t* offsets, int64_t taps, const T* weights,
+                                               const int64_t* table, int64_t channels, S* to) {
+  Vector<T> sum[Positions]{};
+  for (int64_t tap = 0; tap < taps; tap++, weights += lanes<T>) {
+    const T* from = planes + offsets[tap] * lanes<T>;
+    const Vector<T> weight = load<T>(weights);
+#pragma GCC unroll 16
+    for (int p = 0; p < Positions; p++) sum[p] += load<T>(from + p * lanes<T>) * weight;
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < Positions; p++) store_pixel<T>(to, table[p], channels, sum[p]);
+}
+
+template <class T, class S>
+void load_lanes(const Image& image, const Strip& strip, const std::vector<std::vector<int64_t>>& tables, int64_t channel,
+                int64_t channels, T* to) {
+  const S* data = static_cast<const S*>(image.data) + strip.image * image.stride_n + channel;
+  for (const std::vector<int64_t>& table : tables)
+    for (const int64_t offset : table) {
+      store<T>(to, load_pixel<T>(data, offset, channels));
+      to += lanes<T>;
+    }
+}
+
+// Lanes of weights, [target][tap][lane], of the channels [first, first + count).
+template <class T, class S>
+void pack_lanes(const Plan& plan, const Series& series, const Geometry& g, int64_t first, int64_t count, T* sum, T* to) {
+  sum_terms(series, g, first, count, sum);
+  for (const Target& target : plan.targets)
+    for (const Tap& tap : target.taps)
+      for (int64_t lane = 0; lane < lanes<T>; lane++)
+        *to++ = lane < count ? rounded<T, S>(sum[lane * g.taps() + tap.index]) : T(0);
+}
+
+template <class T, class S>
+void convolve_depthwise(const Plan& plan, const Image& source, const Series& series, const Image& target_image,
+                        const Geometry& g, const Threads& threads) {
+  constexpr int most = registers == 32 ? 12 : 8;
+  const int64_t taps = g.taps(), channels = g.in_channels, blocks = ceil_div(channels, lanes<T>);
+  // One set of blocks as long as there are strips enough for the threads: whole pixels are then read together.
+  const std::vector<Strip> all = plan_strips(plan, g.images, lanes<T>, sizeof(T), 4 * threads.count);
+  const int64_t parts = std::min(blocks, ceil_div(4 * threads.count, all.size()));
+  int64_t plane_size = 0;
+  for (const Strip& strip : all)
+    plane_size = std::max<int64_t>(plane_size, Planes::of<T>(plan, strip).source_stride * plan.sources.size() * lanes<T>);
+
+  auto work = [&](int64_t begin, int64_t end) {
+    T* const planes_at = scratch<T>(plane_size + blocks * taps * lanes<T> + taps * lanes<T>);
+    T* const weights = planes_at + plane_size;
+    T* const sum = weights + blocks * taps * lanes<T>;
+    std::vector<int64_t> offsets(taps);
+    std::vector<std::vector<int64_t>> source_tables(plan.sources.size()), target_tables(plan.targets.size());
+    int64_t assembled = -1;
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t part = unit / static_cast<int64_t>(all.size());
+      const Strip& strip = all[unit % all.size()];
+      const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+      if (part != assembled)
+        for (int64_t b = first; b < last; b++)
+          pack_lanes<T, S>(plan, series, g, b * lanes<T>, std::min<int64_t>(lanes<T>, channels - b * lanes<T>), sum,
+                           weights + b * taps * lanes<T>);
+      assembled = part;
+      const Planes planes = Planes::of<T>(plan, strip);
+      const int64_t positions = ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
+      fill_tables(source, target_image, plan, strip, planes, positions, source_tables, target_tables);
+      for (int64_t b = first; b < last; b++) {
+        const int64_t left = channels - b * lanes<T>;
+        load_lanes<T, S>(source, strip, source_tables, b * lanes<T>, left, planes_at);
+        S* const data = static_cast<S*>(target_image.data) + strip.image * target_image.stride_n + b * lanes<T>;
+        const T* weight = weights + b * taps * lanes<T>;
+        for (size_t which = 0; which < plan.targets.size(); which++) {
+          const Target& target = plan.targets[which];
+          const int64_t target_taps = target.taps.size();
+          tap_offsets(plan, target, planes, offsets.data());
+          even_parts(positions, most, [&](int64_t at, int64_t count) {
+            with_constant<most>(count, [&](auto p) {
+              correlate_lanes<T, S, p>(planes_at + at * lanes<T>, offsets.data(), target_taps, weight,
+                                       target_tables[which].data() + at, left, data);
+            });
+          });
+          weight += target_taps * lanes<T>;
+        }
+      }
+    }
+  };
+  run(threads, parts * all.size(), work);
+}
+
 template <class T, class S>
 void convolve(const Plan& plan, const Image& source, const Series& series, const Image& target_image, const Geometry& g,
               bool backward, const Threads& threads) {
   const int64_t sources = backward ? g.outputs_per_group() : g.group_size;
   const int64_t outputs = backward ? g.group_size : g.outputs_per_group();
   const int64_t taps = g.taps();
+  if (sources == 1 && outputs == 1 && source.stride_c == 1 && target_image.stride_c == 1)
+    return convolve_depthwise<T, S>(plan, source, series, target_image, g, threads);
 
   Schedule schedule;
   schedule.blocks = channel_blocks(g.groups(), sources, outputs, taps, lanes<T>, sizeof(T));
@@ -220,6 +339,7 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
     T* const weights = sums + target_channels * sums_stride;
     T* const sum = weights + most_weights;
     std::vector<int64_t> offsets(taps);
+    std::vector<std::vector<int64_t>> source_tables(plan.sources.size()), target_tables(plan.targets.size());
     int64_t assembled = -1;
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t set = unit / strip_count;
@@ -231,19 +351,19 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
         assembled = set;
       }
       const Planes planes = Planes::of<T>(plan, strip);
-      const int64_t positions = ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
+      const int64_t positions =
+          round_up(((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols, lanes<T>);
+      fill_tables(source, target_image, plan, strip, planes, positions, source_tables, target_tables);
       const T* weight = weights;
       for (int64_t b = schedule.sets[set]; b < schedule.sets[set + 1]; b++) {
         const ChannelBlock& block = schedule.blocks[b];
-        load_planes<T, S>(source, plan, strip, planes, block.group * sources, block.groups * sources, planes_at);
-        for (const Target& target : plan.targets) {
-          for (size_t t = 0; t < target.taps.size(); t++) {
-            const Tap& tap = target.taps[t];
-            offsets[t] = tap.source * planes.source_stride + (tap.row - plan.min_row) * plan.pitch + tap.col - plan.min_col;
-          }
+        load_planes<T, S>(source, plan, strip, planes, source_tables, block.group * sources, block.groups * sources,
+                          planes_at);
+        for (size_t which = 0; which < plan.targets.size(); which++) {
+          const Target& target = plan.targets[which];
+          tap_offsets(plan, target, planes, offsets.data());
           const int64_t target_taps = target.taps.size();
-          Cursor cursor;
-          even_parts(ceil_div(positions, lanes<T>), vectors, [&](int64_t first, int64_t count) {
+          even_parts(positions / lanes<T>, vectors, [&](int64_t first, int64_t count) {
             const T* w = weight;
             T* out = sums;
             for (int64_t group = 0; group < block.groups; group++) {
@@ -258,9 +378,8 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
                 out += size * sums_stride;
               });
             }
-            store_rows<T, S>(sums, sums_stride, count * lanes<T>, target_image, plan, target, strip, cursor,
-                             block.group * outputs + block.output, block.blocks());
-            cursor.advance(count * lanes<T>, plan);
+            store_planes<T, S>(sums, sums_stride, first * lanes<T>, count * lanes<T>, target_image, plan, target, strip,
+                               target_tables[which], block.group * outputs + block.output, block.blocks());
           });
           weight += block.blocks() * sources * target_taps;
         }
@@ -279,23 +398,26 @@ __attribute__((noinline)) void correlate_weights(const T* grads, int64_t grad_st
   Vector<T> sum[Outputs][Taps]{};
   for (int64_t p = 0; p < positions; p += lanes<T>) {
     Vector<T> grad[Outputs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int o = 0; o < Outputs; o++) grad[o] = load<T>(grads + o * grad_stride + p);
 #pragma GCC unroll 16
     for (int t = 0; t < Taps; t++) {
       const Vector<T> position = load<T>(planes + offsets[t] + p);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int o = 0; o < Outputs; o++) sum[o][t] += grad[o] * position;
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int o = 0; o < Outputs; o++)
 #pragma GCC unroll 16
     for (int t = 0; t < Taps; t++) to[o * to_stride + t] += sum_of_lanes<T>(sum[o][t]);
 }
 
-// Sums that the registers hold: 3 outputs × 9 taps of 32, 3 × 3 of 16.
-constexpr int max_grad_outputs = 3, max_taps = registers == 32 ? 9 : 3;
+// Sums that the registers hold beside the gradients: of 32 registers 8 outputs × 3 taps, so that 8 aligned loads and 3 that
+// straddle cache lines feed 24 multiply–adds.
+constexpr int max_grad_outputs = registers == 32 ? 8 : 4;
+template <int Outputs>
+constexpr int max_taps = std::min(9, (registers == 32 ? 27 : 11) / Outputs);
 
 // The gradients of the terms and the gates' shares from D of a block's outputs, [output][input in group][tap].
 template <class T, class S>
@@ -370,24 +492,27 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
   // D of one block over the strips of one slice.
   auto accumulate = [&](const ChannelBlock& block, int64_t slice, T* planes_at, T* grads_at, T* to) {
     std::vector<int64_t> offsets(taps);
-    fill_zero(to, block.blocks() * s * taps);
+    std::vector<std::vector<int64_t>> input_tables(plan.sources.size()), grad_tables(1);
+    std::fill_n(to, block.blocks() * s * taps, T(0));
     const int64_t strip_count = all.size();
     for (int64_t i = strip_count * slice / slices; i < strip_count * (slice + 1) / slices; i++) {
       const Strip& strip = all[i];
       const Planes planes = Planes::of<T>(plan, strip), grads = Planes::of<T>(grad_plan, strip);
-      load_planes<T, S>(input, plan, strip, planes, block.group * s, block.groups * s, planes_at);
-      load_planes<T, S>(grad, grad_plan, strip, grads, block.group * m + block.output, block.blocks(), grads_at);
-      const std::vector<Tap>& list = plan.targets[0].taps;
-      for (int64_t t = 0; t < taps; t++)
-        offsets[t] = list[t].source * planes.source_stride + (list[t].row - plan.min_row) * plan.pitch + list[t].col - plan.min_col;
+      for (size_t k = 0; input.stride_c == 1 && k < plan.sources.size(); k++)
+        source_table(input, plan, plan.sources[k], strip, planes, input_tables[k]);
+      if (grad.stride_c == 1) source_table(grad, grad_plan, grad_plan.sources[0], strip, grads, grad_tables[0]);
+      load_planes<T, S>(input, plan, strip, planes, input_tables, block.group * s, block.groups * s, planes_at);
+      load_planes<T, S>(grad, grad_plan, strip, grads, grad_tables, block.group * m + block.output, block.blocks(),
+                        grads_at);
+      tap_offsets(plan, plan.targets[0], planes, offsets.data());
       const int64_t positions = ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
       for (int64_t group = 0; group < block.groups; group++)
         even_parts(block.outputs, max_grad_outputs, [&](int64_t first, int64_t size) {
           const int64_t o = group * block.outputs + first;
           for (int64_t j = 0; j < s; j++)
-            even_parts(taps, max_taps, [&](int64_t first_tap, int64_t tap_count) {
-              with_constant<max_grad_outputs>(size, [&](auto outputs) {
-                with_constant<max_taps>(tap_count, [&](auto these) {
+            with_constant<max_grad_outputs>(size, [&](auto outputs) {
+              even_parts(taps, max_taps<outputs>, [&](int64_t first_tap, int64_t tap_count) {
+                with_constant<max_taps<outputs>>(tap_count, [&](auto these) {
                   correlate_weights<T, outputs, these>(grads_at + o * grads.channel_stride, grads.channel_stride,
                                                        planes_at + (group * s + j) * planes.channel_stride,
                                                        offsets.data() + first_tap, positions,

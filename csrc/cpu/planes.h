@@ -1,5 +1,7 @@
-// Moving rows between a tensor of any strides and planes [channel][source][row][column] of the sum's type. The only code that
-// knows memory formats and 16-bit types. Channels-last rows are transposed in squares of vectors, in registers.
+// Moving rows between a tensor of any strides and planes of the sum's type. The only code that knows memory formats and 16-bit types.
+//
+// Planes are [channel][source][row][column]. A channels-last tensor is read by whole vectors of channels, one per position of the plane,
+// and transposed in registers; a table says where in the tensor each position lies, so short rows fill vectors as well as long ones.
 namespace gross::cpu::GROSS_ISA {
 
 // Geometry of the planes of one strip.
@@ -21,176 +23,202 @@ struct Planes {
     if (planes.channel_stride / lanes<T> % 2 == 0) planes.channel_stride += lanes<T>;
     return planes;
   }
+
+  // Rows that are written for image i of a strip. Rows between images that do not share their padding are zeros.
+  int64_t rows_of(int64_t i, const Strip& strip) const {
+    return i + 1 < strip.images ? std::max(rows, image_rows) : rows;
+  }
 };
 
-template <class T>
-GROSS_INLINE void fill_zero(T* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) to[i] = 0;
-}
+// The columns of a lattice that lie in the image: positions [lead, end) of each row, the first of them at column `first`.
+struct Columns {
+  int64_t lead, end, first;
 
-// `count` pixels of up to `lanes` channels, one vector of channels per pixel, to one row per channel. Writes whole vectors: up to
-// lanes - 1 zeros past the last pixel.
-template <class T, class S>
-GROSS_INLINE void pixels_to_rows(const S* from, int64_t pixel_stride, int64_t count, int64_t channels, T* to,
-                                 int64_t channel_stride) {
-  constexpr int n = lanes<T>;
-  for (int64_t at = 0; at < count; at += n) {
-    const int64_t pixels = std::min<int64_t>(n, count - at);
-    Vector<T> square[n];
-    if (pixels == n && channels >= n) {
-#pragma GCC unroll 64
-      for (int i = 0; i < n; i++) square[i] = load<T>(from + (at + i) * pixel_stride);
-    } else {
-      for (int i = 0; i < n; i++)
-        square[i] = i >= pixels     ? Vector<T>{}
-                    : channels >= n ? load<T>(from + (at + i) * pixel_stride)
-                                    : load_first<T>(from + (at + i) * pixel_stride, channels);
-    }
-    transpose<T>(square);
-    if (channels >= n) {
-#pragma GCC unroll 64
-      for (int i = 0; i < n; i++) store<T>(to + i * channel_stride + at, square[i]);
-    } else {
-      for (int i = 0; i < channels; i++) store<T>(to + i * channel_stride + at, square[i]);
-    }
+  Columns(const Lattice& lattice, const Plan& plan, int64_t width) {
+    const int64_t left = lattice.first_col + plan.min_col * lattice.col_step;
+    lead = left < 0 ? std::min(plan.pitch, ceil_div(-left, lattice.col_step)) : 0;
+    end = left < width ? std::max(lead, std::min(plan.pitch, ceil_div(width - left, lattice.col_step))) : lead;
+    first = left + lead * lattice.col_step;
   }
+};
+
+// Where each position of a strip's planes lies in the tensor, in elements from image `strip.image`; -1 for zeros.
+inline void source_table(const Image& image, const Plan& plan, const Lattice& lattice, const Strip& strip,
+                         const Planes& planes, std::vector<int64_t>& table) {
+  table.assign(planes.source_stride, -1);
+  const Columns columns(lattice, plan, image.width);
+  for (int64_t i = 0; i < strip.images; i++)
+    for (int64_t r = 0; r < planes.rows; r++) {
+      const int64_t y = lattice.first_row + (strip.row + plan.min_row + r) * lattice.row_step;
+      if (y < 0 || y >= image.height) continue;
+      int64_t* row = table.data() + (i * planes.image_rows + r) * plan.pitch;
+      const int64_t start = i * image.stride_n + y * image.stride_h + columns.first * image.stride_w;
+      for (int64_t k = columns.lead; k < columns.end; k++)
+        row[k] = start + (k - columns.lead) * lattice.col_step * image.stride_w;
+    }
 }
 
-// The reverse: `count` positions of `channels` rows to pixels, nothing past either end.
-template <class T, class S>
-GROSS_INLINE void rows_to_pixels(const T* from, int64_t channel_stride, int64_t count, int64_t channels, S* to,
-                                 int64_t pixel_stride) {
-  constexpr int n = lanes<T>;
-  for (int64_t at = 0; at < count; at += n) {
-    const int64_t pixels = std::min<int64_t>(n, count - at);
-    Vector<T> square[n];
-    if (channels >= n) {
-#pragma GCC unroll 64
-      for (int i = 0; i < n; i++) square[i] = load<T>(from + i * channel_stride + at);
-    } else {
-      for (int i = 0; i < n; i++) square[i] = i < channels ? load<T>(from + i * channel_stride + at) : Vector<T>{};
+// The same for the positions of a target; -1 for those between rows.
+inline void target_table(const Image& image, const Plan& plan, const Target& target, const Strip& strip, int64_t positions,
+                         std::vector<int64_t>& table) {
+  table.assign(positions, -1);
+  const Lattice& lattice = target.lattice;
+  for (int64_t i = 0; i < strip.images; i++)
+    for (int64_t r = 0; r < std::min(strip.rows, target.rows - strip.row); r++) {
+      const int64_t y = lattice.first_row + (strip.row + r) * lattice.row_step;
+      int64_t* row = table.data() + (i * plan.row_pitch + r) * plan.pitch;
+      const int64_t start = i * image.stride_n + y * image.stride_h + lattice.first_col * image.stride_w;
+      for (int64_t k = 0; k < target.cols; k++) row[k] = start + k * lattice.col_step * image.stride_w;
     }
-    transpose<T>(square);
-    if (pixels == n && channels >= n) {
+}
+
+// The vector of channels at one position, zeros where the table says so; `channels` of them where fewer than a vector are left.
+template <class T, class S>
+GROSS_INLINE Vector<T> load_pixel(const S* data, int64_t offset, int64_t channels) {
+  if (offset < 0) return Vector<T>{};
+  return channels >= lanes<T> ? load<T>(data + offset) : load_first<T>(data + offset, channels);
+}
+template <class T, class S>
+GROSS_INLINE void store_pixel(S* data, int64_t offset, int64_t channels, Vector<T> v) {
+  if (offset < 0) return;
+  if (channels >= lanes<T>)
+    store<T>(data + offset, v);
+  else
+    store_first<T>(data + offset, v, channels);
+}
+
+// `count` positions, a multiple of the vector, of `channels` channels-last channels to planes.
+template <class T, class S>
+GROSS_INLINE void pixels_to_planes(const S* data, const int64_t* table, int64_t count, int64_t channels, T* to,
+                                   int64_t channel_stride) {
+  constexpr int n = lanes<T>;
+  for (int64_t p = 0; p < count; p += n)
+    for (int64_t c = 0; c < channels; c += n) {
+      Vector<T> square[n];
+      const int64_t left = channels - c;
 #pragma GCC unroll 64
-      for (int i = 0; i < n; i++) store<T>(to + (at + i) * pixel_stride, square[i]);
-    } else {
-      for (int i = 0; i < pixels; i++) {
-        if (channels >= n)
-          store<T>(to + (at + i) * pixel_stride, square[i]);
-        else
-          store_first<T>(to + (at + i) * pixel_stride, square[i], channels);
+      for (int i = 0; i < n; i++) square[i] = load_pixel<T>(data + c, table[p + i], left);
+      transpose<T>(square);
+      T* rows = to + c * channel_stride + p;
+      if (left >= n) {
+#pragma GCC unroll 64
+        for (int i = 0; i < n; i++) store<T>(rows + i * channel_stride, square[i]);
+      } else {
+        for (int i = 0; i < left; i++) store<T>(rows + i * channel_stride, square[i]);
       }
     }
-  }
+}
+
+// The reverse, for positions that the table places.
+template <class T, class S>
+GROSS_INLINE void planes_to_pixels(const T* from, int64_t channel_stride, int64_t channels, const int64_t* table,
+                                   int64_t count, S* data) {
+  constexpr int n = lanes<T>;
+  for (int64_t p = 0; p < count; p += n)
+    for (int64_t c = 0; c < channels; c += n) {
+      Vector<T> square[n];
+      const int64_t left = channels - c;
+      const T* rows = from + c * channel_stride + p;
+      if (left >= n) {
+#pragma GCC unroll 64
+        for (int i = 0; i < n; i++) square[i] = load<T>(rows + i * channel_stride);
+      } else {
+        for (int i = 0; i < n; i++) square[i] = i < left ? load<T>(rows + i * channel_stride) : Vector<T>{};
+      }
+      transpose<T>(square);
+#pragma GCC unroll 64
+      for (int i = 0; i < n; i++) store_pixel<T>(data + c, table[p + i], left, square[i]);
+    }
+}
+
+// Zeros by whole vectors: up to lanes - 1 past the end.
+template <class T>
+GROSS_INLINE void zero_vectors(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += lanes<T>) store<T>(to + i, Vector<T>{});
 }
 
 // One row of one channel, any stride between columns.
 template <class T, class S>
 GROSS_INLINE void copy_row(const S* from, int64_t stride, int64_t count, T* to) {
-  if (stride == 1) {
-    int64_t i = 0;
-    for (; i + lanes<T> <= count; i += lanes<T>) store<T>(to + i, load<T>(from + i));
-    for (; i < count; i++) to[i] = widen<T>(from[i]);
-  } else {
+  if (stride != 1) {
     for (int64_t i = 0; i < count; i++) to[i] = widen<T>(from[i * stride]);
+    return;
   }
+  int64_t i = 0;
+  for (; i + lanes<T> <= count; i += lanes<T>) store<T>(to + i, load<T>(from + i));
+  if (i < count) store_first<T>(to + i, load_first<T>(from + i, count - i), count - i);
 }
 template <class T, class S>
 GROSS_INLINE void copy_row_back(const T* from, int64_t count, S* to, int64_t stride) {
-  if (stride == 1) {
-    int64_t i = 0;
-    for (; i + lanes<T> <= count; i += lanes<T>) store<T>(to + i, load<T>(from + i));
-    for (; i < count; i++) to[i] = narrow<S>(from[i]);
-  } else {
+  if (stride != 1) {
     for (int64_t i = 0; i < count; i++) to[i * stride] = narrow<S>(from[i]);
+    return;
   }
+  int64_t i = 0;
+  for (; i + lanes<T> <= count; i += lanes<T>) store<T>(to + i, load<T>(from + i));
+  if (i < count) store_first<T>(to + i, load<T>(from + i), count - i);
 }
 
-// Fill the planes of channels [channel, channel + channels) for one strip of a plan's sources.
+// Rows of channels whose stride is not 1 to planes.
 template <class T, class S>
-void load_planes(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes, int64_t channel,
-                 int64_t channels, T* to) {
-  constexpr int n = lanes<T>;
-  const S* data = static_cast<const S*>(image.data) + channel * image.stride_c;
-  for (size_t which = 0; which < plan.sources.size(); which++) {
-    const Lattice& lattice = plan.sources[which];
-    T* plane = to + which * planes.source_stride;
-    const int64_t left = lattice.first_col + plan.min_col * lattice.col_step;
-    const int64_t lead = left < 0 ? std::min(plan.pitch, ceil_div(-left, lattice.col_step)) : 0;
-    const int64_t end =
-        left < image.width ? std::max(lead, std::min(plan.pitch, ceil_div(image.width - left, lattice.col_step))) : lead;
-    const int64_t count = end - lead;
-    // Rows and channels in ascending order: what a vector writes past its end is overwritten by what follows.
-    // Rows between images, where they do not share their padding, are zeros.
+void rows_to_planes(const Image& image, const Plan& plan, const Lattice& lattice, const Strip& strip, const Planes& planes,
+                    int64_t channel, int64_t channels, T* to) {
+  const S* data = static_cast<const S*>(image.data) + strip.image * image.stride_n;
+  const Columns columns(lattice, plan, image.width);
+  for (int64_t c = 0; c < channels; c++) {
+    T* plane = to + c * planes.channel_stride;
+    // Rows in ascending order: what a vector of zeros writes past its end is overwritten by what follows.
     for (int64_t i = 0; i < strip.images; i++)
-      for (int64_t r = 0; r < (i + 1 < strip.images ? std::max(planes.rows, planes.image_rows) : planes.rows); r++) {
+      for (int64_t r = 0; r < planes.rows_of(i, strip); r++) {
         T* row = plane + (i * planes.image_rows + r) * plan.pitch;
         const int64_t y = lattice.first_row + (strip.row + plan.min_row + r) * lattice.row_step;
-        if (r >= planes.rows || y < 0 || y >= image.height || count == 0) {
-          for (int64_t c = 0; c < channels; c++) fill_zero(row + c * planes.channel_stride, plan.pitch);
+        if (r >= planes.rows || y < 0 || y >= image.height) {
+          zero_vectors(row, plan.pitch);
           continue;
         }
-        const S* from = data + (strip.image + i) * image.stride_n + y * image.stride_h +
-                        (left + lead * lattice.col_step) * image.stride_w;
-        const int64_t step = lattice.col_step * image.stride_w;
-        for (int64_t c = 0; c < channels; c++) fill_zero(row + c * planes.channel_stride, lead);
-        if (image.stride_c == 1 && channels > 1) {
-          for (int64_t c = 0; c < channels; c += n)
-            pixels_to_rows<T>(from + c, step, count, std::min<int64_t>(n, channels - c),
-                              row + c * planes.channel_stride + lead, planes.channel_stride);
-        } else {
-          for (int64_t c = 0; c < channels; c++)
-            copy_row<T>(from + c * image.stride_c, step, count, row + c * planes.channel_stride + lead);
-        }
-        for (int64_t c = 0; c < channels; c++)
-          fill_zero(row + c * planes.channel_stride + end, plan.pitch - end);
+        const S* from = data + i * image.stride_n + (channel + c) * image.stride_c + y * image.stride_h + columns.first * image.stride_w;
+        zero_vectors(row, columns.lead);
+        copy_row<T>(from, lattice.col_step * image.stride_w, columns.end - columns.lead, row + columns.lead);
+        zero_vectors(row + columns.end, plan.pitch - columns.end);
       }
     const int64_t used = ((strip.images - 1) * planes.image_rows + planes.rows) * plan.pitch;
-    for (int64_t c = 0; c < channels; c++)
-      fill_zero(plane + c * planes.channel_stride + used, planes.source_stride - used);
+    zero_vectors(plane + used, planes.source_stride - used - lanes<T>);
   }
 }
 
-// Where a position of the planes is in the target: walks positions in ascending order.
-struct Cursor {
-  int64_t image = 0, row = 0, col = 0;
-  void advance(int64_t count, const Plan& plan) {
-    col += count;
-    row += col / plan.pitch;
-    col %= plan.pitch;
-    image += row / plan.row_pitch;
-    row %= plan.row_pitch;
-  }
-};
-
-// Write `count` positions of `channels` rows, starting at the cursor, to the pixels of a target; positions between rows are dropped.
+// Fill the planes of channels [channel, channel + channels) for one strip; `tables` has one table per source.
 template <class T, class S>
-void store_rows(const T* from, int64_t channel_stride, int64_t count, const Image& image, const Plan& plan,
-                const Target& target, const Strip& strip, Cursor at, int64_t channel, int64_t channels) {
-  constexpr int n = lanes<T>;
-  const int64_t rows = std::min(strip.rows, target.rows - strip.row);
-  S* data = static_cast<S*>(image.data) + channel * image.stride_c;
-  while (count > 0) {
-    const int64_t run = std::min(count, plan.pitch - at.col);
-    const int64_t pixels = std::min(run, target.cols - at.col);
-    if (at.row < rows && at.image < strip.images && pixels > 0) {
-      const int64_t y = target.lattice.first_row + (strip.row + at.row) * target.lattice.row_step;
-      const int64_t x = target.lattice.first_col + at.col * target.lattice.col_step;
-      S* to = data + (strip.image + at.image) * image.stride_n + y * image.stride_h + x * image.stride_w;
-      const int64_t step = target.lattice.col_step * image.stride_w;
-      if (image.stride_c == 1 && channels > 1) {
-        for (int64_t c = 0; c < channels; c += n)
-          rows_to_pixels<T>(from + c * channel_stride, channel_stride, pixels, std::min<int64_t>(n, channels - c),
-                            to + c, step);
-      } else {
-        for (int64_t c = 0; c < channels; c++)
-          copy_row_back<T>(from + c * channel_stride, pixels, to + c * image.stride_c, step);
-      }
+void load_planes(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes,
+                 const std::vector<std::vector<int64_t>>& tables, int64_t channel, int64_t channels, T* to) {
+  for (size_t which = 0; which < plan.sources.size(); which++) {
+    T* plane = to + which * planes.source_stride;
+    if (image.stride_c == 1) {
+      const S* data = static_cast<const S*>(image.data) + strip.image * image.stride_n + channel;
+      pixels_to_planes<T>(data, tables[which].data(), planes.source_stride, channels, plane, planes.channel_stride);
+    } else {
+      rows_to_planes<T, S>(image, plan, plan.sources[which], strip, planes, channel, channels, plane);
     }
+  }
+}
+
+// Write `count` positions from `first` on of `channels` planes to the target; positions between rows are dropped.
+template <class T, class S>
+void store_planes(const T* from, int64_t channel_stride, int64_t first, int64_t count, const Image& image, const Plan& plan,
+                  const Target& target, const Strip& strip, const std::vector<int64_t>& table, int64_t channel, int64_t channels) {
+  S* data = static_cast<S*>(image.data) + strip.image * image.stride_n + channel * image.stride_c;
+  if (image.stride_c == 1) {
+    planes_to_pixels<T>(from, channel_stride, channels, table.data() + first, count, data);
+    return;
+  }
+  for (const int64_t end = first + count; first < end;) {
+    const int64_t col = first % plan.pitch;
+    const int64_t run = std::min(end - first, plan.pitch - col), pixels = std::min(run, target.cols - col);
+    if (pixels > 0 && table[first] >= 0)
+      for (int64_t c = 0; c < channels; c++)
+        copy_row_back<T>(from + c * channel_stride, pixels, data + table[first] + c * image.stride_c,
+                         target.lattice.col_step * image.stride_w);
     from += run;
-    count -= run;
-    at.advance(run, plan);
+    first += run;
   }
 }
 

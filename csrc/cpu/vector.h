@@ -119,13 +119,23 @@ GROSS_INLINE void store(S* to, Vector<T> v) {
 // The first n lanes, zeros in the others; nothing beyond them is touched.
 template <class T, class S>
 GROSS_INLINE Vector<T> load_first(const S* from, int64_t n) {
-  Vector<T> v{};
-  for (int64_t i = 0; i < n; i++) v[i] = widen<T>(from[i]);
-  return v;
+#if GROSS_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return _mm512_maskz_loadu_ps((1u << n) - 1, from);
+  if constexpr (std::is_same_v<S, double>) return _mm512_maskz_loadu_pd((1u << n) - 1, from);
+#endif
+  S part[lanes<T>] = {};
+  for (int64_t i = 0; i < n; i++) part[i] = from[i];
+  return load<T>(part);
 }
 template <class T, class S>
 GROSS_INLINE void store_first(S* to, Vector<T> v, int64_t n) {
-  for (int64_t i = 0; i < n; i++) to[i] = narrow<S>(T(v[i]));
+#if GROSS_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(to, (1u << n) - 1, v);
+  if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(to, (1u << n) - 1, v);
+#endif
+  S part[lanes<T>];
+  store<T>(part, v);
+  for (int64_t i = 0; i < n; i++) to[i] = part[i];
 }
 
 // Shuffles --------------------------------------------------------------------------------------------------------------------
@@ -163,14 +173,16 @@ GROSS_INLINE void transpose(Vector<T>* rows) {
 }
 
 // Sum of the lanes, by halves: a fixed order.
-template <class T>
+template <class T, int Half, int... L>
+GROSS_INLINE Vector<T> upper_half(Vector<T> v, std::integer_sequence<int, L...>) {
+  return shuffle<T>(v, v, std::integer_sequence<int, (L < Half ? L + Half : L)...>{});
+}
+template <class T, int Half = lanes<T> / 2>
 GROSS_INLINE T sum_of_lanes(Vector<T> v) {
-  T part[lanes<T>];
-  __builtin_memcpy(part, &v, sizeof v);
-#pragma GCC unroll 8
-  for (int n = lanes<T> / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) part[i] += part[i + n];
-  return part[0];
+  if constexpr (Half == 0)
+    return v[0];
+  else
+    return sum_of_lanes<T, Half / 2>(v + upper_half<T, Half>(v, std::make_integer_sequence<int, lanes<T>>{}));
 }
 
 }  // namespace gross::cpu::GROSS_ISA
