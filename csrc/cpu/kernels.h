@@ -15,6 +15,8 @@ constexpr int max_vectors = registers == 32 ? (Outputs <= 2 ? 12 : 6) : (Outputs
 
 // Bytes that one thread's planes, and its assembled weights, may take: both stay in a 1 MB second-level cache.
 constexpr int64_t plane_budget = 256 << 10, weight_budget = 128 << 10;
+// Bytes of gradients that the weight gradient passes over at once: three quarters of a 32 KB first-level cache.
+constexpr int64_t run_budget = 24 << 10;
 
 // Memory of one thread, kept from call to call and grown as needed; contents are not kept.
 template <class T>
@@ -394,17 +396,18 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
 // D[o][tap] += Σ_position grads[o][position] · planes[position + offset[tap]]
 template <class T, int Outputs, int Taps>
 __attribute__((noinline)) void correlate_weights(const T* grads, int64_t grad_stride, const T* planes,
-                                                 const int64_t* offsets, int64_t positions, T* to, int64_t to_stride) {
+                                                 const int64_t* offsets, int64_t vectors, T* to, int64_t to_stride) {
   Vector<T> sum[Outputs][Taps]{};
-  for (int64_t p = 0; p < positions; p += lanes<T>) {
-    Vector<T> grad[Outputs];
-#pragma GCC unroll 8
-    for (int o = 0; o < Outputs; o++) grad[o] = load<T>(grads + o * grad_stride + p);
+  for (int64_t p = 0; p < vectors * lanes<T>; p += lanes<T>) {
+    Vector<T> position[Taps];
 #pragma GCC unroll 16
-    for (int t = 0; t < Taps; t++) {
-      const Vector<T> position = load<T>(planes + offsets[t] + p);
+    for (int t = 0; t < Taps; t++) position[t] = load<T>(planes + offsets[t] + p);
 #pragma GCC unroll 8
-      for (int o = 0; o < Outputs; o++) sum[o][t] += grad[o] * position;
+    for (int o = 0; o < Outputs; o++) {
+      Vector<T> grad = load<T>(grads + o * grad_stride + p);
+      keep_in_register(grad);
+#pragma GCC unroll 16
+      for (int t = 0; t < Taps; t++) sum[o][t] += grad * position[t];
     }
   }
 #pragma GCC unroll 8
@@ -417,7 +420,7 @@ __attribute__((noinline)) void correlate_weights(const T* grads, int64_t grad_st
 // straddle cache lines feed 24 multiply–adds.
 constexpr int max_grad_outputs = registers == 32 ? 8 : 4;
 template <int Outputs>
-constexpr int max_taps = std::min(9, (registers == 32 ? 27 : 11) / Outputs);
+constexpr int max_taps = std::min(9, (registers == 32 ? 30 : 14) / (Outputs + 1));
 
 // The gradients of the terms and the gates' shares from D of a block's outputs, [output][input in group][tap].
 template <class T, class S>
@@ -509,17 +512,21 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
       for (int64_t group = 0; group < block.groups; group++)
         even_parts(block.outputs, max_grad_outputs, [&](int64_t first, int64_t size) {
           const int64_t o = group * block.outputs + first;
-          for (int64_t j = 0; j < s; j++)
-            with_constant<max_grad_outputs>(size, [&](auto outputs) {
-              even_parts(taps, max_taps<outputs>, [&](int64_t first_tap, int64_t tap_count) {
-                with_constant<max_taps<outputs>>(tap_count, [&](auto these) {
-                  correlate_weights<T, outputs, these>(grads_at + o * grads.channel_stride, grads.channel_stride,
-                                                       planes_at + (group * s + j) * planes.channel_stride,
-                                                       offsets.data() + first_tap, positions,
-                                                       to + (o * s + j) * taps + first_tap, s * taps);
+          // Runs whose gradients stay in the first-level cache while every input channel and tap passes over them.
+          even_parts(ceil_div(positions, lanes<T>), run_budget / ((size + 1) * GROSS_VECTOR_BYTES), [&](int64_t at, int64_t vectors) {
+            const T* run = grads_at + o * grads.channel_stride + at * lanes<T>;
+            for (int64_t j = 0; j < s; j++) {
+              const T* plane = planes_at + (group * s + j) * planes.channel_stride + at * lanes<T>;
+              with_constant<max_grad_outputs>(size, [&](auto outputs) {
+                even_parts(taps, max_taps<outputs>, [&](int64_t first_tap, int64_t tap_count) {
+                  with_constant<max_taps<outputs>>(tap_count, [&](auto these) {
+                    correlate_weights<T, outputs, these>(run, grads.channel_stride, plane, offsets.data() + first_tap,
+                                                         vectors, to + (o * s + j) * taps + first_tap, s * taps);
+                  });
                 });
               });
-            });
+            }
+          });
         });
     }
   };
