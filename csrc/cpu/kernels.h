@@ -422,6 +422,24 @@ constexpr int max_grad_outputs = registers == 32 ? 8 : 4;
 template <int Outputs>
 constexpr int max_taps = std::min(9, (registers == 32 ? 30 : 14) / (Outputs + 1));
 
+// The same with lanes of channels: D[lane][tap] += Σ_position grads[position][lane] · planes[position + offset[tap]][lane].
+constexpr int max_lane_taps = 9;
+template <class T, int Taps>
+__attribute__((noinline)) void correlate_lane_weights(const T* grads, const T* planes, const int64_t* offsets, int64_t positions,
+                                                      int64_t channels, T* to, int64_t to_stride) {
+  Vector<T> sum[Taps]{};
+  const T* from[Taps];
+  for (int t = 0; t < Taps; t++) from[t] = planes + offsets[t] * lanes<T>;
+  for (int64_t p = 0; p < positions * lanes<T>; p += lanes<T>) {
+    Vector<T> grad = load<T>(grads + p);
+    keep_in_register(grad);
+#pragma GCC unroll 16
+    for (int t = 0; t < Taps; t++) sum[t] += grad * load<T>(from[t] + p);
+  }
+  for (int t = 0; t < Taps; t++)
+    for (int64_t lane = 0; lane < channels; lane++) to[lane * to_stride + t] += sum[t][lane];
+}
+
 // The gradients of the terms and the gates' shares from D of a block's outputs, [output][input in group][tap].
 template <class T, class S>
 void write_term(const Series& series, const SeriesGradient& gradient, int i, const Geometry& g, int64_t first,
@@ -474,7 +492,8 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
 
   const int64_t s = g.group_size, m = g.outputs_per_group(), taps = g.taps();
   const std::vector<ChannelBlock> blocks = channel_blocks(g.groups(), s, m, taps, lanes<T>, sizeof(T));
-  int64_t plane_channels = 0, grad_channels = 0;
+  const bool by_lanes = s == 1 && m == 1 && input.stride_c == 1 && grad.stride_c == 1;
+  int64_t plane_channels = by_lanes ? lanes<T> : 0, grad_channels = plane_channels;
   for (const ChannelBlock& block : blocks) {
     plane_channels = std::max(plane_channels, block.groups * s);
     grad_channels = std::max(grad_channels, block.blocks());
@@ -504,11 +523,21 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
       for (size_t k = 0; input.stride_c == 1 && k < plan.sources.size(); k++)
         source_table(input, plan, plan.sources[k], strip, planes, input_tables[k]);
       if (grad.stride_c == 1) source_table(grad, grad_plan, grad_plan.sources[0], strip, grads, grad_tables[0]);
+      tap_offsets(plan, plan.targets[0], planes, offsets.data());
+      const int64_t positions = ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
+      if (by_lanes) {
+        load_lanes<T, S>(input, strip, input_tables, block.group, block.groups, planes_at);
+        load_lanes<T, S>(grad, strip, grad_tables, block.group, block.groups, grads_at);
+        even_parts(taps, max_lane_taps, [&](int64_t first, int64_t count) {
+          with_constant<max_lane_taps>(count, [&](auto these) {
+            correlate_lane_weights<T, these>(grads_at, planes_at, offsets.data() + first, positions, block.groups, to + first, taps);
+          });
+        });
+        continue;
+      }
       load_planes<T, S>(input, plan, strip, planes, input_tables, block.group * s, block.groups * s, planes_at);
       load_planes<T, S>(grad, grad_plan, strip, grads, grad_tables, block.group * m + block.output, block.blocks(),
                         grads_at);
-      tap_offsets(plan, plan.targets[0], planes, offsets.data());
-      const int64_t positions = ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
       for (int64_t group = 0; group < block.groups; group++)
         even_parts(block.outputs, max_grad_outputs, [&](int64_t first, int64_t size) {
           const int64_t o = group * block.outputs + first;

@@ -21,34 +21,40 @@ std::mt19937 generator(1);
 
 int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 
-// A tensor of exactly as many bytes as it has elements, and its values as doubles.
+int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+
+// A tensor of exactly as many bytes as its elements have; values go in and out as doubles.
 struct Tensor {
   int64_t n, c, h, w;
   bool channels_last;
-  bool wide;  // float64, else float32
+  Type type;
   std::unique_ptr<char[]> memory;
 
-  Tensor(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, bool wide, bool random)
-      : n(n), c(c), h(h), w(w), channels_last(channels_last), wide(wide), memory(new char[n * c * h * w * (wide ? 8 : 4)]) {
+  Tensor(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, Type type, bool random)
+      : n(n), c(c), h(h), w(w), channels_last(channels_last), type(type), memory(new char[n * c * h * w * size_of(type)]) {
     for (int64_t i = 0; i < n * c * h * w; i++) put(i, random ? pick(-8, 8) / 8.0 : NAN);
   }
   void put(int64_t i, double value) {
-    if (wide)
+    const float narrow = static_cast<float>(value);
+    if (type == Type::float64)
       std::memcpy(memory.get() + 8 * i, &value, 8);
-    else {
-      const float narrow = static_cast<float>(value);
+    else if (type == Type::float32)
       std::memcpy(memory.get() + 4 * i, &narrow, 4);
-    }
+    else  // bfloat16: the upper half of a float32, exact for the eighths drawn here
+      std::memcpy(memory.get() + 2 * i, reinterpret_cast<const char*>(&narrow) + 2, 2);
   }
   double at(int64_t i) const {
-    if (wide) {
-      double value;
+    double value = 0;
+    float narrow = 0;
+    if (type == Type::float64) {
       std::memcpy(&value, memory.get() + 8 * i, 8);
       return value;
     }
-    float value;
-    std::memcpy(&value, memory.get() + 4 * i, 4);
-    return value;
+    if (type == Type::float32)
+      std::memcpy(&narrow, memory.get() + 4 * i, 4);
+    else
+      std::memcpy(reinterpret_cast<char*>(&narrow) + 2, memory.get() + 2 * i, 2);
+    return narrow;
   }
   int64_t index(int64_t in, int64_t ic, int64_t ih, int64_t iw) const {
     return channels_last ? ((in * h + ih) * w + iw) * c + ic : ((in * c + ic) * h + ih) * w + iw;
@@ -65,12 +71,13 @@ const Threads two_threads{2, [](int64_t count, void (*body)(void*, int64_t, int6
                             other.join();
                           }};
 
-double worst = 0;
+double worst = 0;  // of the errors in units of what is allowed
 
-void compare(const char* what, double got, double expected, const std::string& where) {
-  const double error = std::abs(got - expected) / (1 + std::abs(expected));
+// Sums of eighths are exact in float32 and float64; bfloat16 rounds weights and results to 8 bits.
+void compare(Type type, const char* what, double got, double expected, const std::string& where) {
+  const double error = std::abs(got - expected) / (1 + std::abs(expected)) / (type == Type::bfloat16 ? 0x1p-7 : 1e-6);
   worst = std::max(worst, error);
-  if (!(error < 1e-4)) {  // float32 sums of at most a few thousand eighths
+  if (!(error < 1)) {
     std::printf("%s: got %g, expected %g, for %s\n", what, got, expected, where.c_str());
     std::exit(1);
   }
@@ -78,10 +85,10 @@ void compare(const char* what, double got, double expected, const std::string& w
 
 void one_case() {
   Geometry g{};
-  const int64_t smallest = pick(1, 4), growth = pick(1, 4), groups = pick(1, 5);
+  const int64_t smallest = pick(1, 4), growth = pick(1, 4), groups = pick(1, pick(0, 3) ? 5 : 40);
   g.group_size = smallest * growth;
   g.in_channels = g.group_size * groups;
-  g.out_channels = groups * growth * pick(1, 3);
+  g.out_channels = groups * growth * (pick(0, 2) ? smallest : pick(1, 3));
   g.images = pick(1, 5);
   g.kernel_h = pick(1, 4), g.kernel_w = pick(1, 4);
   g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
@@ -92,31 +99,31 @@ void one_case() {
   const int64_t room_w = w + 2 * g.padding_w - g.dilation_w * (g.kernel_w - 1) - 1;
   if (room_h < 0 || room_w < 0) return;
   const int64_t out_h = room_h / g.stride_h + 1, out_w = room_w / g.stride_w + 1;
-  const bool wide = pick(0, 1), last = pick(0, 1);
+  const Type type = std::vector{Type::float32, Type::float64, Type::bfloat16}[pick(0, 2)];
+  const bool last = pick(0, 1);
   const std::string where = std::to_string(g.in_channels) + "→" + std::to_string(g.out_channels) + " s=" +
                             std::to_string(g.group_size) + " input " + std::to_string(h) + "×" + std::to_string(w);
 
-  Tensor input(g.images, g.in_channels, h, w, last, wide, true), output(g.images, g.out_channels, out_h, out_w, last, wide, false);
-  Tensor grad(g.images, g.out_channels, out_h, out_w, pick(0, 1), wide, true), grad_input(g.images, g.in_channels, h, w, last, wide, false);
+  Tensor input(g.images, g.in_channels, h, w, last, type, true), output(g.images, g.out_channels, out_h, out_w, last, type, false);
+  Tensor grad(g.images, g.out_channels, out_h, out_w, pick(0, 1), type, true), grad_input(g.images, g.in_channels, h, w, last, type, false);
 
   Series series{};
   SeriesGradient gradient{};
   std::vector<std::unique_ptr<Tensor>> terms, grad_terms;
   std::vector<double> grad_gates(2, NAN);
   series.active = growth > 1 ? 2 : 1;
-  series.type = wide ? Type::float64 : Type::float32;
+  series.type = type;
   for (int i = 0; i < series.active; i++) {
     series.group_sizes[i] = i ? g.group_size : smallest;
     if (series.active == 1) series.group_sizes[0] = g.group_size;
     series.gates[i] = pick(1, 4) / 2.0;
-    terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, wide, true));
-    grad_terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, wide, false));
+    terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, type, true));
+    grad_terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, type, false));
     series.terms[i] = terms[i]->memory.get();
     gradient.terms[i] = grad_terms[i]->memory.get();
   }
   gradient.gates = grad_gates.data();
 
-  const Type type = series.type;
   kernels().forward(type, input.image(), series, output.image(), g, two_threads);
   kernels().input_grad(type, grad.image(), series, grad_input.image(), g, two_threads);
   kernels().weight_grad(type, grad.image(), input.image(), series, gradient, g, two_threads);
@@ -143,19 +150,19 @@ void one_case() {
                   expected_input[from] += series.gates[i] * weight * slope;
                   sum += slope * input.at(from);
                 }
-            compare("term gradient", grad_terms[i]->at(at), series.gates[i] * sum, where);
+            compare(type, "term gradient", grad_terms[i]->at(at), series.gates[i] * sum, where);
             expected_gate += weight * sum;
           }
-    compare("gate gradient", grad_gates[i], expected_gate, where);
+    compare(type, "gate gradient", grad_gates[i], expected_gate, where);
   }
-  for (size_t k = 0; k < expected.size(); k++) compare("output", output.at(k), expected[k], where);
-  for (size_t k = 0; k < expected_input.size(); k++) compare("input gradient", grad_input.at(k), expected_input[k], where);
+  for (size_t k = 0; k < expected.size(); k++) compare(type, "output", output.at(k), expected[k], where);
+  for (size_t k = 0; k < expected_input.size(); k++) compare(type, "input gradient", grad_input.at(k), expected_input[k], where);
 }
 
 }  // namespace
 
 int main() {
-  const int cases = 400;
+  const int cases = 250;
   try {
     std::printf("%s: ", kernels().name);
   } catch (const std::exception& error) {  // forced to an instruction set that this processor lacks
@@ -163,5 +170,5 @@ int main() {
     return 0;
   }
   for (int i = 0; i < cases; i++) one_case();
-  std::printf("%d geometries agree with plain loops, largest relative error %.1e\n", cases, worst);
+  std::printf("%d geometries agree with plain loops, largest error %.2f of what is allowed\n", cases, worst);
 }
