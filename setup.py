@@ -1,7 +1,7 @@
 """Builds the CPU kernels as a plain shared library, ``gross_kernels/gross_cpu.so``, which remembers how it was built.
 
-Everything else about the package is in pyproject.toml. The library uses LibTorch's stable ABI (2.10), and no Python: one wheel
-serves every Python 3 and every torch from 2.10 on.
+Everything else about the package is in pyproject.toml. The library uses LibTorch's stable ABI (2.10), and no Python:
+one wheel serves every Python 3 and every torch from 2.10 on.
 """
 
 from __future__ import annotations

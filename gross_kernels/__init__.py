@@ -1,8 +1,8 @@
 """Fused grouped convolutions over group-size series: the operator, its kernels and the layers built on it."""
 
 from . import ops as ops
-from .dispatch import explain, use_backend
-from .functional import series_conv2d
+from .dispatch import use_backend
+from .functional import explain, series_conv2d
 from .layers import GroSSConv2d, SeriesConv2d
 from .series import expand
 

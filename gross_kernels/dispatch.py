@@ -93,19 +93,6 @@ def choose(call: Call) -> Choice:
     raise ValueError(f"backend: none of {', '.join(names)} serves {call}")
 
 
-def explain(
-    input: Tensor,
-    terms: Sequence[Tensor],
-    *,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-) -> str:
-    """One sentence: which backend serves this call of ``series_conv2d``, and why."""
-    choice = choose(Call.of(input, terms, stride, padding, dilation))
-    return f"{choice.name}: {choice.reason}"
-
-
 def check_backend(name: str) -> str:
     """Return ``name`` if it is a backend's, else raise ValueError."""
     if name not in BACKENDS:

@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import dispatch, ops
+from . import ops
 from .backends import cpu
+from .functional import explain
 
 
 def report() -> str:
@@ -49,7 +50,7 @@ def _typical_call(device: str) -> str:
         return "no GPU"
     input = torch.empty(1, 64, 8, 8, device=device)
     terms = [torch.empty(64, s, 3, 3, device=device) for s in (1, 4, 16, 32)]
-    return dispatch.explain(input, terms, padding=(1, 1))
+    return explain(input, terms, padding=1)
 
 
 def _gpu() -> str:

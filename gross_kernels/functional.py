@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from torch import Tensor
 from . import dispatch
 from .backends import reference
 from .series import check_group_sizes, same_padding
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def series_conv2d(
@@ -45,23 +47,54 @@ def series_conv2d(
         TypeError: for arguments of a wrong type or dtype.
         ValueError: for shapes, group sizes, devices or an ``active`` that do not fit.
     """
+    arguments = _checked(input, terms, active, stride, padding, dilation, gates)
+    output = apply(*arguments)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def explain(
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: int | Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    gates: Tensor | None = None,
+) -> str:
+    """One sentence: which backend serves this call of :func:`series_conv2d`, and why. Arguments and errors are its."""
+    input, terms, _, _, *geometry = _checked(input, terms, active, stride, padding, dilation, gates)
+    choice = dispatch.choose(dispatch.Call.of(input, terms, *geometry))
+    return f"{choice.name}: {choice.reason}"
+
+
+Checked = tuple[Tensor, list[Tensor], Tensor, Tensor | None, tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def _checked(
+    input: Tensor,
+    terms: Iterable[Tensor],
+    active: int | Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    gates: Tensor | None,
+) -> Checked:
+    """The operator's arguments, in its order, from the user's."""
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    terms = list(terms)
-    _check_terms(terms)
+    terms = _check_terms(terms)
     kernel_size = tuple(terms[0].shape[2:])
     if isinstance(padding, str):
         check_padding_mode(padding, stride)
     else:
         padding = pair("padding", padding, least=0)
-    check_input(input, terms[0], gates)
-    check_group_sizes([term.shape[1] for term in terms], input.shape[-3], terms[0].shape[0])
-    _check_gates(gates, terms)
+    check_input(input, terms[0])
+    check_group_sizes([term.shape[1] for term in terms], input.shape[-3], terms[0].shape[0], "terms")
+    check_gates(gates, terms)
     active = _host_active(active, len(terms))
     input, padding = explicit_padding(input, kernel_size, padding, dilation)
     check_fits(input, kernel_size, padding, dilation)
-    if input.dim() == 3:
-        return apply(input.unsqueeze(0), terms, active, gates, stride, padding, dilation).squeeze(0)
-    return apply(input, terms, active, gates, stride, padding, dilation)
+    return input if input.dim() == 4 else input.unsqueeze(0), terms, active, gates, stride, padding, dilation
 
 
 def apply(
@@ -122,19 +155,21 @@ def explicit_padding(
     return input, padding
 
 
-def check_input(input: Tensor, weight: Tensor, gates: Tensor | None = None) -> None:
+def check_input(input: Tensor, weight: Tensor) -> None:
     """Check an input's type, dimensions, device and dtype against a layer's weight."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input: got {type(input).__name__}, accepted is a Tensor")
     if input.dim() not in (3, 4):
         raise ValueError(f"input: got shape {tuple(input.shape)}, accepted is [N, C_in, H, W] or [C_in, H, W]")
-    if not input.is_floating_point():
+    if input.dtype not in DTYPES:
         raise TypeError(f"input: got {input.dtype}, accepted are float32, float64, float16 and bfloat16")
     if input.device != weight.device:
         raise ValueError(f"input: got device {input.device}, accepted is the terms' device {weight.device}")
     if input.dtype == weight.dtype or (weight.dtype == torch.float32 and input.dtype.itemsize == 2):
         return
-    if torch.is_autocast_enabled(input.device.type) and torch.float64 not in (input.dtype, weight.dtype):
+    device = input.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (input.dtype, weight.dtype):
         return
     raise TypeError(
         f"input: got {input.dtype} with terms of {weight.dtype}, accepted are equal dtypes, or float32 terms with a "
@@ -152,13 +187,16 @@ def check_fits(input: Tensor, kernel_size: Sequence[int], padding: Sequence[int]
             )
 
 
-def _check_terms(terms: list[Tensor]) -> None:
+def _check_terms(terms: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(terms, Tensor) or not isinstance(terms, Iterable):
+        raise TypeError(f"terms: got {type(terms).__name__}, accepted is a sequence of Tensors")
+    terms = list(terms)
     if not terms:
-        raise ValueError("terms: got none, at least one is needed")
+        raise ValueError("terms: got none, accepted is at least one")
     for i, term in enumerate(terms):
         if not isinstance(term, Tensor):
             raise TypeError(f"terms[{i}]: got {type(term).__name__}, accepted is a Tensor")
-        if term.dim() != 4:
+        if term.dim() != 4 or 0 in term.shape:
             raise ValueError(f"terms[{i}]: got shape {tuple(term.shape)}, accepted is [C_out, group size, kh, kw]")
     first = terms[0]
     for i, term in enumerate(terms):
@@ -171,9 +209,11 @@ def _check_terms(terms: list[Tensor]) -> None:
             raise TypeError(f"terms[{i}]: got {term.dtype}, accepted is that of terms[0], {first.dtype}")
         if term.device != first.device:
             raise ValueError(f"terms[{i}]: got device {term.device}, accepted is that of terms[0], {first.device}")
+    return terms
 
 
-def _check_gates(gates: Tensor | None, terms: list[Tensor]) -> None:
+def check_gates(gates: Tensor | None, terms: Sequence[Tensor]) -> None:
+    """Check the gates' type, shape, dtype and device against the terms that they scale."""
     if gates is None:
         return
     if not isinstance(gates, Tensor):

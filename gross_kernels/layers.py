@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import apply, check_fits, check_input, check_padding_mode, explicit_padding, pair, series_sum
+from .functional import (
+    apply,
+    check_fits,
+    check_gates,
+    check_input,
+    check_padding_mode,
+    explicit_padding,
+    pair,
+    series_sum,
+)
+from .ops import memory_format
 from .series import check_group_sizes, convolution_macs, output_size, powers_of_two, residuals, same_padding, sum_terms
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -55,9 +65,10 @@ class _SeriesModule(nn.Module):
     def group_size(self, value: int) -> None:
         if value not in self.group_sizes:
             raise ValueError(f"group_size: got {value!r}, accepted are {self.group_sizes}")
-        self._group_size = value
+        index = self.group_sizes.index(value)
+        self._group_size = self.group_sizes[index]
         # A new tensor each time: the old one may be saved for a backward pass. Not a buffer: it stays on the host.
-        self._active = torch.tensor(self.group_sizes.index(value) + 1, dtype=torch.int64, device="cpu")
+        self._active = torch.tensor(index + 1, dtype=torch.int64, device="cpu")
 
     def release_inactive(self) -> None:
         """Set the gradients of the terms beyond the active one to None.
@@ -81,11 +92,17 @@ class _SeriesModule(nn.Module):
         check_fits(input, self.kernel_size, padding, self.dilation)
         return apply(input, terms, self._active, gates, self.stride, padding, self.dilation)
 
-    def _pad(self, input: Tensor) -> Tensor:
-        if self.padding_mode == "zeros":
-            return input
-        (top, bottom), (left, right) = self._padding_per_side()
-        return F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+    def _prepare(self, input: Tensor) -> Tensor:
+        """The input with a batch dimension, padded unless the mode is zeros, and channels-last where the weights are:
+        ``nn.Conv2d``'s output then is, too."""
+        if input.dim() == 3:
+            input = input.unsqueeze(0)
+        if self.padding_mode != "zeros":
+            (top, bottom), (left, right) = self._padding_per_side()
+            input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+        if any(memory_format(terms[-1]) == torch.channels_last for terms in self._series()):
+            input = input.contiguous(memory_format=torch.channels_last)
+        return input
 
     def _padding_per_side(self) -> tuple[tuple[int, int], ...]:
         if self.padding == "same":
@@ -158,10 +175,11 @@ class SeriesConv2d(_SeriesModule):
 
     def forward(self, input: Tensor, gates: Tensor | None = None) -> Tensor:
         """Convolve at the active group size; ``gates`` ``[N]`` scale the terms."""
-        check_input(input, self.terms[0], gates)
+        terms = list(self.terms)
+        check_input(input, terms[0])
+        check_gates(gates, terms)
         _check_channels(input, self.in_channels)
-        batched = input if input.dim() == 4 else input.unsqueeze(0)
-        output = self._convolve(self._pad(batched), list(self.terms), gates)
+        output = self._convolve(self._prepare(input), terms, gates)
         return output if input.dim() == 4 else output.squeeze(0)
 
     def macs(self, input_size: int | Sequence[int], group_size: int | None = None) -> int:
@@ -270,8 +288,14 @@ class GroSSConv2d(_SeriesModule):
         Raises:
             ValueError: if the shapes do not fit the convolution or one another.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: got {type(conv).__name__}, accepted is a torch.nn.Conv2d")
         if not bottlenecks:
-            raise ValueError("bottlenecks: got none, at least one is needed")
+            raise ValueError("bottlenecks: got none, accepted is at least one")
+        for size, weights in bottlenecks.items():
+            shapes = [tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__ for w in weights]
+            if [len(shape) for shape in shapes if isinstance(shape, tuple)] != [4, 4, 4]:
+                raise ValueError(f"bottlenecks[{size}]: got {shapes}, accepted are P, R, Q, Tensors of 4 dimensions")
         group_sizes = tuple(sorted(bottlenecks))
         width_in, width_out = (weight.shape[0] for weight in bottlenecks[group_sizes[0]][:2])
         layer = cls(
@@ -308,12 +332,13 @@ class GroSSConv2d(_SeriesModule):
 
     def forward(self, input: Tensor, gates: Tensor | None = None) -> Tensor:
         """The bottleneck at the active group size; ``gates`` ``[N]`` scale the i-th terms of all three series."""
-        check_input(input, self.grouped[0], gates)
+        terms = list(self.grouped)
+        check_input(input, terms[0])
+        check_gates(gates, terms)
         _check_channels(input, self.in_channels)
-        batched = input if input.dim() == 4 else input.unsqueeze(0)
         # The first pointwise has no bias, so padding before it, in any mode, is padding after it.
-        inner = F.conv2d(self._pad(batched), self._sum(self.pointwise_in, gates, input))
-        inner = self._convolve(inner, list(self.grouped), gates)
+        inner = F.conv2d(self._prepare(input), self._sum(self.pointwise_in, gates, input))
+        inner = self._convolve(inner, terms, gates)
         bias = None if self.bias is None else self.bias.to(inner.dtype)
         output = F.conv2d(inner, self._sum(self.pointwise_out, gates, inner), bias)
         return output if input.dim() == 4 else output.squeeze(0)
@@ -322,7 +347,7 @@ class GroSSConv2d(_SeriesModule):
         """The layer at one group size (default: the active one) as three plain ``nn.Conv2d`` with copies of the
         summed weights."""
         size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
-        active = torch.tensor(self.group_sizes.index(size) + 1)
+        active = torch.tensor(self.group_sizes.index(size) + 1, device="cpu")
         width_in, width_out = self.width
         made: Any = {"device": self.grouped[0].device, "dtype": self.grouped[0].dtype}
         geometry: Any = {
@@ -366,8 +391,7 @@ class GroSSConv2d(_SeriesModule):
         return text if self.bias is not None else f"{text}, bias=False"
 
     def _sum(self, terms: nn.ParameterList, gates: Tensor | None, input: Tensor) -> Tensor:
-        weight = series_sum(list(terms), self._active, gates)
-        return weight if torch.is_autocast_enabled(input.device.type) else weight.to(input.dtype)
+        return series_sum(list(terms), self._active, gates).to(input.dtype)
 
     def _series(self) -> tuple[nn.ParameterList, ...]:
         return (self.pointwise_in, self.grouped, self.pointwise_out)

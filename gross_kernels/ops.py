@@ -328,8 +328,8 @@ def _series_conv2d_backward_flops(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    """The forward's count for each of the two gradients that is needed."""
-    return (bool(needs[0]) + bool(needs[1])) * _flops(input, terms, active, stride, padding, dilation)
+    """The forward's count for the gradient of the input and for that of the weight, as far as needed."""
+    return (bool(needs[0]) + bool(needs[1] or needs[2])) * _flops(input, terms, active, stride, padding, dilation)
 
 
 @register_flop_formula(torch.ops.gross.series_sum)

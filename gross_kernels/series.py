@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: How many terms one series can have.
+MAX_TERMS = 16
+
 
 def block_starts(
     in_channels: int, out_channels: int, group_size: int, device: torch.device | str | None = None
@@ -30,35 +33,41 @@ def block_starts(
     return torch.arange(out_channels, device=device) // outputs_per_group * group_size
 
 
-def check_group_sizes(group_sizes: Sequence[int], in_channels: int, out_channels: int) -> tuple[int, ...]:
+def check_group_sizes(
+    group_sizes: Sequence[int], in_channels: int, out_channels: int, name: str = "group_sizes"
+) -> tuple[int, ...]:
     """Check that group sizes nest: ascending, each divides the next, the last divides ``in_channels``, and
-    ``in_channels / s`` groups divide ``out_channels``.
+    ``in_channels / s`` groups divide ``out_channels``; at most 16 of them.
 
     Returns:
         The group sizes as a tuple.
 
     Raises:
         TypeError: if a group size is not an int.
-        ValueError: if the group sizes do not nest.
+        ValueError: if the group sizes do not nest. Both speak of the argument ``name``.
     """
+    if not isinstance(group_sizes, Sequence):
+        raise TypeError(f"{name}: got {group_sizes!r}, accepted is a sequence of ints")
     sizes = tuple(group_sizes)
-    if not sizes:
-        raise ValueError("group_sizes: got none, at least one is needed")
+    if not 1 <= len(sizes) <= MAX_TERMS:
+        raise ValueError(f"{name}: got {len(sizes)} group sizes, accepted are 1 to {MAX_TERMS}")
     for s in sizes:
         if isinstance(s, bool) or not isinstance(s, int):
-            raise TypeError(f"group_sizes: got {s!r} of type {type(s).__name__} in {sizes}, accepted are ints")
-        if s < 1 or in_channels % s:
-            raise ValueError(f"group_sizes: got {s} in {sizes}, accepted are divisors of the input width {in_channels}")
+            raise TypeError(f"{name}: got group size {s!r} of type {type(s).__name__} in {sizes}, accepted are ints")
+        if s < 1 or in_channels < 1 or in_channels % s:
+            raise ValueError(
+                f"{name}: got group size {s} in {sizes}, accepted are divisors of the input width {in_channels}"
+            )
         if out_channels % (in_channels // s):
             raise ValueError(
-                f"group_sizes: got {s} in {sizes}, which makes {in_channels // s} groups; accepted are sizes whose "
-                f"number of groups divides the output width {out_channels}"
+                f"{name}: got group size {s} in {sizes}, which makes {in_channels // s} groups; accepted are sizes "
+                f"whose number of groups divides the output width {out_channels}"
             )
     for smaller, larger in itertools.pairwise(sizes):
         if larger <= smaller or larger % smaller:
             raise ValueError(
-                f"group_sizes: got {smaller} before {larger} in {sizes}, accepted are ascending sizes of which each "
-                "divides the next"
+                f"{name}: got group size {smaller} before {larger} in {sizes}, accepted are ascending sizes of which "
+                "each divides the next"
             )
     return sizes
 
@@ -90,15 +99,20 @@ def expand(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
         ``[C_out, h, kh, kw]`` of the same dtype, zero outside the smaller blocks. Differentiable.
 
     Raises:
+        TypeError: if the weight is not a tensor or the others are not ints.
         ValueError: if the weight is not four-dimensional or the sizes do not nest.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}, accepted is a Tensor")
     if weight.dim() != 4:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, group size, kh, kw]")
+    if not isinstance(in_channels, int):
+        raise TypeError(f"in_channels: got {in_channels!r}, accepted is an int")
     out_channels, group_size = weight.shape[:2]
+    check_group_sizes((to_group_size,), in_channels, out_channels, "to_group_size")
     if group_size == to_group_size:
-        check_group_sizes((group_size,), in_channels, out_channels)
         return weight
-    check_group_sizes((group_size, to_group_size), in_channels, out_channels)
+    check_group_sizes((group_size, to_group_size), in_channels, out_channels, "to_group_size")
     columns = _block_columns(in_channels, out_channels, group_size, to_group_size, weight.device)
     expanded = weight.new_zeros(out_channels, to_group_size, *weight.shape[2:])
     return expanded.scatter(1, columns.expand(-1, -1, *weight.shape[2:]), weight)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..series import MAX_TERMS
+
 if TYPE_CHECKING:
     from ..dispatch import Call
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MAX_TERMS = 16
 LIBRARY = Path(__file__).parent.parent / "gross_cpu.so"
 
 

@@ -1,0 +1,147 @@
+"""Tables and plots from a tiny result file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import report
+
+MACHINE = {"device": "a machine", "threads": 2, "torch": "2.15.0", "dtype": "float32", "memory_format": "channels_last"}
+
+
+def entry(
+    suite: str, operation: str, subject: str, setting: Any, ratios: dict[str, float], **more: Any
+) -> dict[str, Any]:
+    return {
+        "suite": suite,
+        "operation": operation,
+        "subject": subject,
+        "setting": setting,
+        "batch": 16,
+        "macs": 10**9,
+        "dense_macs": 4 * 10**9,
+        "bytes": 10**6,
+        "milliseconds": {"ours": 2.0} | {name: 2.0 * value for name, value in ratios.items()},
+        "fastest": dict.fromkeys(ratios, "eager"),
+        "ratios": {name: {"median": value, "q1": value - 0.5, "q3": value + 0.5} for name, value in ratios.items()},
+        "gflops": 1000.0,
+        "gbps": 0.5,
+        **MACHINE,
+        **more,
+    }
+
+
+ENTRIES = [
+    entry("grouped convolution", "forward", "64@56", 16, {"library": 2.0, "materialised": 3.0}),
+    entry("grouped convolution", "forward", "64@56", 4, {"library": 4.0, "materialised": 8.0}),
+    entry("grouped convolution", "forward", "128@28", 4, {"library": 1.0, "materialised": 2.0}),
+    entry("grouped convolution", "input gradient", "128@28", 4, {"library": 5.0}),
+    entry("grouped convolution", "forward", "64@56", 4, {"library": 48.0}, memory_format="contiguous_format"),
+    entry("GroSSConv2d", "inference", "64@56", 4, {"dense": 3.0, "fold": 1.5}),
+    entry("networks", "training", "4-layer", "8 16 64", {"dense": 2.0, "fold": 1.25}),
+]
+
+
+def cells(summary: str, *start: str) -> list[str]:
+    """The cells of the only row that starts with these."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in summary.splitlines() if line.startswith("|")
+    ]
+    (found,) = [row for row in rows if tuple(row[: len(start)]) == start]
+    return found
+
+
+def table(summary: str, title: str) -> str:
+    """The part of the summary under a title."""
+    (found,) = [part for part in summary.split("\n\n**") if part.lstrip("*").startswith(title)]
+    return found
+
+
+def test_geometric_mean_and_minimum_over_shapes() -> None:
+    """Catches an arithmetic mean (2.50), and entries of another precision in the mean."""
+    core = table(report.summary(ENTRIES), "Grouped convolution, float32 channels_last")
+    assert cells(core, "4", "2")[2:] == ["2.00 / 1.00", "5.00 / 5.00", "", "4.00 / 2.00", ""]
+
+
+def test_group_sizes_are_in_numerical_order() -> None:
+    """Catches rows in the order of their measurement, or 16 before 4 as text."""
+    core = table(report.summary(ENTRIES), "Grouped convolution, float32 channels_last")
+    assert [line.split("|")[1].strip() for line in core.splitlines() if line.startswith("|")][2:] == ["4", "16"]
+
+
+def test_efficiency_is_time_ratio_over_mac_ratio() -> None:
+    """Catches η upside down: 3 times as fast with a quarter of the MACs is 0.75."""
+    layers = table(report.summary(ENTRIES), "GroSSConv2d")
+    assert cells(layers, "inference", "4") == [
+        "inference",
+        "4",
+        "1",
+        "4.00",
+        "3.00 / 3.00",
+        "0.75 / 0.75",
+        "1.50 / 1.50",
+    ]
+
+
+def test_networks_show_time_beside_macs() -> None:
+    """Catches a network's ratio without its spread, or the MAC ratio in its place."""
+    networks = table(report.summary(ENTRIES), "Networks")
+    row = cells(networks, "4-layer", "8 16 64", "training")
+    assert row[3:] == ["2.0", "4.00", "2.00 (1.50 to 2.50)", "0.50", "1.25"]
+
+
+def test_machine_is_named() -> None:
+    """Catches a table that nobody can place."""
+    assert report.summary(ENTRIES).startswith("a machine; 2 threads; torch 2.15.0")
+
+
+def app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(report.write)
+    return app
+
+
+def test_report_of_a_file(tmp_path: Path) -> None:
+    """Catches entries of other suites breaking the report, a plot without its suite, and files left half-written."""
+    other = {"extra_info": {}, "stats": {}}
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps({"benchmarks": [{"extra_info": e} for e in ENTRIES] + [other]}))
+    result = CliRunner().invoke(app(), [str(file)])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "result").iterdir()) == [
+        "GroSSConv2d-inference-float32_channels_last.png",
+        "grouped_convolution-forward-float32_channels_last.png",
+        "grouped_convolution-forward-float32_contiguous_format.png",
+        "grouped_convolution-input_gradient-float32_channels_last.png",
+        "networks-training-float32_channels_last.png",
+        "summary.md",
+    ]
+    text = (tmp_path / "result" / "summary.md").read_text()
+    assert text.startswith(report.summary(ENTRIES))
+    assert "library (eager) 48.00 (47.50 to 48.50)" in text
+
+
+def test_plots_have_a_panel_for_each_shape_and_bars_for_each_size() -> None:
+    """Catches bars that overwrite one another: two shapes, the first with two sizes, ours and two baselines."""
+    figure = report.plots(ENTRIES)["grouped_convolution-forward-float32_channels_last.png"]
+    places = {
+        axes.get_title(): {round(bar.get_x(), 3) for bars in axes.containers for bar in bars}
+        for axes in figure.axes
+        if axes.containers
+    }
+    assert {title: len(xs) for title, xs in places.items()} == {"128@28, batch 16": 3, "64@56, batch 16": 6}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"benchmarks": []}', '{"benchmarks": [{"extra_info": {}}]}'])
+def test_what_is_not_a_result_is_refused(tmp_path: Path, content: str) -> None:
+    """Catches an empty report from a wrong file."""
+    file = tmp_path / "wrong.json"
+    file.write_text(content)
+    result = CliRunner().invoke(app(), [str(file), "--output", str(tmp_path / "report")])
+    assert isinstance(result.exception, ValueError)
+    assert "wrong.json" in str(result.exception)
+    assert not (tmp_path / "report").exists()

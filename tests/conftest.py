@@ -1,0 +1,19 @@
+"""Every test starts from the same seed, and hypothesis from the same examples: a failure repeats."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Test modules are imported by their path, so what they share has to be found: the float64 definition and its cases.
+sys.path.append(str(Path(__file__).parent / "definition"))
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

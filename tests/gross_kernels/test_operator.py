@@ -1,0 +1,430 @@
+"""Every backend that runs on this machine, by value, against the float64 definition in ``exact``.
+
+The tolerance rule: the error of a backend is at most twice the error that torch's own convolution makes in the same
+precision, on the exactly summed weight, plus a tiny absolute term, see :func:`tiny`.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import exact
+import pytest
+import torch
+import torch.nn.functional as F
+from geometry import Case, cases
+from hypothesis import assume, given, settings
+from torch import Tensor
+
+from gross_kernels import series_conv2d, use_backend
+from gross_kernels.dispatch import BACKENDS, Call
+
+# Of the input and of the terms.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+TYPICAL = Case(2, 18, 12, (3, 9, 18), (3, 3), (9, 7), (2, 1), (1, 2), active=2, gated=True, channels_last=True)
+
+Arguments = tuple[Tensor, list[Tensor], Tensor | None, Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One backend on one device, for one dtype of the input and one of the terms."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+    terms_dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return "-".join([self.backend, self.device, str(self.dtype)[6:], str(self.terms_dtype)[6:]])
+
+    def serves(self, case: Case) -> bool:
+        """Whether the backend says so."""
+        widths = (case.in_channels, case.out_channels)
+        geometry = (case.group_sizes, case.kernel_size, *case.geometry)
+        return BACKENDS[self.backend].supports(Call(self.device, self.dtype, self.terms_dtype, *widths, *geometry))
+
+    def arguments(self, case: Case) -> Arguments:
+        """Input, terms, gates and an output gradient of the right dtypes, on the right device."""
+        return case.tensors(self.dtype, self.terms_dtype, self.device)
+
+    def run(
+        self, case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor
+    ) -> list[Tensor]:
+        """Output, gradient of the input, of each term, and of the gates if there are any."""
+        backend, rest = BACKENDS[self.backend], (terms, case.active, gates, *case.geometry)
+        grad_terms, grad_gates = backend.weight_grad(grad, input, *rest)
+        results = [backend.forward(input, *rest), backend.input_grad(grad, input, *rest), *grad_terms]
+        return results if gates is None else [*results, grad_gates]
+
+
+TARGETS = [
+    target
+    for device in ["cpu", *["cuda"] * torch.cuda.is_available()]
+    for backend in BACKENDS
+    for dtypes in DTYPES
+    if (target := Target(backend, device, *dtypes)).serves(TYPICAL)
+]
+every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+every_backend = pytest.mark.parametrize("target", [t for t in TARGETS if t.dtype == torch.float32], ids=str)
+
+
+def definition(case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """The same list as ``Target.run``, in float64 on the CPU."""
+    leaves = [t.detach().cpu().double().requires_grad_() for t in (input, *terms, *([] if gates is None else [gates]))]
+    gates = None if gates is None else leaves[-1]
+    output = exact.series_conv2d(leaves[0], leaves[1 : len(terms) + 1], case.active, gates, *case.geometry)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad.cpu().double(), materialize_grads=True)]
+
+
+def library(
+    onednn: bool, case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor
+) -> list[Tensor]:
+    """The same list from torch's convolution in the input's dtype, on the exactly summed weight rounded once."""
+    host_gates = None if gates is None else gates.cpu()
+    weight = exact.dense_weight([t.cpu() for t in terms], case.active, host_gates, input.shape[1])
+    weight = weight.to(input.device, input.dtype)
+    grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
+    with torch.backends.mkldnn.flags(enabled=onednn, allow_tf32=None):
+        output = F.conv2d(input, weight, None, *case.geometry)
+        if grad.numel():
+            grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad, input, weight, None, *case.geometry, False, (0, 0), 1, (True, True, False)
+            )
+    grad_terms = [torch.zeros_like(term) for term in terms]
+    grad_gates = torch.zeros(len(terms), dtype=terms[0].dtype, device=input.device)
+    rows = torch.arange(case.out_channels, device=input.device)[:, None]
+    for i, term in enumerate(terms[: case.active]):
+        channels = exact.input_channels(case.in_channels, case.out_channels, term.shape[1]).to(input.device)
+        part = grad_weight[rows, channels].to(term.dtype)
+        grad_terms[i] = part if gates is None else part * gates[i]
+        grad_gates[i] = (part * term).sum()
+    return [output, grad_input, *grad_terms, *([] if gates is None else [grad_gates])]
+
+
+def tiny(dtype: torch.dtype, truth: Tensor, magnitude: Tensor) -> float:
+    """The absolute term of the tolerance: one unit in the last place of the largest value, in its dtype, and four of
+    the largest sum of magnitudes, in the dtype of accumulation (float32; float64 for float64).
+
+    The first is the rounding of the result, which may go one way here and the other way in torch. The second, 5e-7 of
+    the sum in float32, is the error of products added one after another, for results of so few elements that torch's
+    own error is next to zero.
+    """
+    rounding = torch.finfo(dtype).eps
+    adding = min(rounding, torch.finfo(torch.float32).eps)
+    return rounding * truth.abs().max().item() + 4 * adding * magnitude.abs().max().item()
+
+
+def largest_error(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference; infinite where a value is not a number."""
+    return (value.cpu().double() - truth).abs().nan_to_num(nan=torch.inf).max().item()
+
+
+def assert_accurate(results: Sequence[Tensor], case: Case, arguments: Arguments) -> None:
+    """Apply the tolerance rule to ``results``, a list as ``Target.run`` returns it.
+
+    Torch's error is the smaller one of its convolutions with oneDNN and without: oneDNN's bfloat16 weight gradient is
+    wrong for stride 3 over narrow images (pytorch #169688), and torch's own bfloat16 input gradient accumulates in
+    bfloat16.
+    """
+    input, terms, gates, grad = arguments
+    positive = input.abs(), [t.abs() for t in terms], None if gates is None else gates.abs(), grad.abs()
+    columns = [
+        ["output", "grad_input", *(f"grad_terms[{i}]" for i in range(len(terms))), *["grad_gates"] * case.gated],
+        [input, input, *terms, *([] if gates is None else [gates])],
+        results,
+        definition(case, *arguments),
+        definition(case, *positive),
+        library(True, case, *arguments),
+        library(False, case, *arguments),
+    ]
+    for what, source, result, truth, magnitude, *rivals in zip(*columns, strict=True):
+        assert result.shape == truth.shape, what
+        assert result.dtype == source.dtype, what
+        if truth.numel():
+            error = largest_error(result, truth)
+            theirs = min(largest_error(rival, truth) for rival in rivals)
+            limit = 2 * theirs + tiny(input.dtype, truth, magnitude)
+            assert error <= limit, f"{what}: error {error:.3g}, torch's {theirs:.3g}, limit {limit:.3g}"
+
+
+# The definition -------------------------------------------------------------------------------------------------------
+
+
+def test_exact_blocks_by_hand() -> None:
+    """Catches a wrong block start in the tests' own definition: groups counted by input, not by output channel."""
+    assert exact.input_channels(4, 4, 1).tolist() == [[0], [1], [2], [3]]
+    assert exact.input_channels(4, 8, 2).tolist() == [[0, 1]] * 4 + [[2, 3]] * 4
+    assert exact.input_channels(6, 3, 2).tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert exact.input_channels(6, 2, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_exact_sum_by_hand() -> None:
+    """Catches terms that are placed, scaled or counted wrongly in the tests' own definition."""
+    terms = [torch.tensor([[1.0], [2.0]])[..., None, None], torch.tensor([[10.0, 20.0], [30.0, 40.0]])[..., None, None]]
+    gates = torch.tensor([3.0, 0.5])
+    assert exact.dense_weight(terms, 1, None, 2).flatten(1).tolist() == [[1, 0], [0, 2]]
+    assert exact.dense_weight(terms, 2, None, 2).flatten(1).tolist() == [[11, 20], [30, 42]]
+    assert exact.dense_weight(terms, 2, gates, 2).flatten(1).tolist() == [[8, 10], [15, 26]]
+
+
+def test_exact_convolution_by_hand() -> None:
+    """Catches a tests' definition that flips the kernel, or confuses rows and columns, stride, padding or dilation."""
+    input = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])[None, None]
+    term = torch.tensor([1.0, 10.0])[None, None, None]
+    assert exact.series_conv2d(input, [term], 1, None, (1, 1), (0, 0), (1, 1)).tolist() == [[[[21, 32], [54, 65]]]]
+    assert exact.series_conv2d(input, [term], 1, None, (2, 1), (0, 1), (1, 2)).tolist() == [[[[20, 31, 2]]]]
+    assert exact.series_conv2d(input, [term], 1, None, (1, 2), (1, 0), (1, 1)).tolist() == [[[[0], [21], [54], [0]]]]
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+@every_target
+@settings(max_examples=60)
+@given(case=cases())
+def test_values(target: Target, case: Case) -> None:
+    """Catches a wrong output or gradient of input, terms or gates, for any geometry, in any precision."""
+    assume(target.serves(case))
+    arguments = target.arguments(case)
+    assert_accurate(target.run(case, *arguments), case, arguments)
+
+
+@pytest.mark.parametrize("isa", ["portable", *["avx2"] * (torch.backends.cpu.get_cpu_capability() != "DEFAULT")])
+def test_values_for_other_processors(isa: str, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a fault in kernels that a lesser processor than this one would run; the choice is made once a process."""
+    monkeypatch.setenv("GROSS_KERNELS_ISA", isa)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_values[cpu", __file__]
+    result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert f"{len(DTYPES)} passed" in result.stdout
+
+
+@every_backend
+@pytest.mark.parametrize("active", [1, 7, 11])
+def test_many_terms(target: Target, active: int) -> None:
+    """Catches a fixed-size array of terms that is too short: eleven sizes, all powers of two to 1024."""
+    case = Case(1, 1024, 1024, tuple(2**i for i in range(11)), (1, 1), (2, 2), active=active, gated=True)
+    arguments = target.arguments(case)
+    assert_accurate(target.run(case, *arguments), case, arguments)
+
+
+@every_backend
+@pytest.mark.parametrize("active", [1, 15, 16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_sixteen_terms(target: Target, active: int, gated: bool) -> None:
+    """Catches a limit below 16 terms. Sixteen different sizes need 2^30 weights: these are sums of one shape."""
+    terms = list(torch.randn(16, 5, 3, 1, 1, device=target.device))
+    gates = torch.randn(16, device=target.device) if gated else None
+    scales = [1.0] * 16 if gates is None else gates.tolist()
+    expected = sum(scale * term.double() for scale, term in zip(scales[:active], terms, strict=False))
+    result = BACKENDS[target.backend].series_sum(terms, active, gates)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+
+
+@every_target
+def test_function_and_its_gradients(target: Target) -> None:
+    """Catches a public function whose autograd returns another value, dtype or memory format than the backend does."""
+    input, terms, gates, grad = arguments = target.arguments(TYPICAL)
+    leaves = input, *terms, gates = [t.detach().requires_grad_() for t in (input, *terms, gates)]
+    stride, padding, dilation = TYPICAL.geometry
+    with use_backend(target.backend):
+        output = series_conv2d(
+            input, terms, TYPICAL.active, stride=stride, padding=padding, dilation=dilation, gates=gates
+        )
+        grads = torch.autograd.grad(output, leaves, grad, materialize_grads=True)
+    assert_accurate([output.detach(), *grads], TYPICAL, arguments)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert grads[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@every_backend
+def test_unbatched_input(target: Target) -> None:
+    """Catches an unbatched input that is taken for something else than a batch of one."""
+    input, terms, gates, _ = target.arguments(replace(TYPICAL, channels_last=False))
+    with use_backend(target.backend):
+        batched = series_conv2d(input[:1], terms, gates=gates, padding=1)
+        assert torch.equal(series_conv2d(input[0], terms, gates=gates, padding=1), batched[0])
+
+
+@every_backend
+@pytest.mark.parametrize(("kernel_size", "dilation"), [((3, 3), (1, 1)), ((2, 4), (1, 1)), ((2, 3), (3, 2))])
+def test_padding_words(target: Target, kernel_size: tuple[int, int], dilation: tuple[int, int]) -> None:
+    """Catches "same" that pads an even kernel on the wrong side, and "valid" that pads at all."""
+    input, terms, _, _ = target.arguments(Case(2, 6, 4, (3, 6), kernel_size, (7, 8), dilation=dilation))
+    totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
+    with use_backend(target.backend):
+        same, valid = (series_conv2d(input, terms, padding=word, dilation=dilation) for word in ("same", "valid"))
+    for result, source in ((same, F.pad(input, (left, right, top, bottom))), (valid, input)):
+        expected = exact.series_conv2d(source.cpu(), [t.cpu() for t in terms], 2, None, (1, 1), (0, 0), dilation)
+        torch.testing.assert_close(result.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+    assert same.shape[2:] == input.shape[2:]
+
+
+# The same bits --------------------------------------------------------------------------------------------------------
+
+SEVERAL = [
+    TYPICAL,
+    Case(3, 28, 8, (7, 28), (5, 2), (20, 13), padding=(5, 6), dilation=(1, 3), active=2),
+    Case(1, 64, 64, (1, 4, 16, 64), (3, 3), (17, 17), padding=(1, 1), active=3, gated=True),
+    Case(2, 11, 33, (11,), (3, 3), (9, 7), (2, 1), (1, 2), gated=True),
+]
+
+
+def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(a, b), f"result {i} differs by up to {(a.double() - b.double()).abs().max().item():.3g}"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("case", SEVERAL, ids=range(len(SEVERAL)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_any_number_of_threads(case: Case, dtype: torch.dtype) -> None:
+    """Catches results of the CPU kernels that depend on how many threads share the work, or on which adds first."""
+    target = Target("cpu", "cpu", dtype, dtype)
+    arguments = target.arguments(case)
+    torch.set_num_threads(1)
+    expected = target.run(case, *arguments)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        for _ in range(2):
+            assert_same_bits(target.run(case, *arguments), expected)
+
+
+@every_target
+def test_same_bits_in_repeated_runs(target: Target) -> None:
+    """Catches atomic additions and reads of memory that nobody wrote."""
+    for case in SEVERAL:
+        arguments = target.arguments(case)
+        expected = target.run(case, *arguments)
+        for _ in range(3):
+            assert_same_bits(target.run(case, *arguments), expected)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fills every tensor that is allocated without a value with NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.usefixtures("poisoned")
+@every_target
+def test_poisoned_buffers(target: Target) -> None:
+    """Catches outputs and scratch tensors of which an element is never written, or is read before it is: windows wholly
+    in the padding, pixels that no window reads, channels of a last partial block."""
+    beyond = Case(2, 6, 12, (2, 6), (2, 3), (3, 4), padding=(7, 5), gated=True)
+    unread = Case(2, 6, 12, (2, 6), (1, 1), (8, 9), stride=(3, 3), active=2)
+    for case in (*SEVERAL, beyond, unread):
+        arguments = target.arguments(case)
+        assert_accurate(target.run(case, *arguments), case, arguments)
+
+
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "window": lambda t: F.pad(t.contiguous(), (1, 2, 3, 0))[:, :, 3:, 1:-2],
+    "channels_last_window": lambda t: F.pad(t, (1, 2, 3, 0)).to(memory_format=torch.channels_last)[:, :, 3:, 1:-2],
+    "channels": lambda t: torch.cat([t, t], 1).contiguous()[:, : t.shape[1]],
+    "channels_last_channels": lambda t: torch.cat([t, t], 1).to(memory_format=torch.channels_last)[:, t.shape[1] :],
+    "every_second_column": lambda t: torch.repeat_interleave(t, 2, 3)[..., ::2],
+    "transposed_image": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "transposed_batch": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@every_target
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_arguments(target: Target, layout: str) -> None:
+    """Catches a kernel that takes the strides of the input, of the output's gradient or of the terms for granted."""
+    input, terms, gates, grad = arguments = target.arguments(TYPICAL)
+    lay = LAYOUTS[layout]
+    strided = lay(input), [lay(term) for term in terms], torch.stack([gates, gates], 1)[:, 0], lay(grad)
+    assert_accurate(target.run(TYPICAL, *strided), TYPICAL, arguments)
+
+
+@every_backend
+def test_expanded_arguments(target: Target) -> None:
+    """Catches a kernel that takes a stride of zero for a dense tensor, as in the gradient of a mean."""
+    input, terms, gates, grad = target.arguments(TYPICAL)
+    strided = (
+        input[:, :1, :, :1].expand_as(input),
+        [term[:1, :, :, :1].expand_as(term) for term in terms],
+        gates[:1].expand_as(gates),
+        grad[:1, :1, :1, :1].expand_as(grad),
+    )
+    assert_accurate(target.run(TYPICAL, *strided), TYPICAL, strided)
+
+
+# Values that are not finite -------------------------------------------------------------------------------------------
+
+
+@every_target
+@pytest.mark.parametrize("gated", [False, True])
+def test_nothing_leaks_from_inactive_terms(target: Target, gated: bool) -> None:
+    """Catches a term or gate beyond ``active`` that is read, even if multiplied by zero, and gradients there."""
+    case = replace(TYPICAL, gated=gated)
+    input, terms, gates, grad = target.arguments(case)
+    expected = target.run(case, input, terms, gates, grad)
+    terms[2].fill_(torch.nan)
+    if gates is not None:
+        gates[2] = torch.nan
+    results = target.run(case, input, terms, gates, grad)
+    assert_same_bits(results, expected)
+    assert not results[4].any()
+    assert not gated or results[5][2] == 0
+
+
+@every_target
+def test_infinite_input(target: Target) -> None:
+    """Catches an infinity that spreads to outputs whose group or window does not hold it, or that gets lost."""
+    case = Case(2, 12, 12, (2, 4), (3, 3), (8, 8), padding=(1, 1), active=2)
+    input, terms, gates, _ = target.arguments(case)
+    forward = BACKENDS[target.backend].forward
+    clean = forward(input, terms, 2, gates, *case.geometry)
+    input[0, 5, 4, 4] = torch.inf
+    output = forward(input, terms, 2, gates, *case.geometry)
+    reached = torch.zeros_like(output, dtype=torch.bool)
+    reached[0, 4:8, 3:6, 3:6] = True
+    assert torch.equal(output.isfinite(), ~reached)
+    assert torch.equal(output[~reached], clean[~reached])
+    weight = exact.dense_weight([t.cpu() for t in terms], 2, None, 12)[4:8, 5].flip(1, 2)
+    assert torch.equal(output[0, 4:8, 3:6, 3:6].cpu().double(), weight.sign() * torch.inf)
+
+
+# Empty ----------------------------------------------------------------------------------------------------------------
+
+
+@every_target
+def test_no_images(target: Target) -> None:
+    """Catches a division by the number of images, and gradients of an empty batch that are not zeros."""
+    case = replace(TYPICAL, batch=0)
+    output, grad_input, *rest = target.run(case, *target.arguments(case))
+    assert output.shape == case.output_shape
+    assert grad_input.shape == (0, case.in_channels, *case.size)
+    assert len(rest) == 4
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in rest)
