@@ -66,8 +66,9 @@ def main() -> None:
         configuration = (size,) * 3
         gross.set_configuration(supernet, configuration)
         macs = counts.with_configuration(configuration).total
-        correct = accuracy(supernet, test_inputs, test_targets)
-        table.add_row(" ".join(map(str, configuration)), f"{macs:,}", f"{macs / full.total:.1%}", f"{correct:.1f} %")
+        share = f"{100 * macs / full.total:.1f} %"
+        correct = f"{accuracy(supernet, test_inputs, test_targets):.1f} %"
+        table.add_row(" ".join(map(str, configuration)), f"{macs:,}", share, correct)
     table.add_section()
     table.add_row("not decomposed", f"{full.total:,}", "", f"{accuracy(model, test_inputs, test_targets):.1f} %")
     Console().print(table)

@@ -322,7 +322,9 @@ class GroSSConv2d(_SeriesModule):
                         f"bottlenecks[{s}]: got {name} of shape {tuple(weight.shape)}, accepted is "
                         f"{tuple(parameters[i].shape)}"
                     )
-        p, r, q = ([bottlenecks[s][k].detach().to(conv.weight) for s in group_sizes] for k in range(3))
+        # Differences in float32 at least: in 16 bits the sums of the terms would drift from the bottlenecks.
+        wide = torch.promote_types(conv.weight.dtype, torch.float32)
+        p, r, q = ([bottlenecks[s][k].detach().to(conv.weight.device, wide) for s in group_sizes] for k in range(3))
         _assign(layer.pointwise_in, _differences(p))
         _assign(layer.grouped, residuals(r, width_in))
         _assign(layer.pointwise_out, _differences(q))

@@ -139,7 +139,7 @@ def test_flop_counter_agrees_on_a_dense_network():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, bias=False),
         nn.Conv2d(8, 12, (3, 1), dilation=(2, 1), padding=1, groups=4, bias=False),
-        nn.Conv2d(12, 6, 2, padding="same", bias=False),
+        nn.Conv2d(12, 6, 3, padding="same", bias=False),
         nn.ConvTranspose2d(6, 4, 3, stride=2, bias=False),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),

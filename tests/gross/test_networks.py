@@ -41,7 +41,6 @@ def test_outputs_are_one_score_per_class(name, num_classes):
     """Catches a classifier that does not fit the features at the network's own input size, or ignores
     ``num_classes``."""
     model = build_empty(name) if num_classes is None else build_empty(name, num_classes=num_classes)
-    assert list(model.children())  # built of modules
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     assert last.out_features == (num_classes or NETWORKS[name].num_classes)
     assert gross.macs(model, input_size(name)).layers[-1].output_size == (last.out_features,)
@@ -92,11 +91,22 @@ def test_structures_span_the_papers_search_spaces(name, configurations):
 
 def test_the_narrow_structure_is_table_3_of_the_appendix():
     """Catches a width or group size mistyped in the table, where it would still nest."""
-    widths = [(11, 18), (10, 24), (28, 28), (36, 48), (60, 48), (64, 56), (64, 100), (116, 100), (132, 132)]
     layers = gross.supernet.decomposed_layers(build_empty("vgg16-narrow"))
     assert tuple(layers) == VGG16_LAYERS
-    assert [layer.width for layer in layers.values()] == [*widths, (224, 224), (224, 224), (224, 224)]
-    assert [layer.group_sizes for layer in layers.values()][-4:] == [(3, 33, 66), *[(7, 28, 56, 112)] * 3]
+    assert [(*layer.width, *layer.group_sizes) for layer in layers.values()] == [
+        (11, 18, 11),
+        (10, 24, 5, 10),
+        (28, 28, 1, 7, 14, 28),
+        (36, 48, 3, 9, 18),
+        (60, 48, 15, 30, 60),
+        (64, 56, 16, 32, 64),
+        (64, 100, 16, 32, 64),
+        (116, 100, 29, 58, 116),
+        (132, 132, 3, 33, 66),
+        (224, 224, 7, 28, 56, 112),
+        (224, 224, 7, 28, 56, 112),
+        (224, 224, 7, 28, 56, 112),
+    ]
 
 
 @pytest.fixture

@@ -118,6 +118,14 @@ def test_any_network_comes_back_into_a_given_model(tmp_path, given):
     assert not loaded.training
 
 
+def test_a_given_model_says_the_dtype(tmp_path):
+    """Catches a model of which a part comes back in the dtype of the file."""
+    saved = supernet()
+    gross.save(saved, tmp_path / "saved.safetensors")
+    loaded = gross.load(tmp_path / "saved.safetensors", small().double())
+    assert equal(loaded, saved.double())
+
+
 def test_shared_layers_and_tied_weights_come_back_shared(tmp_path):
     """Catches a tied weight stored twice, refused by safetensors, or untied by loading."""
     shared, tied = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)

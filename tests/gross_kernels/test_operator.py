@@ -17,7 +17,7 @@ from geometry import Case, cases
 from hypothesis import assume, given, settings
 from torch import Tensor
 
-from gross_kernels import series_conv2d, use_backend
+from gross_kernels import expand, series_conv2d, use_backend
 from gross_kernels.dispatch import BACKENDS, Call
 
 # Of the input and of the terms.
@@ -228,6 +228,16 @@ def test_sixteen_terms(target: Target, active: int, gated: bool) -> None:
     expected = sum(scale * term.double() for scale, term in zip(scales[:active], terms, strict=False))
     result = BACKENDS[target.backend].series_sum(terms, active, gates)
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
+
+
+@every_target
+def test_the_sum_is_rounded_once(target: Target) -> None:
+    """Catches float32 terms that are rounded to 16 bits one by one: here they cancel, and their rounding would not."""
+    case = Case(2, 8, 8, (4, 8), (3, 3), (6, 5), active=2)
+    input, (large, small), gates, grad = target.arguments(case)
+    terms = [64 * large, small - expand(64 * large, 8, 8)]
+    arguments = (input, terms, gates, grad)
+    assert_accurate(target.run(case, *arguments), case, arguments)
 
 
 @every_target

@@ -7,11 +7,11 @@ import sys
 from types import ModuleType
 from typing import cast
 
-from . import block_term
+from . import block_term, vbmf
 from .block_term import BlockTerm, block_term_series
 from .convert import DecomposedLayer, Decomposition, decompose
 
-__all__ = ["BlockTerm", "DecomposedLayer", "Decomposition", "block_term", "block_term_series", "decompose"]
+__all__ = ["BlockTerm", "DecomposedLayer", "Decomposition", "block_term", "block_term_series", "decompose", "vbmf"]
 
 
 class CallableModule(ModuleType):

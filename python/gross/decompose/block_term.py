@@ -174,9 +174,9 @@ def block_term(
     check_group_sizes((group_size,), width_in, width_out)
     dtype = _check(weight, (width_in, width_out), start, sweeps, tolerance, ridge, dtype)
 
-    # The fit is of a kernel of norm 1: errors are residual norms, and tiny weights do not underflow in the Gram
-    # matrices.
-    scale = weight.to(dtype).norm()
+    # The fit is of a kernel of norm 1: errors are residual norms, and no Gram matrix of tiny or huge weights is out of
+    # float32's range.
+    scale = weight.double().norm().to(dtype)
     scale = torch.where(scale > 0, scale, 1.0)
     by_output = (weight.to(dtype) / scale).flatten(2).mT.contiguous()
     kernel = _Kernel(by_output, by_output.permute(2, 1, 0).contiguous())

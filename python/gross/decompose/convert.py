@@ -87,16 +87,19 @@ class Decomposition:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table(box=SIMPLE_HEAD, title=f"{len(self.layers)} convolutions decomposed, method {self.method!r}")
-        for heading in ("layer", "convolution", "width", "group sizes", "relative error"):
+        title = f"{len(self.layers)} convolutions decomposed, method {self.method!r}"
+        table = Table(box=SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
+        for heading in ("layer", "convolution", "width"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("group sizes", "relative error"):
             table.add_column(heading)
         for heading in ("seconds", "parameters", "MACs"):
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(heading, no_wrap=True, justify="right")
         for layer in self.layers:
             table.add_row(
                 layer.name or "(the model)",
                 f"{layer.in_channels}→{layer.out_channels} {size(layer.kernel_size)}"
-                + ("" if layer.stride == (1, 1) else f" /{layer.stride[0]}"),
+                + ("" if layer.stride == (1, 1) else f" /{size(dict.fromkeys(layer.stride))}"),
                 "→".join(map(str, dict.fromkeys(layer.width))),
                 " ".join(map(str, layer.group_sizes)),
                 errors_in_short(layer.errors),
@@ -411,7 +414,7 @@ def _describe(
 def _change(before: int | None, after: Sequence[int] | None) -> str:
     if before is None or after is None:
         return ""
-    return f"{short(before)} → " + "–".join(dict.fromkeys((short(after[0]), short(after[-1]))))
+    return f"{short(before)}→" + "–".join(dict.fromkeys((short(after[0]), short(after[-1]))))
 
 
 def _show_sweep(show: Show, position: int, name: str, group_size: int, sweep: int, error: float) -> None:
