@@ -181,16 +181,21 @@ def _save_sum(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _series_sum_grad(ctx: Any, grad: Tensor) -> tuple:
-    # Written with where, not with the value of active, which a compiled graph does not know.
     active, gates, *terms = ctx.saved_tensors
-    counted = (torch.arange(ctx.count) < active).unbind()
-    zero = grad.new_zeros(())
     scaled = [grad] * ctx.count if gates is None else [grad * gate.to(grad.dtype) for gate in gates.unbind()]
-    grad_terms = [torch.where(here.to(grad.device), g, zero) for here, g in zip(counted, scaled, strict=True)]
+    counted = torch.arange(ctx.count) < active
+    if type(active) is Tensor:
+        # Eager code may read active: one tensor then serves all terms, where 4 terms would take 12 small operations.
+        nothing = torch.zeros_like(grad)
+        grad_terms = [g if here else nothing for here, g in zip(counted.tolist(), scaled, strict=True)]
+    else:
+        zero = grad.new_zeros(())
+        each = counted.to(grad.device).unbind()
+        grad_terms = [torch.where(here, g, zero) for here, g in zip(each, scaled, strict=True)]
     grad_gates = None
     if gates is not None and ctx.needs_input_grad[2]:
         products = torch.stack([(grad * term).sum() for term in terms])
-        grad_gates = torch.where(torch.stack(counted).to(grad.device), products, zero).to(gates.dtype)
+        grad_gates = torch.where(counted.to(grad.device), products, grad.new_zeros(())).to(gates.dtype)
     return grad_terms, None, grad_gates
 
 
