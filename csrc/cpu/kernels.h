@@ -324,10 +324,7 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
   const int64_t sets = schedule.sets.size() - 1;
   schedule.strips = plan_strips(plan, g.images, plane_channels, sizeof(T), ceil_div(4 * threads.count, sets));
 
-  const int vectors = max_vectors<1> == max_vectors<2> && outputs <= 2 ? max_vectors<2>
-                      : outputs == 1                                   ? max_vectors<1>
-                      : outputs == 2                                   ? max_vectors<2>
-                                                                       : max_vectors<max_outputs>;
+  const int64_t vectors = outputs == 1 ? max_vectors<1> : outputs == 2 ? max_vectors<2> : max_vectors<max_outputs>;
   const int64_t strip_count = schedule.strips.size();
   int64_t plane_size = 0;
   for (const Strip& strip : schedule.strips)
