@@ -10,8 +10,8 @@ from hypothesis import settings
 # Test modules are imported by their path, so what they share has to be found: the float64 definition and its cases.
 sys.path.append(str(Path(__file__).parent / "definition"))
 
-# On tensors as small as the tests', threads wait for one another more than they compute: with two of them on a busy machine of
-# two cores, test_operator.py takes 246 s instead of 20 s. Tests of threads set their own number.
+# On tensors as small as the tests', threads wait for one another more than they compute: with two of them on a busy
+# machine of two cores, test_operator.py takes 246 s instead of 20 s. Tests of threads set their own number.
 torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
