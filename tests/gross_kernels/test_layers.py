@@ -89,6 +89,7 @@ def test_torch_has_cases() -> None:
     assert len(TORCH_CASES) == 17
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @every_torch_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_drop_in_values(conv: nn.Conv2d, input: Tensor, dtype: torch.dtype) -> None:
