@@ -1,21 +1,17 @@
 // The kernels, written once for every instruction set: included by portable.cpp, avx2.cpp and avx512.cpp.
 //
-// The inner loop keeps `outputs × vectors` sums in registers and adds, for every source channel and tap, a broadcast weight times a
-// shifted vector of positions: with 32 registers 4 × 6 sums need 6 loads for 24 multiply–adds, at any group size of 3 and more.
+// Lanes are consecutive output channels. A source channel reaches them as a broadcast where all of them are of one group, and as a
+// permutation of one vector of source channels where they are of several. Along a row of the kernel one such vector serves three
+// multiply–adds: 14 columns × 3 taps are 42 multiply–adds for 19 loads, at any group size.
 #include "vector.h"
 
 #include "planes.h"
 
 namespace gross::cpu::GROSS_ISA {
 
-// Vectors of positions that go with 1, 2, 3, 4 outputs: as many sums as the registers hold.
-constexpr int max_outputs = 4;
-template <int Outputs>
-constexpr int max_vectors = registers == 32 ? (Outputs <= 2 ? 12 : 6) : (Outputs == 1 ? 8 : Outputs == 2 ? 6 : 3);
-
 // Bytes that one thread's planes, and its assembled weights, may take: both stay in a 1 MB second-level cache.
-constexpr int64_t plane_budget = 256 << 10, weight_budget = 128 << 10;
-// Bytes of gradients that the weight gradient passes over at once: three quarters of a 32 KB first-level cache.
+constexpr int64_t plane_budget = 256 << 10, weight_budget = 256 << 10;
+// Bytes of planes that the weight gradient passes over at once: three quarters of a 32 KB first-level cache.
 constexpr int64_t run_budget = 24 << 10;
 
 // Memory of one thread, kept from call to call and grown as needed; contents are not kept.
@@ -48,135 +44,351 @@ GROSS_INLINE void even_parts(int64_t count, int64_t most, F f) {
   }
 }
 
-// Call f with a compile-time constant equal to `value`, which is 1 … N.
-template <int N, class F>
-GROSS_INLINE void with_constant(int64_t value, F f) {
-  if constexpr (N > 1) {
-    if (value < N) return with_constant<N - 1>(value, f);
-  }
-  f(std::integral_constant<int, N>{});
+// Channels ----------------------------------------------------------------------------------------------------------------
+
+// How source channels reach the lanes: each lane its own, a permutation of a vector, or one channel for all lanes.
+enum class Fetch { lanes, permuted, broadcast };
+
+// One direction of the grouped convolution. Backward, sources are the outputs of the forward convolution and outputs its inputs.
+struct Direction {
+  bool backward;
+  int64_t groups, sources, outputs;  // sources and outputs per group
+
+  Direction(const Geometry& g, bool backward)
+      : backward(backward),
+        groups(g.groups()),
+        sources(backward ? g.outputs_per_group() : g.group_size),
+        outputs(backward ? g.group_size : g.outputs_per_group()) {}
+};
+
+// Consecutive groups whose outputs fill a vector, or one large group whose outputs take several.
+struct Cluster {
+  int64_t group, groups;
+};
+// The outputs of one vector of lanes: `outputs` of each of the cluster's groups, from `output` on.
+struct LaneBlock {
+  int64_t group, groups, output, outputs;
+
+  int64_t lanes() const { return groups * outputs; }
+  int64_t first(const Direction& d) const { return group * d.outputs + output; }
+};
+
+template <class T>
+int64_t groups_together(const Direction& d) {
+  return std::clamp<int64_t>(lanes<T> / std::max(d.sources, d.outputs), 1, d.groups);
+}
+template <class T>
+Fetch fetch_of(const Direction& d) {
+  if (groups_together<T>(d) == 1) return Fetch::broadcast;
+  return d.sources == 1 && d.outputs == 1 ? Fetch::lanes : Fetch::permuted;
+}
+template <class T>
+std::vector<Cluster> clusters(const Direction& d) {
+  std::vector<Cluster> all;
+  const int64_t together = groups_together<T>(d);
+  for (int64_t group = 0; group < d.groups; group += together) all.push_back({group, std::min(together, d.groups - group)});
+  return all;
+}
+template <class T, class F>
+GROSS_INLINE void lane_blocks(const Direction& d, const Cluster& cluster, F f) {
+  if (cluster.groups > 1 || d.outputs <= lanes<T>) return f(LaneBlock{cluster.group, cluster.groups, 0, d.outputs});
+  for (int64_t output = 0; output < d.outputs; output += lanes<T>)
+    f(LaneBlock{cluster.group, 1, output, std::min<int64_t>(lanes<T>, d.outputs - output)});
+}
+template <class T>
+int64_t block_count(const Direction& d) {
+  return ceil_div(d.outputs, lanes<T>);
+}
+
+// Where lane l of source channel j of its group lies among the cluster's source channels: [j][lane].
+template <class T>
+std::vector<Index<T>> permutation(const Direction& d) {
+  std::vector<Index<T>> index(d.sources * lanes<T>, 0);
+  for (int64_t j = 0; j < d.sources; j++)
+    for (int64_t l = 0; l < std::min<int64_t>(lanes<T>, groups_together<T>(d) * d.outputs); l++)
+      index[j * lanes<T> + l] = static_cast<Index<T>>(l / d.outputs * d.sources + j);
+  return index;
 }
 
 // Weights -----------------------------------------------------------------------------------------------------------------
 
-// Sum the terms for the outputs of a block: R[output][input in group][tap], Σ gate_i Ψ(r_i), in the sum's type.
+// Add the term's share of inputs [input, input + inputs) of the outputs' groups: Σ gate_i Ψ(r_i), [output][input][tap], in the sum's type.
 template <class T, class S>
-void add_term(const Series& series, int i, const Geometry& g, int64_t first, int64_t outputs, T* to) {
-  const int64_t taps = g.taps(), size = series.group_sizes[i] * taps;
+void add_term(const Series& series, int i, const Geometry& g, int64_t first, int64_t outputs, int64_t input, int64_t inputs, T* to) {
+  const int64_t taps = g.taps(), s = series.group_sizes[i];
   const T gate = static_cast<T>(series.gates[i]);
   const S* term = static_cast<const S*>(series.terms[i]);
-  for (int64_t o = first; o < first + outputs; o++) {
-    const int64_t at = block_start(o, g.in_channels, g.out_channels, series.group_sizes[i]) -
-                       block_start(o, g.in_channels, g.out_channels, g.group_size);
-    T* row = to + (o - first) * g.group_size * taps + at * taps;
-    const S* from = term + o * size;
-    for (int64_t k = 0; k < size; k++) row[k] += gate * widen<T>(from[k]);
+  for (int64_t o = first; o < first + outputs; o++, to += inputs * taps) {
+    const int64_t at = block_start(o, g.in_channels, g.out_channels, s) - block_start(o, g.in_channels, g.out_channels, g.group_size);
+    const int64_t begin = std::max(at, input), end = std::min(at + s, input + inputs);
+    const S* from = term + (o * s + begin - at) * taps;
+    T* row = to + (begin - input) * taps;
+    for (int64_t k = 0; k < (end - begin) * taps; k++) row[k] += gate * widen<T>(from[k]);
   }
 }
 template <class T>
-void sum_terms(const Series& series, const Geometry& g, int64_t first, int64_t outputs, T* to) {
-  std::fill_n(to, outputs * g.group_size * g.taps(), T(0));
+void sum_terms(const Series& series, const Geometry& g, int64_t first, int64_t outputs, int64_t input, int64_t inputs, T* to) {
+  std::fill_n(to, outputs * inputs * g.taps(), T(0));
   for (int i = 0; i < series.active; i++) {
     if (series.type == Type::bfloat16)
-      add_term<T, bfloat16>(series, i, g, first, outputs, to);
+      add_term<T, bfloat16>(series, i, g, first, outputs, input, inputs, to);
     else if (series.type == Type::float16)
-      add_term<T, float16>(series, i, g, first, outputs, to);
+      add_term<T, float16>(series, i, g, first, outputs, input, inputs, to);
     else if (series.type == Type::float32)
-      add_term<T, float>(series, i, g, first, outputs, to);
+      add_term<T, float>(series, i, g, first, outputs, input, inputs, to);
     else
-      add_term<T, double>(series, i, g, first, outputs, to);
+      add_term<T, double>(series, i, g, first, outputs, input, inputs, to);
   }
 }
 
 // A sum as the activations' type holds it: 16-bit activations see 16-bit weights.
 template <class T, class S>
-GROSS_INLINE T rounded(T value) {
-  return widen<T>(narrow<S>(value));
+GROSS_INLINE Vector<T> rounded(Vector<T> value) {
+  if constexpr (std::is_same_v<S, T>) return value;
+  S narrow[lanes<T>];
+  store<T>(narrow, value);
+  return load<T>(narrow);
 }
 
-// The weights of one channel block in the order the inner loop reads them: [target][group][up to 4 outputs][source channel][tap][output].
-// Backward, sources are the outputs of the forward convolution and outputs its inputs.
+// Rows of `count` numbers, one per lane, as vectors: to[k] = (rows[0][k], rows[1][k], …). Lanes without a row are zeros.
+template <class T, class S, class Row>
+GROSS_INLINE void interleave(int64_t row_count, int64_t count, Row row, T* to) {
+  constexpr int n = lanes<T>;
+  for (int64_t k = 0; k < count; k += n) {
+    Vector<T> square[n];
+#pragma GCC unroll 64
+    for (int i = 0; i < n; i++) square[i] = i < row_count ? load_strided<T>(row(i) + k, 1, count - k) : Vector<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < std::min<int64_t>(n, count - k); i++) store<T>(to + (k + i) * n, rounded<T, S>(square[i]));
+  }
+}
+template <class T, class Row>
+GROSS_INLINE void separate(int64_t row_count, int64_t count, Row row, const T* from) {
+  constexpr int n = lanes<T>;
+  for (int64_t k = 0; k < count; k += n) {
+    Vector<T> square[n];
+#pragma GCC unroll 64
+    for (int i = 0; i < n; i++) square[i] = k + i < count ? load<T>(from + (k + i) * n) : Vector<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < std::min<int64_t>(n, row_count); i++) store_strided<T>(row(i) + k, square[i], 1, count - k);
+  }
+}
+
+// The weights of one vector of outputs, [source channel of the group][tap][lane]; `sum` holds the summed rows meanwhile.
 template <class T, class S>
-T* pack_weights(const Plan& plan, const Series& series, const Geometry& g, const ChannelBlock& block, bool backward,
-                T* sum, T* to) {
-  const int64_t taps = g.taps(), m = g.outputs_per_group(), s = g.group_size;
-  for (const Target& target : plan.targets)
-    for (int64_t group = block.group; group < block.group + block.groups; group++) {
-      if (backward)
-        sum_terms(series, g, group * m, m, sum);
-      else
-        sum_terms(series, g, group * m + block.output, block.outputs, sum);
-      even_parts(block.outputs, max_outputs, [&](int64_t first, int64_t count) {
-        if (!backward) {
-          // Forward every tap counts, in order: rows of the sum, interleaved.
-          for (int64_t o = 0; o < count; o++)
-            for (int64_t k = 0; k < s * taps; k++) to[k * count + o] = rounded<T, S>(sum[(first + o) * s * taps + k]);
-          to += count * s * taps;
-          return;
-        }
-        for (int64_t source = 0; source < m; source++)
-          for (const Tap& tap : target.taps)
-            for (int64_t o = first; o < first + count; o++)
-              *to++ = rounded<T, S>(sum[(source * s + block.output + o) * taps + tap.index]);
-      });
-    }
-  return to;
+void pack_weights(const Series& series, const Geometry& g, const Direction& d, const LaneBlock& block, T* sum, T* to) {
+  const int64_t taps = g.taps();
+  if (!d.backward) {
+    const int64_t row = g.group_size * taps;
+    sum_terms(series, g, block.first(d), block.lanes(), 0, g.group_size, sum);
+    interleave<T, S>(block.lanes(), row, [&](int64_t lane) { return sum + lane * row; }, to);
+    return;
+  }
+  // Lanes are inputs of the forward convolution, taps of one input are together: taps numbers per lane and source.
+  sum_terms(series, g, block.group * d.sources, block.groups * d.sources, block.output, block.outputs, sum);
+  for (int64_t j = 0; j < d.sources; j++)
+    interleave<T, S>(
+        block.lanes(), taps,
+        [&](int64_t lane) { return sum + ((lane / block.outputs * d.sources + j) * block.outputs + lane % block.outputs) * taps; },
+        to + j * taps * lanes<T>);
+}
+// Numbers that the weights of one vector of outputs, and their sum, take.
+template <class T>
+int64_t packed_size(const Geometry& g, const Direction& d) {
+  return d.sources * g.taps() * lanes<T>;
+}
+template <class T>
+int64_t sum_size(const Geometry& g, const Direction& d) {
+  return groups_together<T>(d) * std::min<int64_t>(d.outputs, lanes<T>) * d.sources * g.taps();
 }
 
 // Forward and input gradient ------------------------------------------------------------------------------------------------
 
-// sums[o][position] = Σ_source Σ_tap weight[source][tap][o] · planes[source][position + offset[tap]].
-template <class T, int Outputs, int Vectors>
-__attribute__((noinline)) void correlate(const T* planes, int64_t channel_stride, int64_t sources, const int64_t* offsets,
-                                         int64_t taps, const T* weights, T* sums, int64_t sums_stride) {
-  Vector<T> sum[Outputs][Vectors]{};
-  for (int64_t source = 0; source < sources; source++, planes += channel_stride)
-    for (int64_t tap = 0; tap < taps; tap++, weights += Outputs) {
-      const T* from = planes + offsets[tap];
-      Vector<T> positions[Vectors];
-#pragma GCC unroll 16
-      for (int v = 0; v < Vectors; v++) positions[v] = load<T>(from + v * lanes<T>);
-#pragma GCC unroll 4
-      for (int o = 0; o < Outputs; o++)
-#pragma GCC unroll 16
-        for (int v = 0; v < Vectors; v++) sum[o][v] += positions[v] * weights[o];
-    }
-#pragma GCC unroll 4
-  for (int o = 0; o < Outputs; o++)
-#pragma GCC unroll 16
-    for (int v = 0; v < Vectors; v++) store<T>(sums + o * sums_stride + v * lanes<T>, sum[o][v]);
-}
-
-// How a kernel's work is cut: channel blocks, joined into sets whose weights are assembled together, times strips.
-struct Schedule {
-  std::vector<ChannelBlock> blocks;
-  std::vector<int64_t> sets;  // first block of each set, and the end
-  std::vector<Strip> strips;
-
-  int64_t units() const { return static_cast<int64_t>((sets.size() - 1) * strips.size()); }
+// Consecutive columns of one kernel row (within a phase): tap c reads `offset` + c positions further, with weight[c].
+constexpr int max_run = 3;
+struct Run {
+  int64_t offset;  // elements from the position written
+  int64_t length;
+  int64_t weight[max_run];  // elements from the source channel's weights
 };
 
-// Channel blocks: whole groups until a vector of channels is full, or some outputs of a large group.
-inline std::vector<ChannelBlock> channel_blocks(int64_t groups, int64_t sources, int64_t outputs, int64_t taps,
-                                                int64_t width, int64_t size_of_weight) {
-  std::vector<ChannelBlock> blocks;
-  const int64_t fitting = std::max<int64_t>(max_outputs, weight_budget / (sources * taps * size_of_weight));
-  if (outputs > fitting) {
-    for (int64_t group = 0; group < groups; group++)
-      even_parts(outputs, fitting, [&](int64_t first, int64_t count) { blocks.push_back({group, 1, first, count}); });
-  } else {
-    const int64_t together = std::min(groups, ceil_div(width, std::min(sources, outputs)));
-    for (int64_t group = 0; group < groups; group += together)
-      blocks.push_back({group, std::min(together, groups - group), 0, outputs});
+// The taps of a target as runs, in the order of the planes.
+template <class T>
+std::vector<Run> runs_of(const Plan& plan, const Target& target, const Planes& planes) {
+  struct Entry {
+    int64_t offset, weight;
+  };
+  std::vector<Entry> entries;
+  for (const Tap& tap : target.taps)
+    entries.push_back({tap.source * planes.source_stride + ((tap.row - plan.min_row) * plan.pitch + tap.col - plan.min_col) * lanes<T>,
+                       tap.index * lanes<T>});
+  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.offset < b.offset; });
+  std::vector<Run> runs;
+  for (const Entry& entry : entries) {
+    const bool follows = !runs.empty() && runs.back().length < max_run && entry.offset == runs.back().offset + runs.back().length * lanes<T>;
+    if (!follows) runs.push_back({entry.offset, 0, {}});
+    runs.back().weight[runs.back().length++] = entry.weight;
   }
-  return blocks;
+  return runs;
+}
+
+// What one tile computes from: source channels, the taps, and how many vectors of outputs.
+template <class T>
+struct Stencil {
+  int64_t sources;        // channels per output
+  int64_t vector_stride;  // from one vector of source channels to the next
+  const Run* runs;
+  int64_t run_count;
+  int64_t weight_stride;         // from one source channel to the next
+  int64_t weight_vector_stride;  // from one vector of outputs to the next
+  const Index<T>* permutation;
+};
+// Where a tile goes: column pitch and distance of vectors of outputs, bias (may be null) per vector, and whether to clamp at zero.
+template <class T>
+struct Epilogue {
+  int64_t col_stride, vector_stride;
+  const T* bias;
+  bool relu;
+};
+
+template <class T, Fetch fetch>
+GROSS_INLINE Vector<T> fetched(const T* from, [[maybe_unused]] Vector<Index<T>> index) {
+  if constexpr (fetch == Fetch::broadcast)
+    return broadcast<T>(*from);
+  else if constexpr (fetch == Fetch::permuted)
+    return permute<T>(load<T>(from), index);
+  else
+    return load<T>(from);
+}
+
+// One run of taps for one source channel: each fetched vector serves every tap that reads it.
+template <class T, Fetch fetch, int Columns, int Segments, int Vectors, int Length>
+GROSS_INLINE void add_run(const T* const* from, int64_t offset, const T* weights, const Run& run, int64_t weight_vector_stride,
+                          Vector<Index<T>> index, Vector<T> (&sum)[Vectors][Segments][Columns]) {
+  Vector<T> weight[Length][Vectors];
+#pragma GCC unroll 4
+  for (int c = 0; c < Length; c++)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; v++) {
+      weight[c][v] = load<T>(weights + run.weight[c] + v * weight_vector_stride);
+      keep_in_register(weight[c][v]);
+    }
+#pragma GCC unroll 8
+  for (int segment = 0; segment < Segments; segment++)
+#pragma GCC unroll 32
+    for (int k = 0; k < Columns + Length - 1; k++) {
+      Vector<T> value = fetched<T, fetch>(from[segment] + offset + k * lanes<T>, index);
+      if constexpr (Length * Vectors > 1) keep_in_register(value);
+#pragma GCC unroll 4
+      for (int c = 0; c < Length; c++)
+        if (k - c >= 0 && k - c < Columns)
+#pragma GCC unroll 4
+          for (int v = 0; v < Vectors; v++) sum[v][segment][k - c] += value * weight[c][v];
+    }
+}
+
+// to[segment][column][lane] = Σ_source Σ_tap weight[source][tap][lane] · from[segment][column + tap][source], for `Vectors` vectors of lanes.
+template <class T, Fetch fetch, int Columns, int Segments, int Vectors>
+__attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* weights, const T* const* from, T* const* to,
+                                         const Epilogue<T>& epilogue) {
+  Vector<T> sum[Vectors][Segments][Columns]{};
+  if (epilogue.bias)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; v++)
+#pragma GCC unroll 8
+      for (int segment = 0; segment < Segments; segment++)
+#pragma GCC unroll 16
+        for (int k = 0; k < Columns; k++) sum[v][segment][k] = load<T>(epilogue.bias + v * lanes<T>);
+  for (int64_t first = 0, plane = 0; first < stencil.sources; first += lanes<T>, plane += stencil.vector_stride)
+    for (int64_t j = 0; j < std::min<int64_t>(lanes<T>, stencil.sources - first); j++, weights += stencil.weight_stride) {
+      Vector<Index<T>> index{};
+      if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index, stencil.permutation + j * lanes<T>, sizeof index);
+      const int64_t channel = plane + (fetch == Fetch::broadcast ? j : 0);
+      for (const Run* run = stencil.runs; run != stencil.runs + stencil.run_count; run++) {
+        const int64_t offset = channel + run->offset;
+        if (run->length == 3)
+          add_run<T, fetch, Columns, Segments, Vectors, 3>(from, offset, weights, *run, stencil.weight_vector_stride, index, sum);
+        else if (run->length == 2)
+          add_run<T, fetch, Columns, Segments, Vectors, 2>(from, offset, weights, *run, stencil.weight_vector_stride, index, sum);
+        else
+          add_run<T, fetch, Columns, Segments, Vectors, 1>(from, offset, weights, *run, stencil.weight_vector_stride, index, sum);
+      }
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; v++)
+#pragma GCC unroll 8
+    for (int segment = 0; segment < Segments; segment++)
+#pragma GCC unroll 16
+      for (int k = 0; k < Columns; k++) {
+        Vector<T> value = sum[v][segment][k];
+        if (epilogue.relu) value = value > Vector<T>{} ? value : Vector<T>{};
+        store<T>(to[segment] + v * epilogue.vector_stride + k * epilogue.col_stride, value);
+      }
+}
+
+// A tile: so many columns of so many row segments at once. Segments shorter than a row overlap at its end.
+template <class T>
+struct Tile {
+  int64_t columns, segments;
+  void (*correlate)(const Stencil<T>&, const T*, const T* const*, T* const*, const Epilogue<T>&);
+};
+constexpr int max_segments = 8, max_columns = 16;
+
+// Sums that the registers hold beside a fetched vector and the weights of a run.
+template <int Vectors>
+constexpr int max_sums = registers == 32 ? (Vectors == 1 ? 16 : 14) : (Vectors == 1 ? 8 : 4);
+
+template <class T, Fetch fetch, int Vectors, int... Columns>
+Tile<T> tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
+  Tile<T> best{};
+  int64_t least = 0;
+  auto consider = [&](auto columns) {
+    constexpr int c = columns;
+    if constexpr (c <= max_sums<Vectors>) {
+      constexpr int segments = std::min(max_segments, max_sums<Vectors> / c);
+      const int64_t computed = round_up(width, c);
+      if (c <= width && (!best.correlate || computed < least)) {
+        least = computed;
+        best = {c, segments, correlate<T, fetch, c, segments, Vectors>};
+      }
+    }
+  };
+  (consider(std::integral_constant<int, Columns>{}), ...);
+  return best;
+}
+// The tile that computes a row of `width` columns with the fewest of them twice.
+template <class T, int Vectors = 1>
+Tile<T> tile_for(Fetch fetch, int64_t width) {
+  using Columns = std::integer_sequence<int, 16, 14, 8, 7, 4, 2, 1>;
+  if constexpr (Vectors == 1) {
+    if (fetch == Fetch::lanes) return tile_of<T, Fetch::lanes, 1>(width, Columns{});
+    if (fetch == Fetch::permuted) return tile_of<T, Fetch::permuted, 1>(width, Columns{});
+  }
+  return tile_of<T, Fetch::broadcast, Vectors>(width, Columns{});
+}
+
+// A stretch of `Tile::columns` columns of one row: where it starts in a plane, and in the tensor from the strip's first image on.
+struct Segment {
+  int64_t from, to;
+};
+template <class T>
+void segments_of(const Image& image, const Plan& plan, const Target& target, const Strip& strip, int64_t columns, std::vector<Segment>& segments) {
+  segments.clear();
+  const Lattice& lattice = target.lattice;
+  for (int64_t i = 0; i < strip.images; i++)
+    for (int64_t r = 0; r < std::min(strip.rows, target.rows - strip.row); r++)
+      for (int64_t at = 0; at < target.cols; at += columns) {
+        const int64_t k = std::min(at, target.cols - columns);
+        segments.push_back({((i * plan.row_pitch + r) * plan.pitch + k) * lanes<T>,
+                            i * image.stride_n + (lattice.first_row + (strip.row + r) * lattice.row_step) * image.stride_h +
+                                (lattice.first_col + k * lattice.col_step) * image.stride_w});
+      }
 }
 
 // Strips of as many rows, or images, as fit the budget; fewer where threads would be idle.
-inline std::vector<Strip> plan_strips(const Plan& plan, int64_t images, int64_t channels, int64_t size_of_sum,
-                                      int64_t at_least) {
-  const int64_t positions = std::max<int64_t>(
-      plane_budget / (channels * static_cast<int64_t>(plan.sources.size()) * size_of_sum), plan.pitch);
+inline std::vector<Strip> plan_strips(const Plan& plan, int64_t images, int64_t position_size, int64_t at_least) {
+  const int64_t positions =
+      std::max<int64_t>(plane_budget / (position_size * static_cast<int64_t>(plan.sources.size())), plan.pitch);
   const int64_t image_positions = plan.row_pitch * plan.pitch;
   int64_t rows = std::clamp<int64_t>(positions / plan.pitch - plan.halo(), 1, plan.rows);
   int64_t together = rows == plan.rows ? std::clamp<int64_t>(positions / image_positions, 1, images) : 1;
@@ -190,254 +402,158 @@ inline std::vector<Strip> plan_strips(const Plan& plan, int64_t images, int64_t 
   return strips(images, plan.rows, rows, together);
 }
 
-// Where each tap of a target reads, relative to the position it writes.
-inline void tap_offsets(const Plan& plan, const Target& target, const Planes& planes, int64_t* to) {
-  for (const Tap& tap : target.taps)
-    *to++ = tap.source * planes.source_stride + (tap.row - plan.min_row) * plan.pitch + tap.col - plan.min_col;
-}
-
-inline void fill_tables(const Image& source, const Image& target, const Plan& plan, const Strip& strip,
-                        const Planes& planes, int64_t positions, std::vector<std::vector<int64_t>>& source_tables,
-                        std::vector<std::vector<int64_t>>& target_tables) {
-  for (size_t i = 0; source.stride_c == 1 && i < plan.sources.size(); i++)
-    source_table(source, plan, plan.sources[i], strip, planes, source_tables[i]);
-  for (size_t i = 0; i < plan.targets.size(); i++)
-    target_table(target, plan, plan.targets[i], strip, positions, target_tables[i]);
-}
-
-// Group size 1 with one output per channel, channels-last: lanes are channels, so nothing is transposed. Planes are
-// [source][position][lane] for one vector of channels, and weights one vector per tap.
-template <class T, class S, int Positions>
-__attribute__((noinline)) void correlate_lanes(const T* planes, const int64_t* offsets, int64_t taps, const T* weights,
-                                               const int64_t* table, int64_t channels, S* to) {
-  Vector<T> sum[Positions]{};
-  for (int64_t tap = 0; tap < taps; tap++, weights += lanes<T>) {
-    const T* from = planes + offsets[tap] * lanes<T>;
-    const Vector<T> weight = load<T>(weights);
-#pragma GCC unroll 16
-    for (int p = 0; p < Positions; p++) sum[p] += load<T>(from + p * lanes<T>) * weight;
+// All tiles of one target for one vector of outputs. Where the tensor holds whole vectors of channels in the sum's type tiles are
+// written there, else to `spare` and converted.
+template <class T, class S>
+void correlate_target(const Stencil<T>& stencil, const T* weights, const Tile<T>& tile, const std::vector<Segment>& segments,
+                      const T* planes, const Target& target, const Image& image, int64_t image_index, int64_t channel, int64_t channels, T* spare) {
+  S* const data = static_cast<S*>(image.data) + image_index * image.stride_n + channel * image.stride_c;
+  const int64_t col_stride = target.lattice.col_step * image.stride_w, count = segments.size();
+  const bool direct = std::is_same_v<S, T> && image.stride_c == 1 && channels == lanes<T>;
+  const Epilogue<T> epilogue{direct ? col_stride : lanes<T>, 0, nullptr, false};
+  for (int64_t first = 0; first < count; first += tile.segments) {
+    const T* from[max_segments];
+    T* to[max_segments];
+    for (int64_t i = 0; i < tile.segments; i++) {
+      const Segment& segment = segments[std::min(first + i, count - 1)];
+      from[i] = planes + segment.from;
+      to[i] = spare + i * tile.columns * lanes<T>;
+      if constexpr (std::is_same_v<S, T>)
+        if (direct) to[i] = data + segment.to;
+    }
+    tile.correlate(stencil, weights, from, to, epilogue);
+    if (!direct)
+      for (int64_t i = 0; i < std::min(tile.segments, count - first); i++)
+        store_columns<T>(to[i], tile.columns, channels, data + segments[first + i].to, col_stride, image.stride_c);
   }
-#pragma GCC unroll 16
-  for (int p = 0; p < Positions; p++) store_pixel<T>(to, table[p], channels, sum[p]);
-}
-
-template <class T, class S>
-void load_lanes(const Image& image, const Strip& strip, const std::vector<std::vector<int64_t>>& tables, int64_t channel,
-                int64_t channels, T* to) {
-  const S* data = static_cast<const S*>(image.data) + strip.image * image.stride_n + channel;
-  for (const std::vector<int64_t>& table : tables)
-    for (const int64_t offset : table) {
-      store<T>(to, load_pixel<T>(data, offset, channels));
-      to += lanes<T>;
-    }
-}
-
-// Lanes of weights, [target][tap][lane], of the channels [first, first + count).
-template <class T, class S>
-void pack_lanes(const Plan& plan, const Series& series, const Geometry& g, int64_t first, int64_t count, T* sum, T* to) {
-  sum_terms(series, g, first, count, sum);
-  for (const Target& target : plan.targets)
-    for (const Tap& tap : target.taps)
-      for (int64_t lane = 0; lane < lanes<T>; lane++)
-        *to++ = lane < count ? rounded<T, S>(sum[lane * g.taps() + tap.index]) : T(0);
-}
-
-template <class T, class S>
-void convolve_depthwise(const Plan& plan, const Image& source, const Series& series, const Image& target_image,
-                        const Geometry& g, const Threads& threads) {
-  constexpr int most = registers == 32 ? 12 : 8;
-  const int64_t taps = g.taps(), channels = g.in_channels, blocks = ceil_div(channels, lanes<T>);
-  // One set of blocks as long as there are strips enough for the threads: whole pixels are then read together.
-  const std::vector<Strip> all = plan_strips(plan, g.images, lanes<T>, sizeof(T), 4 * threads.count);
-  const int64_t parts = std::min(blocks, ceil_div(4 * threads.count, all.size()));
-  int64_t plane_size = 0;
-  for (const Strip& strip : all)
-    plane_size = std::max<int64_t>(plane_size, Planes::of<T>(plan, strip).source_stride * plan.sources.size() * lanes<T>);
-
-  auto work = [&](int64_t begin, int64_t end) {
-    T* const planes_at = scratch<T>(plane_size + blocks * taps * lanes<T> + taps * lanes<T>);
-    T* const weights = planes_at + plane_size;
-    T* const sum = weights + blocks * taps * lanes<T>;
-    std::vector<int64_t> offsets(taps);
-    std::vector<std::vector<int64_t>> source_tables(plan.sources.size()), target_tables(plan.targets.size());
-    int64_t assembled = -1;
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t part = unit / static_cast<int64_t>(all.size());
-      const Strip& strip = all[unit % all.size()];
-      const int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
-      if (part != assembled)
-        for (int64_t b = first; b < last; b++)
-          pack_lanes<T, S>(plan, series, g, b * lanes<T>, std::min<int64_t>(lanes<T>, channels - b * lanes<T>), sum,
-                           weights + b * taps * lanes<T>);
-      assembled = part;
-      const Planes planes = Planes::of<T>(plan, strip);
-      const int64_t positions = ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
-      fill_tables(source, target_image, plan, strip, planes, positions, source_tables, target_tables);
-      for (int64_t b = first; b < last; b++) {
-        const int64_t left = channels - b * lanes<T>;
-        load_lanes<T, S>(source, strip, source_tables, b * lanes<T>, left, planes_at);
-        S* const data = static_cast<S*>(target_image.data) + strip.image * target_image.stride_n + b * lanes<T>;
-        const T* weight = weights + b * taps * lanes<T>;
-        for (size_t which = 0; which < plan.targets.size(); which++) {
-          const Target& target = plan.targets[which];
-          const int64_t target_taps = target.taps.size();
-          tap_offsets(plan, target, planes, offsets.data());
-          even_parts(positions, most, [&](int64_t at, int64_t count) {
-            with_constant<most>(count, [&](auto p) {
-              correlate_lanes<T, S, p>(planes_at + at * lanes<T>, offsets.data(), target_taps, weight,
-                                       target_tables[which].data() + at, left, data);
-            });
-          });
-          weight += target_taps * lanes<T>;
-        }
-      }
-    }
-  };
-  run(threads, parts * all.size(), work);
 }
 
 template <class T, class S>
 void convolve(const Plan& plan, const Image& source, const Series& series, const Image& target_image, const Geometry& g,
               bool backward, const Threads& threads) {
-  const int64_t sources = backward ? g.outputs_per_group() : g.group_size;
-  const int64_t outputs = backward ? g.group_size : g.outputs_per_group();
-  const int64_t taps = g.taps();
-  if (sources == 1 && outputs == 1 && source.stride_c == 1 && target_image.stride_c == 1)
-    return convolve_depthwise<T, S>(plan, source, series, target_image, g, threads);
+  const Direction d(g, backward);
+  const std::vector<Cluster> all = clusters<T>(d);
+  const Fetch fetch = fetch_of<T>(d);
+  const std::vector<Index<T>> index = permutation<T>(d);
+  const int64_t packed = packed_size<T>(g, d), cluster_size = block_count<T>(d) * packed;
+  const int64_t vectors = ceil_div(d.sources * groups_together<T>(d), lanes<T>);
 
-  Schedule schedule;
-  schedule.blocks = channel_blocks(g.groups(), sources, outputs, taps, lanes<T>, sizeof(T));
-  int64_t plane_channels = 0, target_channels = 0, most_weights = 0;
-  for (size_t i = 0, weights = 0; i < schedule.blocks.size(); i++) {
-    const ChannelBlock& block = schedule.blocks[i];
-    const int64_t size = block.blocks() * sources * taps;
-    if (i == 0 || (weights + size) * sizeof(T) > weight_budget) {
-      schedule.sets.push_back(i);
-      weights = 0;
-    }
-    weights += size;
-    most_weights = std::max<int64_t>(most_weights, weights);
-    plane_channels = std::max(plane_channels, block.groups * sources);
-    target_channels = std::max(target_channels, block.blocks());
-  }
-  schedule.sets.push_back(schedule.blocks.size());
-  const int64_t sets = schedule.sets.size() - 1;
-  schedule.strips = plan_strips(plan, g.images, plane_channels, sizeof(T), ceil_div(4 * threads.count, sets));
-
-  const int64_t vectors = outputs == 1 ? max_vectors<1> : outputs == 2 ? max_vectors<2> : max_vectors<max_outputs>;
-  const int64_t strip_count = schedule.strips.size();
+  // Units of work: a set of clusters whose weights are assembled together, times a strip.
+  const int64_t count = all.size();
+  int64_t sets = ceil_div(count, std::max<int64_t>(1, weight_budget / static_cast<int64_t>(cluster_size * sizeof(T))));
+  const std::vector<Strip> strips = plan_strips(plan, g.images, vectors * GROSS_VECTOR_BYTES, ceil_div(4 * threads.count, sets));
+  const int64_t strip_count = strips.size();
+  sets = std::min(count, std::max(sets, ceil_div(4 * threads.count, strip_count)));
+  const int64_t set_size = ceil_div(count, sets) * cluster_size;
   int64_t plane_size = 0;
-  for (const Strip& strip : schedule.strips)
-    plane_size = std::max(plane_size, plane_channels * Planes::of<T>(plan, strip).channel_stride);
-  const int64_t sums_stride = vectors * lanes<T>;
-  const int64_t sum_size = (backward ? g.outputs_per_group() : outputs) * g.group_size * taps;
+  for (const Strip& strip : strips) plane_size = std::max(plane_size, vectors * Planes::of<T>(plan, strip).vector_stride);
+  constexpr int64_t spare_size = max_segments * max_columns * lanes<T>;
 
   auto work = [&](int64_t begin, int64_t end) {
-    T* const planes_at = scratch<T>(plane_size + target_channels * sums_stride + most_weights + sum_size);
-    T* const sums = planes_at + plane_size;
-    T* const weights = sums + target_channels * sums_stride;
-    T* const sum = weights + most_weights;
-    std::vector<int64_t> offsets(taps);
-    std::vector<std::vector<int64_t>> source_tables(plan.sources.size()), target_tables(plan.targets.size());
+    T* const planes_at = scratch<T>(plane_size + spare_size + set_size + sum_size<T>(g, d));
+    T* const spare = planes_at + plane_size;
+    T* const weights = spare + spare_size;
+    T* const sum = weights + set_size;
+    std::vector<Segment> segments;
     int64_t assembled = -1;
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t set = unit / strip_count;
-      const Strip& strip = schedule.strips[unit % strip_count];
+      const int64_t set = unit / strip_count, first = count * set / sets, last = count * (set + 1) / sets;
+      const Strip& strip = strips[unit % strip_count];
       if (set != assembled) {
         T* to = weights;
-        for (int64_t b = schedule.sets[set]; b < schedule.sets[set + 1]; b++)
-          to = pack_weights<T, S>(plan, series, g, schedule.blocks[b], backward, sum, to);
+        for (int64_t i = first; i < last; i++)
+          lane_blocks<T>(d, all[i], [&](const LaneBlock& block) {
+            pack_weights<T, S>(series, g, d, block, sum, to);
+            to += packed;
+          });
         assembled = set;
       }
       const Planes planes = Planes::of<T>(plan, strip);
-      const int64_t positions =
-          round_up(((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols, lanes<T>);
-      fill_tables(source, target_image, plan, strip, planes, positions, source_tables, target_tables);
-      const T* weight = weights;
-      for (int64_t b = schedule.sets[set]; b < schedule.sets[set + 1]; b++) {
-        const ChannelBlock& block = schedule.blocks[b];
-        load_planes<T, S>(source, plan, strip, planes, source_tables, block.group * sources, block.groups * sources,
-                          planes_at);
-        for (size_t which = 0; which < plan.targets.size(); which++) {
-          const Target& target = plan.targets[which];
-          tap_offsets(plan, target, planes, offsets.data());
-          const int64_t target_taps = target.taps.size();
-          even_parts(positions / lanes<T>, vectors, [&](int64_t first, int64_t count) {
-            const T* w = weight;
-            T* out = sums;
-            for (int64_t group = 0; group < block.groups; group++) {
-              const T* in = planes_at + group * sources * planes.channel_stride + first * lanes<T>;
-              even_parts(block.outputs, max_outputs, [&](int64_t, int64_t size) {
-                with_constant<max_outputs>(size, [&](auto o) {
-                  with_constant<max_vectors<o>>(count, [&](auto v) {
-                    correlate<T, o, v>(in, planes.channel_stride, sources, offsets.data(), target_taps, w, out, sums_stride);
-                  });
-                });
-                w += size * sources * target_taps;
-                out += size * sums_stride;
-              });
-            }
-            store_planes<T, S>(sums, sums_stride, first * lanes<T>, count * lanes<T>, target_image, plan, target, strip,
-                               target_tables[which], block.group * outputs + block.output, block.blocks());
+      for (int64_t i = first; i < last; i++) {
+        const Cluster& cluster = all[i];
+        load_planes<T, S>(source, plan, strip, planes, cluster.group * d.sources, cluster.groups * d.sources, planes_at);
+        for (const Target& target : plan.targets) {
+          const std::vector<Run> runs = runs_of<T>(plan, target, planes);
+          const Tile<T> tile = tile_for<T>(fetch, target.cols);
+          segments_of<T>(target_image, plan, target, strip, tile.columns, segments);
+          const Stencil<T> stencil{d.sources, planes.vector_stride, runs.data(), static_cast<int64_t>(runs.size()),
+                                   g.taps() * lanes<T>, 0, index.data()};
+          const T* weight = weights + (i - first) * cluster_size;
+          lane_blocks<T>(d, cluster, [&](const LaneBlock& block) {
+            correlate_target<T, S>(stencil, weight, tile, segments, planes_at, target, target_image, strip.image, block.first(d),
+                                   block.lanes(), spare);
+            weight += packed;
           });
-          weight += block.blocks() * sources * target_taps;
         }
       }
     }
   };
-  run(threads, schedule.units(), work);
+  run(threads, sets * strip_count, work);
 }
 
 // Weight gradient -----------------------------------------------------------------------------------------------------------
 
-// D[o][tap] += Σ_position grads[o][position] · planes[position + offset[tap]]
-template <class T, int Outputs, int Taps>
-__attribute__((noinline)) void correlate_weights(const T* grads, int64_t grad_stride, const T* planes,
-                                                 const int64_t* offsets, int64_t vectors, T* to, int64_t to_stride) {
-  Vector<T> sum[Outputs][Taps]{};
-  for (int64_t p = 0; p < vectors * lanes<T>; p += lanes<T>) {
-    Vector<T> position[Taps];
-#pragma GCC unroll 16
-    for (int t = 0; t < Taps; t++) position[t] = load<T>(planes + offsets[t] + p);
+// D[source][tap][lane] += Σ_position grads[position][lane] · from[position + tap][source], for `Sources` source channels and `Runs` runs of
+// `Length` taps: the sums are chains of additions, and two units of four cycles' latency want eight of them.
+template <class T, Fetch fetch, int Sources, int Runs, int Length>
+__attribute__((noinline)) void correlate_weights(const T* grads, const T* planes, const Run* runs, const Index<T>* permutation,
+                                                 int64_t positions, T* to, int64_t to_stride) {
+  constexpr int columns = slack;
+  Vector<T> sum[Sources][Runs][Length]{};
+  const T* from[Runs];
+  for (int r = 0; r < Runs; r++) from[r] = planes + runs[r].offset;
+  for (int64_t p = 0; p < positions * lanes<T>; p += columns * lanes<T>) {
+    Vector<T> grad[columns];
 #pragma GCC unroll 8
-    for (int o = 0; o < Outputs; o++) {
-      Vector<T> grad = load<T>(grads + o * grad_stride + p);
-      keep_in_register(grad);
+    for (int k = 0; k < columns; k++) {
+      grad[k] = load<T>(grads + p + k * lanes<T>);
+      keep_in_register(grad[k]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < Sources; j++) {
+      Vector<Index<T>> index{};
+      if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index, permutation + j * lanes<T>, sizeof index);
+#pragma GCC unroll 4
+      for (int r = 0; r < Runs; r++)
 #pragma GCC unroll 16
-      for (int t = 0; t < Taps; t++) sum[o][t] += grad * position[t];
+        for (int k = 0; k < columns + Length - 1; k++) {
+          Vector<T> value = fetched<T, fetch>(from[r] + p + k * lanes<T> + (fetch == Fetch::broadcast ? j : 0), index);
+          if constexpr (Length > 1) keep_in_register(value);
+#pragma GCC unroll 4
+          for (int c = 0; c < Length; c++)
+            if (k - c >= 0 && k - c < columns) sum[j][r][c] += grad[k - c] * value;
+        }
     }
   }
-#pragma GCC unroll 8
-  for (int o = 0; o < Outputs; o++)
-#pragma GCC unroll 16
-    for (int t = 0; t < Taps; t++) to[o * to_stride + t] += sum_of_lanes<T>(sum[o][t]);
+  for (int j = 0; j < Sources; j++)
+    for (int r = 0; r < Runs; r++)
+      for (int c = 0; c < Length; c++) {
+        T* at = to + j * to_stride + runs[r].weight[c];
+        store<T>(at, load<T>(at) + sum[j][r][c]);
+      }
 }
+constexpr int max_grad_sources = registers == 32 ? 4 : 2;
 
-// Sums that the registers hold beside the gradients: of 32 registers 8 outputs × 3 taps, so that 8 aligned loads and 3 that
-// straddle cache lines feed 24 multiply–adds.
-constexpr int max_grad_outputs = registers == 32 ? 8 : 4;
-template <int Outputs>
-constexpr int max_taps = std::min(9, (registers == 32 ? 30 : 14) / (Outputs + 1));
+template <class T>
+using CorrelateWeights = void (*)(const T*, const T*, const Run*, const Index<T>*, int64_t, T*, int64_t);
 
-// The same with lanes of channels: D[lane][tap] += Σ_position grads[position][lane] · planes[position + offset[tap]][lane].
-constexpr int max_lane_taps = 9;
-template <class T, int Taps>
-__attribute__((noinline)) void correlate_lane_weights(const T* grads, const T* planes, const int64_t* offsets, int64_t positions,
-                                                      int64_t channels, T* to, int64_t to_stride) {
-  Vector<T> sum[Taps]{};
-  const T* from[Taps];
-  for (int t = 0; t < Taps; t++) from[t] = planes + offsets[t] * lanes<T>;
-  for (int64_t p = 0; p < positions * lanes<T>; p += lanes<T>) {
-    Vector<T> grad = load<T>(grads + p);
-    keep_in_register(grad);
-#pragma GCC unroll 16
-    for (int t = 0; t < Taps; t++) sum[t] += grad * load<T>(from[t] + p);
+template <class T, Fetch fetch, int Sources, int Runs>
+CorrelateWeights<T> correlate_weights_of(int64_t length) {
+  return length == 3   ? correlate_weights<T, fetch, Sources, Runs, 3>
+         : length == 2 ? correlate_weights<T, fetch, Sources, Runs, 2>
+                       : correlate_weights<T, fetch, Sources, Runs, 1>;
+}
+template <class T, Fetch fetch>
+CorrelateWeights<T> correlate_weights_of(int64_t sources, int64_t runs, int64_t length) {
+  if (sources == 1) return runs == 3 ? correlate_weights_of<T, fetch, 1, 3>(length) : correlate_weights_of<T, fetch, 1, 1>(length);
+  if constexpr (fetch != Fetch::lanes) {
+    if (sources == 2) return correlate_weights_of<T, fetch, 2, 1>(length);
+    if constexpr (max_grad_sources == 4) return sources == 3 ? correlate_weights_of<T, fetch, 3, 1>(length) : correlate_weights_of<T, fetch, 4, 1>(length);
   }
-  for (int t = 0; t < Taps; t++)
-    for (int64_t lane = 0; lane < channels; lane++) to[lane * to_stride + t] += sum[t][lane];
+  return nullptr;
 }
 
-// The gradients of the terms and the gates' shares from D of a block's outputs, [output][input in group][tap].
+// The gradients of the terms and the gates' shares from D of some outputs, [output][input in group][tap].
 template <class T, class S>
 void write_term(const Series& series, const SeriesGradient& gradient, int i, const Geometry& g, int64_t first,
                 int64_t outputs, const T* from, double* share) {
@@ -457,23 +573,25 @@ void write_term(const Series& series, const SeriesGradient& gradient, int i, con
   }
   if (share) share[i] = product;
 }
+// From D of one vector of outputs, [input][tap][lane]; `rows` holds the lanes' rows meanwhile.
 template <class T>
-void write_gradients(const Series& series, const SeriesGradient& gradient, const Geometry& g, const ChannelBlock& block,
-                     const T* from, double* share) {
-  const int64_t first = block.group * g.outputs_per_group() + block.output, outputs = block.blocks();
+void write_gradients(const Series& series, const SeriesGradient& gradient, const Geometry& g, const Direction& d, const LaneBlock& block,
+                     const T* from, T* rows, double* share) {
+  const int64_t first = block.first(d), outputs = block.lanes(), row = g.group_size * g.taps();
+  separate<T>(outputs, row, [&](int64_t lane) { return rows + lane * row; }, from);
   for (int i = 0; i < series.active; i++) {
     if (series.type == Type::bfloat16)
-      write_term<T, bfloat16>(series, gradient, i, g, first, outputs, from, share);
+      write_term<T, bfloat16>(series, gradient, i, g, first, outputs, rows, share);
     else if (series.type == Type::float16)
-      write_term<T, float16>(series, gradient, i, g, first, outputs, from, share);
+      write_term<T, float16>(series, gradient, i, g, first, outputs, rows, share);
     else if (series.type == Type::float32)
-      write_term<T, float>(series, gradient, i, g, first, outputs, from, share);
+      write_term<T, float>(series, gradient, i, g, first, outputs, rows, share);
     else
-      write_term<T, double>(series, gradient, i, g, first, outputs, from, share);
+      write_term<T, double>(series, gradient, i, g, first, outputs, rows, share);
   }
 }
 
-// Where few channel blocks would leave threads idle, strips are split into this many slices. Fixed, not the number of threads: the
+// Where few vectors of outputs would leave threads idle, strips are split into this many slices. Fixed, not the number of threads: the
 // slices are summed in order, so results are the same bits for any number of threads.
 constexpr int64_t grad_tasks = 32;
 
@@ -487,98 +605,86 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
   grad_plan.source_width = grad.width;
   grad_plan.min_row = grad_plan.max_row = grad_plan.min_col = grad_plan.max_col = 0;
 
-  const int64_t s = g.group_size, m = g.outputs_per_group(), taps = g.taps();
-  const std::vector<ChannelBlock> blocks = channel_blocks(g.groups(), s, m, taps, lanes<T>, sizeof(T));
-  const bool by_lanes = s == 1 && m == 1 && input.stride_c == 1 && grad.stride_c == 1;
-  int64_t plane_channels = by_lanes ? lanes<T> : 0, grad_channels = plane_channels;
-  for (const ChannelBlock& block : blocks) {
-    plane_channels = std::max(plane_channels, block.groups * s);
-    grad_channels = std::max(grad_channels, block.blocks());
-  }
-  const int64_t count = blocks.size();
-  const std::vector<Strip> all = plan_strips(plan, g.images, plane_channels + grad_channels, sizeof(T),
-                                             ceil_div(grad_tasks, count));
+  const Direction d(g, false);
+  const Fetch fetch = fetch_of<T>(d);
+  const std::vector<Index<T>> index = permutation<T>(d);
+  std::vector<LaneBlock> blocks;
+  for (const Cluster& cluster : clusters<T>(d)) lane_blocks<T>(d, cluster, [&](const LaneBlock& block) { blocks.push_back(block); });
+  const int64_t count = blocks.size(), vectors = ceil_div(d.sources * groups_together<T>(d), lanes<T>);
+  const std::vector<Strip> all = plan_strips(plan, g.images, (vectors + 1) * GROSS_VECTOR_BYTES, ceil_div(grad_tasks, count));
   const int64_t slices = std::clamp<int64_t>(ceil_div(grad_tasks, count), 1, all.size());
   int64_t plane_size = 0, grad_size = 0;
   for (const Strip& strip : all) {
-    plane_size = std::max(plane_size, plane_channels * Planes::of<T>(plan, strip).channel_stride);
-    grad_size = std::max(grad_size, grad_channels * Planes::of<T>(grad_plan, strip).channel_stride);
+    plane_size = std::max(plane_size, vectors * Planes::of<T>(plan, strip).vector_stride);
+    grad_size = std::max(grad_size, Planes::of<T>(grad_plan, strip).vector_stride);
   }
-  const int64_t block_size = grad_channels * s * taps;
-  std::vector<T> partial(slices > 1 ? slices * count * block_size : 0);
+  const int64_t packed = packed_size<T>(g, d);
+  std::vector<T> partial(slices > 1 ? slices * count * packed : 0);
   std::vector<double> shares(gradient.gates ? count * max_terms : 0);
 
-  // D of one block over the strips of one slice.
-  auto accumulate = [&](const ChannelBlock& block, int64_t slice, T* planes_at, T* grads_at, T* to) {
-    std::vector<int64_t> offsets(taps);
-    std::vector<std::vector<int64_t>> input_tables(plan.sources.size()), grad_tables(1);
-    std::fill_n(to, block.blocks() * s * taps, T(0));
+  // D of one vector of outputs over the strips of one slice.
+  auto accumulate = [&](const LaneBlock& block, int64_t slice, T* planes_at, T* grads_at, T* to) {
+    std::fill_n(to, packed, T(0));
     const int64_t strip_count = all.size();
     for (int64_t i = strip_count * slice / slices; i < strip_count * (slice + 1) / slices; i++) {
       const Strip& strip = all[i];
-      const Planes planes = Planes::of<T>(plan, strip), grads = Planes::of<T>(grad_plan, strip);
-      for (size_t k = 0; input.stride_c == 1 && k < plan.sources.size(); k++)
-        source_table(input, plan, plan.sources[k], strip, planes, input_tables[k]);
-      if (grad.stride_c == 1) source_table(grad, grad_plan, grad_plan.sources[0], strip, grads, grad_tables[0]);
-      tap_offsets(plan, plan.targets[0], planes, offsets.data());
-      const int64_t positions = ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
-      if (by_lanes) {
-        load_lanes<T, S>(input, strip, input_tables, block.group, block.groups, planes_at);
-        load_lanes<T, S>(grad, strip, grad_tables, block.group, block.groups, grads_at);
-        even_parts(taps, max_lane_taps, [&](int64_t first, int64_t count) {
-          with_constant<max_lane_taps>(count, [&](auto these) {
-            correlate_lane_weights<T, these>(grads_at, planes_at, offsets.data() + first, positions, block.groups, to + first, taps);
-          });
-        });
-        continue;
-      }
-      load_planes<T, S>(input, plan, strip, planes, input_tables, block.group * s, block.groups * s, planes_at);
-      load_planes<T, S>(grad, grad_plan, strip, grads, grad_tables, block.group * m + block.output, block.blocks(),
-                        grads_at);
-      for (int64_t group = 0; group < block.groups; group++)
-        even_parts(block.outputs, max_grad_outputs, [&](int64_t first, int64_t size) {
-          const int64_t o = group * block.outputs + first;
-          // Runs whose gradients stay in the first-level cache while every input channel and tap passes over them.
-          even_parts(ceil_div(positions, lanes<T>), run_budget / ((size + 1) * GROSS_VECTOR_BYTES), [&](int64_t at, int64_t vectors) {
-            const T* run = grads_at + o * grads.channel_stride + at * lanes<T>;
-            for (int64_t j = 0; j < s; j++) {
-              const T* plane = planes_at + (group * s + j) * planes.channel_stride + at * lanes<T>;
-              with_constant<max_grad_outputs>(size, [&](auto outputs) {
-                even_parts(taps, max_taps<outputs>, [&](int64_t first_tap, int64_t tap_count) {
-                  with_constant<max_taps<outputs>>(tap_count, [&](auto these) {
-                    correlate_weights<T, outputs, these>(run, grads.channel_stride, plane, offsets.data() + first_tap,
-                                                         vectors, to + (o * s + j) * taps + first_tap, s * taps);
-                  });
-                });
-              });
+      const Planes planes = Planes::of<T>(plan, strip);
+      load_planes<T, S>(input, plan, strip, planes, block.group * d.sources, block.groups * d.sources, planes_at);
+      load_planes<T, S>(grad, grad_plan, strip, Planes::of<T>(grad_plan, strip), block.first(d), block.lanes(), grads_at);
+      std::vector<Run> runs = runs_of<T>(plan, plan.targets[0], planes);
+      std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.length > b.length; });
+      const int64_t run_count = runs.size();
+      const int64_t positions =
+          round_up(((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols, slack);
+      // Stretches that stay in the first-level cache while every source channel and tap passes over them.
+      const int64_t stretch = round_up(run_budget / (2 * GROSS_VECTOR_BYTES), slack);
+      for (int64_t p = 0; p < positions; p += stretch) {
+        const int64_t length = std::min(stretch, positions - p);
+        for (int64_t vector = 0; vector < vectors; vector++) {
+          const T* plane = planes_at + vector * planes.vector_stride + p * lanes<T>;
+          const int64_t first = fetch == Fetch::broadcast ? vector * lanes<T> : 0;
+          const int64_t sources = std::min(d.sources - first, fetch == Fetch::broadcast ? int64_t{lanes<T>} : d.sources);
+          even_parts(sources, max_grad_sources, [&](int64_t j, int64_t size) {
+            for (int64_t r = 0, together; r < run_count; r += together) {
+              // With one source channel three runs are needed for enough chains of additions.
+              together = size == 1 && r + 3 <= run_count && runs[r + 2].length == runs[r].length ? 3 : 1;
+              const CorrelateWeights<T> correlate = fetch == Fetch::lanes       ? correlate_weights_of<T, Fetch::lanes>(size, together, runs[r].length)
+                                                    : fetch == Fetch::permuted ? correlate_weights_of<T, Fetch::permuted>(size, together, runs[r].length)
+                                                                               : correlate_weights_of<T, Fetch::broadcast>(size, together, runs[r].length);
+              correlate(grads_at + p * lanes<T>, plane + (fetch == Fetch::broadcast ? j : 0), &runs[r], index.data() + j * lanes<T>, length,
+                        to + (first + j) * g.taps() * lanes<T>, g.taps() * lanes<T>);
             }
           });
-        });
+        }
+      }
     }
   };
 
+  const int64_t row_size = groups_together<T>(d) * std::min<int64_t>(d.outputs, lanes<T>) * d.sources * g.taps();
   auto work = [&](int64_t begin, int64_t end) {
-    T* const planes_at = scratch<T>(plane_size + grad_size + block_size);
+    T* const planes_at = scratch<T>(plane_size + grad_size + packed + row_size);
     T* const grads_at = planes_at + plane_size;
     T* const block_at = grads_at + grad_size;
+    T* const rows = block_at + packed;
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / slices, slice = unit % slices;
       if (slices > 1) {
-        accumulate(blocks[b], slice, planes_at, grads_at, partial.data() + unit * block_size);
+        accumulate(blocks[b], slice, planes_at, grads_at, partial.data() + unit * packed);
       } else {
         accumulate(blocks[b], 0, planes_at, grads_at, block_at);
-        write_gradients(series, gradient, g, blocks[b], block_at, gradient.gates ? &shares[b * max_terms] : nullptr);
+        write_gradients(series, gradient, g, d, blocks[b], block_at, rows, gradient.gates ? &shares[b * max_terms] : nullptr);
       }
     }
   };
   run(threads, count * slices, work);
   if (slices > 1) {
     auto reduce = [&](int64_t begin, int64_t end) {
+      T* const rows = scratch<T>(row_size);
       for (int64_t b = begin; b < end; b++) {
-        T* total = partial.data() + b * slices * block_size;
+        T* total = partial.data() + b * slices * packed;
         for (int64_t slice = 1; slice < slices; slice++)
-          for (int64_t k = 0; k < block_size; k++) total[k] += total[slice * block_size + k];
-        write_gradients(series, gradient, g, blocks[b], total, gradient.gates ? &shares[b * max_terms] : nullptr);
+          for (int64_t k = 0; k < packed; k++) total[k] += total[slice * packed + k];
+        write_gradients(series, gradient, g, d, blocks[b], total, rows, gradient.gates ? &shares[b * max_terms] : nullptr);
       }
     };
     run(threads, count, reduce);

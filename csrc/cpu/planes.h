@@ -1,26 +1,28 @@
 // Moving rows between a tensor of any strides and planes of the sum's type. The only code that knows memory formats and 16-bit types.
 //
-// Planes are [channel][source][row][column]. A channels-last tensor is read by whole vectors of channels, one per position of the plane,
-// and transposed in registers; a table says where in the tensor each position lies, so short rows fill vectors as well as long ones.
+// Planes are [vector of channels][source][position][lane]: one position of a plane is a whole vector of consecutive channels, zeros in
+// the lanes that have none. A channels-last tensor is copied; of any other, squares of channels × columns are transposed in registers.
 namespace gross::cpu::GROSS_ISA {
 
-// Geometry of the planes of one strip.
+// Positions that a kernel may read past the last, as zeros.
+constexpr int64_t slack = registers == 32 ? 8 : 2;
+
+// Geometry of the planes of one strip; strides in elements.
 struct Planes {
   int64_t image_rows;  // rows from one image to the next
   int64_t rows;        // of one image
-  int64_t source_stride, channel_stride;
+  int64_t positions;   // of one source
+  int64_t source_stride, vector_stride;
 
   template <class T>
   static Planes of(const Plan& plan, const Strip& strip) {
     Planes planes;
     planes.image_rows = plan.row_pitch;
     planes.rows = strip.rows + plan.halo();
-    const int64_t rows = (strip.images - 1) * plan.row_pitch + planes.rows;
-    // A vector may be read or written past the last position, and the last row's trailing zeros lie past its pitch.
-    planes.source_stride = round_up(rows * plan.pitch + plan.max_col - plan.min_col + 2 * lanes<T>, lanes<T>);
-    // An odd number of vectors: planes of a power of two would all fall on the same cache sets.
-    planes.channel_stride = planes.source_stride * static_cast<int64_t>(plan.sources.size());
-    if (planes.channel_stride / lanes<T> % 2 == 0) planes.channel_stride += lanes<T>;
+    // The last row's trailing zeros lie past its pitch. An odd number: planes of a power of two would all fall on the same cache sets.
+    planes.positions = (((strip.images - 1) * plan.row_pitch + planes.rows) * plan.pitch + plan.max_col - plan.min_col + slack) | 1;
+    planes.source_stride = planes.positions * lanes<T>;
+    planes.vector_stride = (planes.positions * static_cast<int64_t>(plan.sources.size()) | 1) * lanes<T>;
     return planes;
   }
 
@@ -42,183 +44,98 @@ struct Columns {
   }
 };
 
-// Where each position of a strip's planes lies in the tensor, in elements from image `strip.image`; -1 for zeros.
-inline void source_table(const Image& image, const Plan& plan, const Lattice& lattice, const Strip& strip,
-                         const Planes& planes, std::vector<int64_t>& table) {
-  table.assign(planes.source_stride, -1);
-  const Columns columns(lattice, plan, image.width);
-  for (int64_t i = 0; i < strip.images; i++)
-    for (int64_t r = 0; r < planes.rows; r++) {
-      const int64_t y = lattice.first_row + (strip.row + plan.min_row + r) * lattice.row_step;
-      if (y < 0 || y >= image.height) continue;
-      int64_t* row = table.data() + (i * planes.image_rows + r) * plan.pitch;
-      const int64_t start = i * image.stride_n + y * image.stride_h + columns.first * image.stride_w;
-      for (int64_t k = columns.lead; k < columns.end; k++)
-        row[k] = start + (k - columns.lead) * lattice.col_step * image.stride_w;
-    }
-}
-
-// The same for the positions of a target; -1 for those between rows.
-inline void target_table(const Image& image, const Plan& plan, const Target& target, const Strip& strip, int64_t positions,
-                         std::vector<int64_t>& table) {
-  table.assign(positions, -1);
-  const Lattice& lattice = target.lattice;
-  for (int64_t i = 0; i < strip.images; i++)
-    for (int64_t r = 0; r < std::min(strip.rows, target.rows - strip.row); r++) {
-      const int64_t y = lattice.first_row + (strip.row + r) * lattice.row_step;
-      int64_t* row = table.data() + (i * plan.row_pitch + r) * plan.pitch;
-      const int64_t start = i * image.stride_n + y * image.stride_h + lattice.first_col * image.stride_w;
-      for (int64_t k = 0; k < target.cols; k++) row[k] = start + k * lattice.col_step * image.stride_w;
-    }
-}
-
-// The vector of channels at one position, zeros where the table says so; `channels` of them where fewer than a vector are left.
-template <class T, class S>
-GROSS_INLINE Vector<T> load_pixel(const S* data, int64_t offset, int64_t channels) {
-  if (offset < 0) return Vector<T>{};
-  return channels >= lanes<T> ? load<T>(data + offset) : load_first<T>(data + offset, channels);
-}
-template <class T, class S>
-GROSS_INLINE void store_pixel(S* data, int64_t offset, int64_t channels, Vector<T> v) {
-  if (offset < 0) return;
-  if (channels >= lanes<T>)
-    store<T>(data + offset, v);
-  else
-    store_first<T>(data + offset, v, channels);
-}
-
-// `count` positions, a multiple of the vector, of `channels` channels-last channels to planes.
-template <class T, class S>
-GROSS_INLINE void pixels_to_planes(const S* data, const int64_t* table, int64_t count, int64_t channels, T* to,
-                                   int64_t channel_stride) {
-  constexpr int n = lanes<T>;
-  for (int64_t p = 0; p < count; p += n)
-    for (int64_t c = 0; c < channels; c += n) {
-      Vector<T> square[n];
-      const int64_t left = channels - c;
-#pragma GCC unroll 64
-      for (int i = 0; i < n; i++) square[i] = load_pixel<T>(data + c, table[p + i], left);
-      transpose<T>(square);
-      T* rows = to + c * channel_stride + p;
-      if (left >= n) {
-#pragma GCC unroll 64
-        for (int i = 0; i < n; i++) store<T>(rows + i * channel_stride, square[i]);
-      } else {
-        for (int i = 0; i < left; i++) store<T>(rows + i * channel_stride, square[i]);
-      }
-    }
-}
-
-// The reverse, for positions that the table places.
-template <class T, class S>
-GROSS_INLINE void planes_to_pixels(const T* from, int64_t channel_stride, int64_t channels, const int64_t* table,
-                                   int64_t count, S* data) {
-  constexpr int n = lanes<T>;
-  for (int64_t p = 0; p < count; p += n)
-    for (int64_t c = 0; c < channels; c += n) {
-      Vector<T> square[n];
-      const int64_t left = channels - c;
-      const T* rows = from + c * channel_stride + p;
-      if (left >= n) {
-#pragma GCC unroll 64
-        for (int i = 0; i < n; i++) square[i] = load<T>(rows + i * channel_stride);
-      } else {
-        for (int i = 0; i < n; i++) square[i] = i < left ? load<T>(rows + i * channel_stride) : Vector<T>{};
-      }
-      transpose<T>(square);
-#pragma GCC unroll 64
-      for (int i = 0; i < n; i++) store_pixel<T>(data + c, table[p + i], left, square[i]);
-    }
-}
-
-// Zeros by whole vectors: up to lanes - 1 past the end.
 template <class T>
-GROSS_INLINE void zero_vectors(T* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += lanes<T>) store<T>(to + i, Vector<T>{});
+GROSS_INLINE void zero_positions(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) store<T>(to + i * lanes<T>, Vector<T>{});
 }
 
-// One row of one channel, any stride between columns.
+// `count` numbers, `stride` apart, as the first lanes of a vector.
 template <class T, class S>
-GROSS_INLINE void copy_row(const S* from, int64_t stride, int64_t count, T* to) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < count; i++) to[i] = widen<T>(from[i * stride]);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + lanes<T> <= count; i += lanes<T>) store<T>(to + i, load<T>(from + i));
-  if (i < count) store_first<T>(to + i, load_first<T>(from + i, count - i), count - i);
+GROSS_INLINE Vector<T> load_strided(const S* from, int64_t stride, int64_t count) {
+  if (stride == 1) return count >= lanes<T> ? load<T>(from) : load_first<T>(from, count);
+  S part[lanes<T>] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(count, lanes<T>); i++) part[i] = from[i * stride];
+  return load<T>(part);
 }
 template <class T, class S>
-GROSS_INLINE void copy_row_back(const T* from, int64_t count, S* to, int64_t stride) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < count; i++) to[i * stride] = narrow<S>(from[i]);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + lanes<T> <= count; i += lanes<T>) store<T>(to + i, load<T>(from + i));
-  if (i < count) store_first<T>(to + i, load<T>(from + i), count - i);
+GROSS_INLINE void store_strided(S* to, Vector<T> v, int64_t stride, int64_t count) {
+  if (stride == 1) return count >= lanes<T> ? store<T>(to, v) : store_first<T>(to, v, count);
+  S part[lanes<T>];
+  store<T>(part, v);
+  for (int64_t i = 0; i < std::min<int64_t>(count, lanes<T>); i++) to[i * stride] = part[i];
 }
 
-// Rows of channels whose stride is not 1 to planes.
+// `count` columns of one row of `channels` channels to consecutive positions of their planes.
 template <class T, class S>
-void rows_to_planes(const Image& image, const Plan& plan, const Lattice& lattice, const Strip& strip, const Planes& planes,
-                    int64_t channel, int64_t channels, T* to) {
-  const S* data = static_cast<const S*>(image.data) + strip.image * image.stride_n;
-  const Columns columns(lattice, plan, image.width);
-  for (int64_t c = 0; c < channels; c++) {
-    T* plane = to + c * planes.channel_stride;
-    // Rows in ascending order: what a vector of zeros writes past its end is overwritten by what follows.
+GROSS_INLINE void load_columns(const S* from, int64_t col_stride, int64_t channel_stride, int64_t count, int64_t channels, T* to,
+                               int64_t vector_stride) {
+  constexpr int n = lanes<T>;
+  if (channel_stride == 1) {
+    for (int64_t k = 0; k < count; k++, from += col_stride, to += n) {
+      int64_t c = 0;
+      T* vector = to;
+      for (; c + n <= channels; c += n, vector += vector_stride) store<T>(vector, load<T>(from + c));
+      if (c < channels) store<T>(vector, load_first<T>(from + c, channels - c));
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; c += n, to += vector_stride)
+    for (int64_t k = 0; k < count; k += n) {
+      Vector<T> square[n];
+#pragma GCC unroll 64
+      for (int i = 0; i < n; i++)
+        square[i] = c + i < channels ? load_strided<T>(from + (c + i) * channel_stride + k * col_stride, col_stride, count - k) : Vector<T>{};
+      transpose<T>(square);
+      T* row = to + k * n;
+      for (int i = 0; i < std::min<int64_t>(n, count - k); i++) store<T>(row + i * n, square[i]);
+    }
+}
+
+// The reverse: `count` positions of one vector of channels to one row of the tensor.
+template <class T, class S>
+GROSS_INLINE void store_columns(const T* from, int64_t count, int64_t channels, S* to, int64_t col_stride, int64_t channel_stride) {
+  constexpr int n = lanes<T>;
+  if (channel_stride == 1) {
+    for (int64_t k = 0; k < count; k++) store_strided<T>(to + k * col_stride, load<T>(from + k * n), 1, channels);
+    return;
+  }
+  for (int64_t k = 0; k < count; k += n) {
+    Vector<T> square[n];
+#pragma GCC unroll 64
+    for (int i = 0; i < n; i++) square[i] = k + i < count ? load<T>(from + (k + i) * n) : Vector<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < std::min<int64_t>(n, channels); i++)
+      store_strided<T>(to + i * channel_stride + k * col_stride, square[i], col_stride, count - k);
+  }
+}
+
+// Fill the planes of channels [channel, channel + channels) for one strip.
+template <class T, class S>
+void load_planes(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes, int64_t channel, int64_t channels, T* to) {
+  constexpr int n = lanes<T>;
+  const S* data = static_cast<const S*>(image.data) + strip.image * image.stride_n + channel * image.stride_c;
+  const int64_t vectors = ceil_div(channels, n);
+  auto zero = [&](T* at, int64_t count) {
+    for (int64_t v = 0; v < vectors; v++) zero_positions(at + v * planes.vector_stride, count);
+  };
+  for (const Lattice& lattice : plan.sources) {
+    const Columns columns(lattice, plan, image.width);
     for (int64_t i = 0; i < strip.images; i++)
       for (int64_t r = 0; r < planes.rows_of(i, strip); r++) {
-        T* row = plane + (i * planes.image_rows + r) * plan.pitch;
+        T* row = to + (i * planes.image_rows + r) * plan.pitch * n;
         const int64_t y = lattice.first_row + (strip.row + plan.min_row + r) * lattice.row_step;
         if (r >= planes.rows || y < 0 || y >= image.height) {
-          zero_vectors(row, plan.pitch);
+          zero(row, plan.pitch);
           continue;
         }
-        const S* from = data + i * image.stride_n + (channel + c) * image.stride_c + y * image.stride_h + columns.first * image.stride_w;
-        zero_vectors(row, columns.lead);
-        copy_row<T>(from, lattice.col_step * image.stride_w, columns.end - columns.lead, row + columns.lead);
-        zero_vectors(row + columns.end, plan.pitch - columns.end);
+        zero(row, columns.lead);
+        load_columns<T>(data + i * image.stride_n + y * image.stride_h + columns.first * image.stride_w, lattice.col_step * image.stride_w,
+                        image.stride_c, columns.end - columns.lead, channels, row + columns.lead * n, planes.vector_stride);
+        zero(row + columns.end * n, plan.pitch - columns.end);
       }
     const int64_t used = ((strip.images - 1) * planes.image_rows + planes.rows) * plan.pitch;
-    zero_vectors(plane + used, planes.source_stride - used - lanes<T>);
-  }
-}
-
-// Fill the planes of channels [channel, channel + channels) for one strip; `tables` has one table per source.
-template <class T, class S>
-void load_planes(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes,
-                 const std::vector<std::vector<int64_t>>& tables, int64_t channel, int64_t channels, T* to) {
-  for (size_t which = 0; which < plan.sources.size(); which++) {
-    T* plane = to + which * planes.source_stride;
-    if (image.stride_c == 1) {
-      const S* data = static_cast<const S*>(image.data) + strip.image * image.stride_n + channel;
-      pixels_to_planes<T>(data, tables[which].data(), planes.source_stride, channels, plane, planes.channel_stride);
-    } else {
-      rows_to_planes<T, S>(image, plan, plan.sources[which], strip, planes, channel, channels, plane);
-    }
-  }
-}
-
-// Write `count` positions from `first` on of `channels` planes to the target; positions between rows are dropped.
-template <class T, class S>
-void store_planes(const T* from, int64_t channel_stride, int64_t first, int64_t count, const Image& image, const Plan& plan,
-                  const Target& target, const Strip& strip, const std::vector<int64_t>& table, int64_t channel, int64_t channels) {
-  S* data = static_cast<S*>(image.data) + strip.image * image.stride_n + channel * image.stride_c;
-  if (image.stride_c == 1) {
-    planes_to_pixels<T>(from, channel_stride, channels, table.data() + first, count, data);
-    return;
-  }
-  for (const int64_t end = first + count; first < end;) {
-    const int64_t col = first % plan.pitch;
-    const int64_t run = std::min(end - first, plan.pitch - col), pixels = std::min(run, target.cols - col);
-    if (pixels > 0 && table[first] >= 0)
-      for (int64_t c = 0; c < channels; c++)
-        copy_row_back<T>(from + c * channel_stride, pixels, data + table[first] + c * image.stride_c,
-                         target.lattice.col_step * image.stride_w);
-    from += run;
-    first += run;
+    zero(to + used * n, planes.positions - used);
+    to += planes.source_stride;
   }
 }
 

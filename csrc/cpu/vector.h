@@ -163,6 +163,28 @@ GROSS_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, std::integer_sequence<i
 #endif
 }
 
+template <class T, int... I>
+GROSS_INLINE Vector<T> filled(T value, std::integer_sequence<int, I...>) {
+  return Vector<T>{((void)I, value)...};
+}
+// Every lane the same value.
+template <class T>
+GROSS_INLINE Vector<T> broadcast(T value) {
+  return filled<T>(value, std::make_integer_sequence<int, lanes<T>>{});
+}
+
+// Lane i of the result is lane index[i] of v.
+template <class T>
+GROSS_INLINE Vector<T> permute(Vector<T> v, Vector<Index<T>> index) {
+#if defined(__clang__)
+  Vector<T> result;
+  for (int i = 0; i < lanes<T>; i++) result[i] = v[index[i]];
+  return result;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
 // Exchange the off-diagonal D×D blocks of a pair of rows that lie D apart.
 template <class T, int D, int... L>
 GROSS_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, L...>) {
