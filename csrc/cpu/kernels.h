@@ -10,7 +10,10 @@
 namespace gross::cpu::GROSS_ISA {
 
 // Bytes that one thread's planes, and its assembled weights, may take: both stay in a 1 MB second-level cache.
-constexpr int64_t plane_budget = 256 << 10, weight_budget = 256 << 10;
+constexpr int64_t plane_budget = 384 << 10, weight_budget = 256 << 10;
+// Vectors of outputs that are computed from the pixels read at once. The weight gradient keeps planes of both sides and their sums: with
+// 8 instead of 2 it ran at 170 instead of 203 GFLOP/s (128 channels at 28×28, s = 16, one core of 280).
+constexpr int64_t set_vectors = 8, grad_set_vectors = 2;
 // Bytes of planes that the weight gradient passes over at once: three quarters of a 32 KB first-level cache.
 constexpr int64_t run_budget = 24 << 10;
 
@@ -61,11 +64,7 @@ struct Direction {
         outputs(backward ? g.group_size : g.outputs_per_group()) {}
 };
 
-// Consecutive groups whose outputs fill a vector, or one large group whose outputs take several.
-struct Cluster {
-  int64_t group, groups;
-};
-// The outputs of one vector of lanes: `outputs` of each of the cluster's groups, from `output` on.
+// The outputs of one vector of lanes: `outputs` of each of `groups` groups, from `output` on.
 struct LaneBlock {
   int64_t group, groups, output, outputs;
 
@@ -73,41 +72,60 @@ struct LaneBlock {
   int64_t first(const Direction& d) const { return group * d.outputs + output; }
 };
 
+// How the channels of one direction fall on lanes: consecutive groups together where their sources and their outputs fit a vector each
+// (a cluster), else one group whose outputs take several vectors.
 template <class T>
-int64_t groups_together(const Direction& d) {
-  return std::clamp<int64_t>(lanes<T> / std::max(d.sources, d.outputs), 1, d.groups);
-}
-template <class T>
-Fetch fetch_of(const Direction& d) {
-  if (groups_together<T>(d) == 1) return Fetch::broadcast;
-  return d.sources == 1 && d.outputs == 1 ? Fetch::lanes : Fetch::permuted;
-}
-template <class T>
-std::vector<Cluster> clusters(const Direction& d) {
-  std::vector<Cluster> all;
-  const int64_t together = groups_together<T>(d);
-  for (int64_t group = 0; group < d.groups; group += together) all.push_back({group, std::min(together, d.groups - group)});
-  return all;
-}
-template <class T, class F>
-GROSS_INLINE void lane_blocks(const Direction& d, const Cluster& cluster, F f) {
-  if (cluster.groups > 1 || d.outputs <= lanes<T>) return f(LaneBlock{cluster.group, cluster.groups, 0, d.outputs});
-  for (int64_t output = 0; output < d.outputs; output += lanes<T>)
-    f(LaneBlock{cluster.group, 1, output, std::min<int64_t>(lanes<T>, d.outputs - output)});
-}
-template <class T>
-int64_t block_count(const Direction& d) {
-  return ceil_div(d.outputs, lanes<T>);
-}
+struct Channels : Direction {
+  int64_t together;  // groups of a cluster
+  int64_t vectors;   // of source channels of a cluster
+  Fetch fetch;
+  std::vector<LaneBlock> blocks;
+  std::vector<Index<T>> permutation;  // [source][lane]: where among the cluster's sources the lane finds that of its group
+  int64_t packed, summed;             // numbers that the weights of a block take, packed and as rows
 
-// Where lane l of source channel j of its group lies among the cluster's source channels: [j][lane].
+  Channels(const Geometry& g, bool backward) : Direction(g, backward) {
+    constexpr int64_t n = lanes<T>;
+    together = std::clamp<int64_t>(n / std::max(sources, outputs), 1, groups);
+    vectors = ceil_div(together * sources, n);
+    fetch = together == 1 ? Fetch::broadcast : sources == 1 && outputs == 1 ? Fetch::lanes : Fetch::permuted;
+    for (int64_t group = 0; group < groups; group += together)
+      for (int64_t output = 0; output < outputs; output += n)
+        blocks.push_back({group, std::min(together, groups - group), output, std::min(n, outputs - output)});
+    permutation.assign(sources * n, 0);
+    for (int64_t j = 0; j < sources; j++)
+      for (int64_t l = 0; l < std::min(n, together * outputs); l++) permutation[j * n + l] = static_cast<Index<T>>(l / outputs * sources + j);
+    packed = sources * g.taps() * n;
+    summed = together * std::min(outputs, n) * sources * g.taps();
+  }
+
+  int64_t cluster(int64_t block) const { return blocks[block].group / together; }
+  int64_t clusters(int64_t first, int64_t last) const { return cluster(last - 1) - cluster(first) + 1; }
+};
+
+// Blocks [first, last) of channels that a thread works on together: their pixels are read at once, and their weights assembled.
+struct Set {
+  int64_t first, last;
+};
 template <class T>
-std::vector<Index<T>> permutation(const Direction& d) {
-  std::vector<Index<T>> index(d.sources * lanes<T>, 0);
-  for (int64_t j = 0; j < d.sources; j++)
-    for (int64_t l = 0; l < std::min<int64_t>(lanes<T>, groups_together<T>(d) * d.outputs); l++)
-      index[j * lanes<T> + l] = static_cast<Index<T>>(l / d.outputs * d.sources + j);
-  return index;
+std::vector<Set> sets_of(const Channels<T>& channels, int64_t vectors, int64_t at_least) {
+  const int64_t count = channels.blocks.size();
+  const int64_t most = std::clamp<int64_t>(weight_budget / static_cast<int64_t>(channels.packed * sizeof(T)), 1, vectors);
+  const int64_t parts = std::min(count, std::max(at_least, ceil_div(count, most)));
+  std::vector<Set> sets;
+  for (int64_t i = 0; i < parts; i++) sets.push_back({count * i / parts, count * (i + 1) / parts});
+  return sets;
+}
+// Vectors of source channels that the largest set reads.
+template <class T>
+int64_t source_vectors(const Channels<T>& channels, const std::vector<Set>& sets) {
+  int64_t most = 0;
+  for (const Set& set : sets) most = std::max(most, channels.clusters(set.first, set.last) * channels.vectors);
+  return most;
+}
+inline int64_t largest(const std::vector<Set>& sets) {
+  int64_t most = 0;
+  for (const Set& set : sets) most = std::max(most, set.last - set.first);
+  return most;
 }
 
 // Weights -----------------------------------------------------------------------------------------------------------------
@@ -191,15 +209,6 @@ void pack_weights(const Series& series, const Geometry& g, const Direction& d, c
         block.lanes(), taps,
         [&](int64_t lane) { return sum + ((lane / block.outputs * d.sources + j) * block.outputs + lane % block.outputs) * taps; },
         to + j * taps * lanes<T>);
-}
-// Numbers that the weights of one vector of outputs, and their sum, take.
-template <class T>
-int64_t packed_size(const Geometry& g, const Direction& d) {
-  return d.sources * g.taps() * lanes<T>;
-}
-template <class T>
-int64_t sum_size(const Geometry& g, const Direction& d) {
-  return groups_together<T>(d) * std::min<int64_t>(d.outputs, lanes<T>) * d.sources * g.taps();
 }
 
 // Forward and input gradient ------------------------------------------------------------------------------------------------
@@ -421,6 +430,11 @@ void correlate_target(const Stencil<T>& stencil, const T* weights, const Tile<T>
       if constexpr (std::is_same_v<S, T>)
         if (direct) to[i] = data + segment.to;
     }
+    if (direct && first + tile.segments < count)
+      for (int64_t i = 0; i < tile.segments; i++) {
+        const S* next = data + segments[std::min(first + tile.segments + i, count - 1)].to;
+        for (int64_t k = 0; k < tile.columns; k++) __builtin_prefetch(next + k * col_stride, 1);
+      }
     tile.correlate(stencil, weights, from, to, epilogue);
     if (!direct)
       for (int64_t i = 0; i < std::min(tile.segments, count - first); i++)
@@ -428,102 +442,101 @@ void correlate_target(const Stencil<T>& stencil, const T* weights, const Tile<T>
   }
 }
 
+// The planes of the source channels of a set, cluster by cluster.
+template <class T, class S>
+void load_sources(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes, const Channels<T>& channels, const Set& set, T* to) {
+  const LaneBlock &first = channels.blocks[set.first], &last = channels.blocks[set.last - 1];
+  const int64_t begin = first.group * channels.sources, end = (last.group + last.groups) * channels.sources;
+  const int64_t cluster = channels.together * channels.sources;
+  // Clusters that fill their vectors lie side by side.
+  const int64_t step = cluster % lanes<T> == 0 ? end - begin : cluster;
+  for (int64_t at = begin; at < end; at += step, to += channels.vectors * planes.vector_stride)
+    load_planes<T, S>(image, plan, strip, planes, at, std::min(step, end - at), to);
+}
+
 template <class T, class S>
 void convolve(const Plan& plan, const Image& source, const Series& series, const Image& target_image, const Geometry& g,
               bool backward, const Threads& threads) {
-  const Direction d(g, backward);
-  const std::vector<Cluster> all = clusters<T>(d);
-  const Fetch fetch = fetch_of<T>(d);
-  const std::vector<Index<T>> index = permutation<T>(d);
-  const int64_t packed = packed_size<T>(g, d), cluster_size = block_count<T>(d) * packed;
-  const int64_t vectors = ceil_div(d.sources * groups_together<T>(d), lanes<T>);
-
-  // Units of work: a set of clusters whose weights are assembled together, times a strip.
-  const int64_t count = all.size();
-  int64_t sets = ceil_div(count, std::max<int64_t>(1, weight_budget / static_cast<int64_t>(cluster_size * sizeof(T))));
-  const std::vector<Strip> strips = plan_strips(plan, g.images, vectors * GROSS_VECTOR_BYTES, ceil_div(4 * threads.count, sets));
+  const Channels<T> channels(g, backward);
+  // Units of work: a set of channels times a strip. More sets than the budgets ask for where strips are few.
+  std::vector<Set> sets = sets_of(channels, set_vectors, 1);
+  const std::vector<Strip> strips = plan_strips(plan, g.images, source_vectors(channels, sets) * GROSS_VECTOR_BYTES,
+                                                ceil_div(4 * threads.count, sets.size()));
   const int64_t strip_count = strips.size();
-  sets = std::min(count, std::max(sets, ceil_div(4 * threads.count, strip_count)));
-  const int64_t set_size = ceil_div(count, sets) * cluster_size;
+  sets = sets_of(channels, set_vectors, std::max<int64_t>(sets.size(), ceil_div(4 * threads.count, strip_count)));
+  const int64_t vectors = source_vectors(channels, sets), weight_size = largest(sets) * channels.packed;
   int64_t plane_size = 0;
   for (const Strip& strip : strips) plane_size = std::max(plane_size, vectors * Planes::of<T>(plan, strip).vector_stride);
   constexpr int64_t spare_size = max_segments * max_columns * lanes<T>;
 
   auto work = [&](int64_t begin, int64_t end) {
-    T* const planes_at = scratch<T>(plane_size + spare_size + set_size + sum_size<T>(g, d));
+    T* const planes_at = scratch<T>(plane_size + spare_size + weight_size + channels.summed);
     T* const spare = planes_at + plane_size;
     T* const weights = spare + spare_size;
-    T* const sum = weights + set_size;
+    T* const sum = weights + weight_size;
     std::vector<Segment> segments;
     int64_t assembled = -1;
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t set = unit / strip_count, first = count * set / sets, last = count * (set + 1) / sets;
+      const Set& set = sets[unit / strip_count];
       const Strip& strip = strips[unit % strip_count];
-      if (set != assembled) {
-        T* to = weights;
-        for (int64_t i = first; i < last; i++)
-          lane_blocks<T>(d, all[i], [&](const LaneBlock& block) {
-            pack_weights<T, S>(series, g, d, block, sum, to);
-            to += packed;
-          });
-        assembled = set;
-      }
+      if (assembled != unit / strip_count)
+        for (int64_t b = set.first; b < set.last; b++)
+          pack_weights<T, S>(series, g, channels, channels.blocks[b], sum, weights + (b - set.first) * channels.packed);
+      assembled = unit / strip_count;
       const Planes planes = Planes::of<T>(plan, strip);
-      for (int64_t i = first; i < last; i++) {
-        const Cluster& cluster = all[i];
-        load_planes<T, S>(source, plan, strip, planes, cluster.group * d.sources, cluster.groups * d.sources, planes_at);
-        for (const Target& target : plan.targets) {
-          const std::vector<Run> runs = runs_of<T>(plan, target, planes);
-          const Tile<T> tile = tile_for<T>(fetch, target.cols);
-          segments_of<T>(target_image, plan, target, strip, tile.columns, segments);
-          const Stencil<T> stencil{d.sources, planes.vector_stride, runs.data(), static_cast<int64_t>(runs.size()),
-                                   g.taps() * lanes<T>, 0, index.data()};
-          const T* weight = weights + (i - first) * cluster_size;
-          lane_blocks<T>(d, cluster, [&](const LaneBlock& block) {
-            correlate_target<T, S>(stencil, weight, tile, segments, planes_at, target, target_image, strip.image, block.first(d),
-                                   block.lanes(), spare);
-            weight += packed;
-          });
+      load_sources<T, S>(source, plan, strip, planes, channels, set, planes_at);
+      for (const Target& target : plan.targets) {
+        const std::vector<Run> runs = runs_of<T>(plan, target, planes);
+        const Tile<T> tile = tile_for<T>(channels.fetch, target.cols);
+        segments_of<T>(target_image, plan, target, strip, tile.columns, segments);
+        const Stencil<T> stencil{channels.sources, planes.vector_stride, runs.data(), static_cast<int64_t>(runs.size()),
+                                 g.taps() * lanes<T>, 0, channels.permutation.data()};
+        for (int64_t b = set.first; b < set.last; b++) {
+          const T* from = planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride;
+          correlate_target<T, S>(stencil, weights + (b - set.first) * channels.packed, tile, segments, from, target, target_image,
+                                 strip.image, channels.blocks[b].first(channels), channels.blocks[b].lanes(), spare);
         }
       }
     }
   };
-  run(threads, sets * strip_count, work);
+  run(threads, sets.size() * strip_count, work);
 }
 
 // Weight gradient -----------------------------------------------------------------------------------------------------------
 
 // D[source][tap][lane] += Σ_position grads[position][lane] · from[position + tap][source], for `Sources` source channels and `Runs` runs of
-// `Length` taps: the sums are chains of additions, and two units of four cycles' latency want eight of them.
-template <class T, Fetch fetch, int Sources, int Runs, int Length>
+// `Length` taps, over stretches of `columns` positions: the sums are chains of additions, and two units of four cycles' latency want eight.
+template <class T, Fetch fetch, int Sources, int Runs, int Length, int columns>
 __attribute__((noinline)) void correlate_weights(const T* grads, const T* planes, const Run* runs, const Index<T>* permutation,
-                                                 int64_t positions, T* to, int64_t to_stride) {
-  constexpr int columns = slack;
+                                                 const int64_t* stretches, int64_t count, T* to, int64_t to_stride) {
   Vector<T> sum[Sources][Runs][Length]{};
   const T* from[Runs];
   for (int r = 0; r < Runs; r++) from[r] = planes + runs[r].offset;
-  for (int64_t p = 0; p < positions * lanes<T>; p += columns * lanes<T>) {
+  Vector<Index<T>> index[Sources];
+  for (int j = 0; j < Sources; j++) {
+    if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index[j], permutation + j * lanes<T>, sizeof index[j]);
+  }
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t p = stretches[i];
     Vector<T> grad[columns];
 #pragma GCC unroll 8
     for (int k = 0; k < columns; k++) {
       grad[k] = load<T>(grads + p + k * lanes<T>);
       keep_in_register(grad[k]);
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < Sources; j++) {
-      Vector<Index<T>> index{};
-      if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index, permutation + j * lanes<T>, sizeof index);
+    // Consecutive multiply–adds go to different sums.
+#pragma GCC unroll 16
+    for (int k = 0; k < columns + Length - 1; k++)
 #pragma GCC unroll 4
       for (int r = 0; r < Runs; r++)
-#pragma GCC unroll 16
-        for (int k = 0; k < columns + Length - 1; k++) {
-          Vector<T> value = fetched<T, fetch>(from[r] + p + k * lanes<T> + (fetch == Fetch::broadcast ? j : 0), index);
+#pragma GCC unroll 4
+        for (int j = 0; j < Sources; j++) {
+          Vector<T> value = fetched<T, fetch>(from[r] + p + k * lanes<T> + (fetch == Fetch::broadcast ? j : 0), index[j]);
           if constexpr (Length > 1) keep_in_register(value);
 #pragma GCC unroll 4
           for (int c = 0; c < Length; c++)
             if (k - c >= 0 && k - c < columns) sum[j][r][c] += grad[k - c] * value;
         }
-    }
   }
   for (int j = 0; j < Sources; j++)
     for (int r = 0; r < Runs; r++)
@@ -535,22 +548,86 @@ __attribute__((noinline)) void correlate_weights(const T* grads, const T* planes
 constexpr int max_grad_sources = registers == 32 ? 4 : 2;
 
 template <class T>
-using CorrelateWeights = void (*)(const T*, const T*, const Run*, const Index<T>*, int64_t, T*, int64_t);
+using CorrelateWeights = void (*)(const T*, const T*, const Run*, const Index<T>*, const int64_t*, int64_t, T*, int64_t);
 
-template <class T, Fetch fetch, int Sources, int Runs>
+template <class T, Fetch fetch, int Columns, int Sources, int Runs>
 CorrelateWeights<T> correlate_weights_of(int64_t length) {
-  return length == 3   ? correlate_weights<T, fetch, Sources, Runs, 3>
-         : length == 2 ? correlate_weights<T, fetch, Sources, Runs, 2>
-                       : correlate_weights<T, fetch, Sources, Runs, 1>;
+  return length == 3   ? correlate_weights<T, fetch, Sources, Runs, 3, Columns>
+         : length == 2 ? correlate_weights<T, fetch, Sources, Runs, 2, Columns>
+                       : correlate_weights<T, fetch, Sources, Runs, 1, Columns>;
 }
-template <class T, Fetch fetch>
+template <class T, Fetch fetch, int Columns>
 CorrelateWeights<T> correlate_weights_of(int64_t sources, int64_t runs, int64_t length) {
-  if (sources == 1) return runs == 3 ? correlate_weights_of<T, fetch, 1, 3>(length) : correlate_weights_of<T, fetch, 1, 1>(length);
+  if (sources == 1)
+    return runs == 3 ? correlate_weights_of<T, fetch, Columns, 1, 3>(length) : correlate_weights_of<T, fetch, Columns, 1, 1>(length);
   if constexpr (fetch != Fetch::lanes) {
-    if (sources == 2) return correlate_weights_of<T, fetch, 2, 1>(length);
-    if constexpr (max_grad_sources == 4) return sources == 3 ? correlate_weights_of<T, fetch, 3, 1>(length) : correlate_weights_of<T, fetch, 4, 1>(length);
+    if (sources == 2) return correlate_weights_of<T, fetch, Columns, 2, 1>(length);
+    if constexpr (max_grad_sources == 4)
+      return sources == 3 ? correlate_weights_of<T, fetch, Columns, 3, 1>(length) : correlate_weights_of<T, fetch, Columns, 4, 1>(length);
   }
   return nullptr;
+}
+template <class T, int Columns>
+CorrelateWeights<T> correlate_weights_of(Fetch fetch, int64_t sources, int64_t runs, int64_t length) {
+  return fetch == Fetch::lanes      ? correlate_weights_of<T, Fetch::lanes, Columns>(sources, runs, length)
+         : fetch == Fetch::permuted ? correlate_weights_of<T, Fetch::permuted, Columns>(sources, runs, length)
+                                    : correlate_weights_of<T, Fetch::broadcast, Columns>(sources, runs, length);
+}
+template <class T>
+CorrelateWeights<T> correlate_weights_for(int64_t columns, Fetch fetch, int64_t sources, int64_t runs, int64_t length) {
+  if constexpr (slack == 8) {
+    if (columns == 8) return correlate_weights_of<T, 8>(fetch, sources, runs, length);
+    if (columns == 7) return correlate_weights_of<T, 7>(fetch, sources, runs, length);
+  }
+  if (columns == 4) return correlate_weights_of<T, 4>(fetch, sources, runs, length);
+  return correlate_weights_of<T, 2>(fetch, sources, runs, length);
+}
+
+// Where a strip's stretches of positions start. Rows are cut into whole stretches where their width allows it; else stretches run over all
+// positions, those between rows included: their gradients are zeros.
+struct Stretches {
+  int64_t columns = slack;
+  std::vector<int64_t> starts;
+
+  template <class T>
+  static Stretches of(const Plan& plan, const Strip& strip) {
+    Stretches stretches;
+    const int64_t positions = ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
+    for (const int64_t columns : {8, 7, 4, 2})
+      if (columns <= slack && plan.cols % columns == 0) {
+        stretches.columns = columns;
+        for (int64_t i = 0; i < strip.images; i++)
+          for (int64_t r = 0; r < strip.rows; r++)
+            for (int64_t k = 0; k < plan.cols; k += columns)
+              stretches.starts.push_back(((i * plan.row_pitch + r) * plan.pitch + k) * lanes<T>);
+        return stretches;
+      }
+    for (int64_t p = 0; p < positions; p += slack) stretches.starts.push_back(p * lanes<T>);
+    return stretches;
+  }
+};
+
+// D of one vector of outputs from the planes of its gradients and of its sources.
+template <class T>
+void correlate_block(const Channels<T>& channels, int64_t taps, const std::vector<Run>& runs, const Stretches& stretches, const T* grads,
+                     const T* planes, int64_t vector_stride, T* to) {
+  const bool broadcasting = channels.fetch == Fetch::broadcast;
+  const int64_t run_count = runs.size();
+  // So many stretches stay in the first-level cache while every source channel and tap passes over them.
+  const int64_t count = stretches.starts.size(), most = run_budget / (2 * GROSS_VECTOR_BYTES) / stretches.columns;
+  for (int64_t i = 0; i < count; i += most)
+    for (int64_t first = 0; first < channels.sources; first += lanes<T>) {
+      const T* plane = planes + first / lanes<T> * vector_stride;
+      even_parts(std::min<int64_t>(lanes<T>, channels.sources - first), max_grad_sources, [&](int64_t j, int64_t size) {
+        for (int64_t r = 0, together; r < run_count; r += together) {
+          // With one source channel three runs are needed for enough chains of additions.
+          together = size == 1 && r + 3 <= run_count && runs[r + 2].length == runs[r].length ? 3 : 1;
+          correlate_weights_for<T>(stretches.columns, channels.fetch, size, together, runs[r].length)(
+              grads, plane + (broadcasting ? j : 0), &runs[r], channels.permutation.data() + j * lanes<T>, stretches.starts.data() + i,
+              std::min(most, count - i), to + (first + j) * taps * lanes<T>, taps * lanes<T>);
+        }
+      });
+    }
 }
 
 // The gradients of the terms and the gates' shares from D of some outputs, [output][input in group][tap].
@@ -605,86 +682,74 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
   grad_plan.source_width = grad.width;
   grad_plan.min_row = grad_plan.max_row = grad_plan.min_col = grad_plan.max_col = 0;
 
-  const Direction d(g, false);
-  const Fetch fetch = fetch_of<T>(d);
-  const std::vector<Index<T>> index = permutation<T>(d);
-  std::vector<LaneBlock> blocks;
-  for (const Cluster& cluster : clusters<T>(d)) lane_blocks<T>(d, cluster, [&](const LaneBlock& block) { blocks.push_back(block); });
-  const int64_t count = blocks.size(), vectors = ceil_div(d.sources * groups_together<T>(d), lanes<T>);
-  const std::vector<Strip> all = plan_strips(plan, g.images, (vectors + 1) * GROSS_VECTOR_BYTES, ceil_div(grad_tasks, count));
-  const int64_t slices = std::clamp<int64_t>(ceil_div(grad_tasks, count), 1, all.size());
+  const Channels<T> channels(g, false);
+  const int64_t count = channels.blocks.size(), packed = channels.packed;
+  const std::vector<Set> sets = sets_of(channels, grad_set_vectors, 1);
+  const int64_t set_count = sets.size(), vectors = source_vectors(channels, sets), blocks = largest(sets);
+  const std::vector<Strip> strips = plan_strips(plan, g.images, (vectors + blocks) * GROSS_VECTOR_BYTES, ceil_div(grad_tasks, set_count));
+  const int64_t strip_count = strips.size(), slices = std::clamp<int64_t>(ceil_div(grad_tasks, set_count), 1, strip_count);
   int64_t plane_size = 0, grad_size = 0;
-  for (const Strip& strip : all) {
+  for (const Strip& strip : strips) {
     plane_size = std::max(plane_size, vectors * Planes::of<T>(plan, strip).vector_stride);
-    grad_size = std::max(grad_size, Planes::of<T>(grad_plan, strip).vector_stride);
+    grad_size = std::max(grad_size, blocks * Planes::of<T>(grad_plan, strip).vector_stride);
   }
-  const int64_t packed = packed_size<T>(g, d);
   std::vector<T> partial(slices > 1 ? slices * count * packed : 0);
   std::vector<double> shares(gradient.gates ? count * max_terms : 0);
 
-  // D of one vector of outputs over the strips of one slice.
-  auto accumulate = [&](const LaneBlock& block, int64_t slice, T* planes_at, T* grads_at, T* to) {
-    std::fill_n(to, packed, T(0));
-    const int64_t strip_count = all.size();
+  // D of the blocks of a set over the strips of one slice.
+  auto accumulate = [&](const Set& set, int64_t slice, T* planes_at, T* grads_at, T* to) {
+    const LaneBlock &front = channels.blocks[set.first], &back = channels.blocks[set.last - 1];
+    const int64_t first_output = front.first(channels), outputs = back.first(channels) + back.lanes() - first_output;
+    std::fill_n(to, (set.last - set.first) * packed, T(0));
     for (int64_t i = strip_count * slice / slices; i < strip_count * (slice + 1) / slices; i++) {
-      const Strip& strip = all[i];
-      const Planes planes = Planes::of<T>(plan, strip);
-      load_planes<T, S>(input, plan, strip, planes, block.group * d.sources, block.groups * d.sources, planes_at);
-      load_planes<T, S>(grad, grad_plan, strip, Planes::of<T>(grad_plan, strip), block.first(d), block.lanes(), grads_at);
+      const Strip& strip = strips[i];
+      const Planes planes = Planes::of<T>(plan, strip), grads = Planes::of<T>(grad_plan, strip);
+      load_sources<T, S>(input, plan, strip, planes, channels, set, planes_at);
+      if (channels.together * channels.outputs % lanes<T> == 0) {
+        load_planes<T, S>(grad, grad_plan, strip, grads, first_output, outputs, grads_at);
+      } else {
+        for (int64_t b = set.first; b < set.last; b++)
+          load_planes<T, S>(grad, grad_plan, strip, grads, channels.blocks[b].first(channels), channels.blocks[b].lanes(),
+                            grads_at + (b - set.first) * grads.vector_stride);
+      }
       std::vector<Run> runs = runs_of<T>(plan, plan.targets[0], planes);
       std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.length > b.length; });
-      const int64_t run_count = runs.size();
-      const int64_t positions =
-          round_up(((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols, slack);
-      // Stretches that stay in the first-level cache while every source channel and tap passes over them.
-      const int64_t stretch = round_up(run_budget / (2 * GROSS_VECTOR_BYTES), slack);
-      for (int64_t p = 0; p < positions; p += stretch) {
-        const int64_t length = std::min(stretch, positions - p);
-        for (int64_t vector = 0; vector < vectors; vector++) {
-          const T* plane = planes_at + vector * planes.vector_stride + p * lanes<T>;
-          const int64_t first = fetch == Fetch::broadcast ? vector * lanes<T> : 0;
-          const int64_t sources = std::min(d.sources - first, fetch == Fetch::broadcast ? int64_t{lanes<T>} : d.sources);
-          even_parts(sources, max_grad_sources, [&](int64_t j, int64_t size) {
-            for (int64_t r = 0, together; r < run_count; r += together) {
-              // With one source channel three runs are needed for enough chains of additions.
-              together = size == 1 && r + 3 <= run_count && runs[r + 2].length == runs[r].length ? 3 : 1;
-              const CorrelateWeights<T> correlate = fetch == Fetch::lanes       ? correlate_weights_of<T, Fetch::lanes>(size, together, runs[r].length)
-                                                    : fetch == Fetch::permuted ? correlate_weights_of<T, Fetch::permuted>(size, together, runs[r].length)
-                                                                               : correlate_weights_of<T, Fetch::broadcast>(size, together, runs[r].length);
-              correlate(grads_at + p * lanes<T>, plane + (fetch == Fetch::broadcast ? j : 0), &runs[r], index.data() + j * lanes<T>, length,
-                        to + (first + j) * g.taps() * lanes<T>, g.taps() * lanes<T>);
-            }
-          });
-        }
-      }
+      const Stretches stretches = Stretches::of<T>(plan, strip);
+      for (int64_t b = set.first; b < set.last; b++)
+        correlate_block<T>(channels, g.taps(), runs, stretches, grads_at + (b - set.first) * grads.vector_stride,
+                           planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride,
+                           planes.vector_stride, to + (b - set.first) * packed);
     }
+  };
+  auto write = [&](int64_t b, const T* from, T* rows) {
+    write_gradients(series, gradient, g, channels, channels.blocks[b], from, rows, gradient.gates ? &shares[b * max_terms] : nullptr);
   };
 
-  const int64_t row_size = groups_together<T>(d) * std::min<int64_t>(d.outputs, lanes<T>) * d.sources * g.taps();
   auto work = [&](int64_t begin, int64_t end) {
-    T* const planes_at = scratch<T>(plane_size + grad_size + packed + row_size);
+    T* const planes_at = scratch<T>(plane_size + grad_size + blocks * packed + channels.summed);
     T* const grads_at = planes_at + plane_size;
-    T* const block_at = grads_at + grad_size;
-    T* const rows = block_at + packed;
+    T* const sums = grads_at + grad_size;
+    T* const rows = sums + blocks * packed;
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t b = unit / slices, slice = unit % slices;
+      const Set& set = sets[unit / slices];
+      const int64_t slice = unit % slices;
       if (slices > 1) {
-        accumulate(blocks[b], slice, planes_at, grads_at, partial.data() + unit * packed);
-      } else {
-        accumulate(blocks[b], 0, planes_at, grads_at, block_at);
-        write_gradients(series, gradient, g, d, blocks[b], block_at, rows, gradient.gates ? &shares[b * max_terms] : nullptr);
+        accumulate(set, slice, planes_at, grads_at, partial.data() + (slice * count + set.first) * packed);
+        continue;
       }
+      accumulate(set, 0, planes_at, grads_at, sums);
+      for (int64_t b = set.first; b < set.last; b++) write(b, sums + (b - set.first) * packed, rows);
     }
   };
-  run(threads, count * slices, work);
+  run(threads, set_count * slices, work);
   if (slices > 1) {
     auto reduce = [&](int64_t begin, int64_t end) {
-      T* const rows = scratch<T>(row_size);
+      T* const rows = scratch<T>(channels.summed);
       for (int64_t b = begin; b < end; b++) {
-        T* total = partial.data() + b * slices * packed;
+        T* total = partial.data() + b * packed;
         for (int64_t slice = 1; slice < slices; slice++)
-          for (int64_t k = 0; k < packed; k++) total[k] += total[slice * packed + k];
-        write_gradients(series, gradient, g, d, blocks[b], total, rows, gradient.gates ? &shares[b * max_terms] : nullptr);
+          for (int64_t k = 0; k < packed; k++) total[k] += total[slice * count * packed + k];
+        write(b, total, rows);
       }
     };
     run(threads, count, reduce);

@@ -5,7 +5,7 @@
 namespace gross::cpu::GROSS_ISA {
 
 // Positions that a kernel may read past the last, as zeros.
-constexpr int64_t slack = registers == 32 ? 8 : 2;
+constexpr int64_t slack = registers == 32 ? 8 : 4;
 
 // Geometry of the planes of one strip; strides in elements.
 struct Planes {
