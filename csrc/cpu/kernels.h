@@ -72,34 +72,49 @@ struct LaneBlock {
   int64_t first(const Direction& d) const { return group * d.outputs + output; }
 };
 
-// How the channels of one direction fall on lanes: consecutive groups together where their sources and their outputs fit a vector each
-// (a cluster), else one group whose outputs take several vectors.
+// How the channels of one direction fall on lanes. A cluster is as many groups as have their sources in one vector, or one group whose
+// sources take several. A block is as many groups of a cluster as have their outputs in one vector, or a part of one group.
 template <class T>
 struct Channels : Direction {
-  int64_t together;  // groups of a cluster
-  int64_t vectors;   // of source channels of a cluster
+  int64_t together, per_block;  // groups of a cluster, and of a block
+  int64_t vectors;              // of source channels of a cluster
   Fetch fetch;
   std::vector<LaneBlock> blocks;
-  std::vector<Index<T>> permutation;  // [source][lane]: where among the cluster's sources the lane finds that of its group
-  int64_t packed, summed;             // numbers that the weights of a block take, packed and as rows
+  int64_t packed, summed;  // numbers that the weights of a block take, packed and as rows
 
   Channels(const Geometry& g, bool backward) : Direction(g, backward) {
     constexpr int64_t n = lanes<T>;
-    together = std::clamp<int64_t>(n / std::max(sources, outputs), 1, groups);
+    together = std::clamp<int64_t>(n / sources, 1, groups);
     vectors = ceil_div(together * sources, n);
-    fetch = together == 1 ? Fetch::broadcast : sources == 1 && outputs == 1 ? Fetch::lanes : Fetch::permuted;
-    for (int64_t group = 0; group < groups; group += together)
-      for (int64_t output = 0; output < outputs; output += n)
-        blocks.push_back({group, std::min(together, groups - group), output, std::min(n, outputs - output)});
-    permutation.assign(sources * n, 0);
-    for (int64_t j = 0; j < sources; j++)
-      for (int64_t l = 0; l < std::min(n, together * outputs); l++) permutation[j * n + l] = static_cast<Index<T>>(l / outputs * sources + j);
+    per_block = std::clamp<int64_t>(n / outputs, 1, together);
+    fetch = per_block == 1 ? Fetch::broadcast : sources == 1 && outputs == 1 ? Fetch::lanes : Fetch::permuted;
+    for (int64_t first = 0; first < groups; first += together)
+      for (int64_t group = first, end = std::min(groups, first + together); group < end; group += per_block)
+        for (int64_t output = 0; output < outputs; output += n)
+          blocks.push_back({group, std::min(per_block, end - group), output, std::min(n, outputs - output)});
     packed = sources * g.taps() * n;
-    summed = together * std::min(outputs, n) * sources * g.taps();
+    summed = per_block * std::min(outputs, n) * sources * g.taps();
+    if (fetch != Fetch::permuted) return;
+    permutation.assign(ceil_div(together, per_block) * sources * n, 0);
+    for (int64_t group = 0; group < together; group++)
+      for (int64_t j = 0; j < sources; j++)
+        for (int64_t l = 0; l < outputs; l++)
+          permutation[(group / per_block * sources + j) * n + group % per_block * outputs + l] = static_cast<Index<T>>(group * sources + j);
   }
 
   int64_t cluster(int64_t block) const { return blocks[block].group / together; }
   int64_t clusters(int64_t first, int64_t last) const { return cluster(last - 1) - cluster(first) + 1; }
+
+  // Of a block that is part of one group: its first source's lane in the cluster's vector.
+  int64_t first_lane(int64_t block) const { return fetch == Fetch::broadcast ? blocks[block].group % together * sources : 0; }
+  // Of a block of several groups, [source][lane]: where in the cluster's vector the lane finds that source of its group.
+  const Index<T>* permutation_of(int64_t block) const {
+    if (fetch != Fetch::permuted) return nullptr;
+    return permutation.data() + blocks[block].group % together / per_block * sources * lanes<T>;
+  }
+
+ private:
+  std::vector<Index<T>> permutation;
 };
 
 // Blocks [first, last) of channels that a thread works on together: their pixels are read at once, and their weights assembled.
@@ -445,9 +460,8 @@ void correlate_target(const Stencil<T>& stencil, const T* weights, const Tile<T>
 // The planes of the source channels of a set, cluster by cluster.
 template <class T, class S>
 void load_sources(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes, const Channels<T>& channels, const Set& set, T* to) {
-  const LaneBlock &first = channels.blocks[set.first], &last = channels.blocks[set.last - 1];
-  const int64_t begin = first.group * channels.sources, end = (last.group + last.groups) * channels.sources;
   const int64_t cluster = channels.together * channels.sources;
+  const int64_t begin = channels.cluster(set.first) * cluster, end = std::min(channels.groups * channels.sources, (channels.cluster(set.last - 1) + 1) * cluster);
   // Clusters that fill their vectors lie side by side.
   const int64_t step = cluster % lanes<T> == 0 ? end - begin : cluster;
   for (int64_t at = begin; at < end; at += step, to += channels.vectors * planes.vector_stride)
@@ -489,10 +503,10 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
         const std::vector<Run> runs = runs_of<T>(plan, target, planes);
         const Tile<T> tile = tile_for<T>(channels.fetch, target.cols);
         segments_of<T>(target_image, plan, target, strip, tile.columns, segments);
-        const Stencil<T> stencil{channels.sources, planes.vector_stride, runs.data(), static_cast<int64_t>(runs.size()),
-                                 g.taps() * lanes<T>, 0, channels.permutation.data()};
         for (int64_t b = set.first; b < set.last; b++) {
-          const T* from = planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride;
+          const Stencil<T> stencil{channels.sources, planes.vector_stride, runs.data(), static_cast<int64_t>(runs.size()),
+                                   g.taps() * lanes<T>, 0, channels.permutation_of(b)};
+          const T* from = planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride + channels.first_lane(b);
           correlate_target<T, S>(stencil, weights + (b - set.first) * channels.packed, tile, segments, from, target, target_image,
                                  strip.image, channels.blocks[b].first(channels), channels.blocks[b].lanes(), spare);
         }
@@ -609,7 +623,7 @@ struct Stretches {
 
 // D of one vector of outputs from the planes of its gradients and of its sources.
 template <class T>
-void correlate_block(const Channels<T>& channels, int64_t taps, const std::vector<Run>& runs, const Stretches& stretches, const T* grads,
+void correlate_block(const Channels<T>& channels, int64_t block, int64_t taps, const std::vector<Run>& runs, const Stretches& stretches, const T* grads,
                      const T* planes, int64_t vector_stride, T* to) {
   const bool broadcasting = channels.fetch == Fetch::broadcast;
   const int64_t run_count = runs.size();
@@ -622,8 +636,9 @@ void correlate_block(const Channels<T>& channels, int64_t taps, const std::vecto
         for (int64_t r = 0, together; r < run_count; r += together) {
           // With one source channel three runs are needed for enough chains of additions.
           together = size == 1 && r + 3 <= run_count && runs[r + 2].length == runs[r].length ? 3 : 1;
+          const Index<T>* permutation = channels.permutation_of(block);
           correlate_weights_for<T>(stretches.columns, channels.fetch, size, together, runs[r].length)(
-              grads, plane + (broadcasting ? j : 0), &runs[r], channels.permutation.data() + j * lanes<T>, stretches.starts.data() + i,
+              grads, plane + (broadcasting ? j : 0), &runs[r], permutation ? permutation + j * lanes<T> : nullptr, stretches.starts.data() + i,
               std::min(most, count - i), to + (first + j) * taps * lanes<T>, taps * lanes<T>);
         }
       });
@@ -705,7 +720,7 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
       const Strip& strip = strips[i];
       const Planes planes = Planes::of<T>(plan, strip), grads = Planes::of<T>(grad_plan, strip);
       load_sources<T, S>(input, plan, strip, planes, channels, set, planes_at);
-      if (channels.together * channels.outputs % lanes<T> == 0) {
+      if (outputs == (set.last - set.first) * lanes<T>) {
         load_planes<T, S>(grad, grad_plan, strip, grads, first_output, outputs, grads_at);
       } else {
         for (int64_t b = set.first; b < set.last; b++)
@@ -716,8 +731,8 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
       std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.length > b.length; });
       const Stretches stretches = Stretches::of<T>(plan, strip);
       for (int64_t b = set.first; b < set.last; b++)
-        correlate_block<T>(channels, g.taps(), runs, stretches, grads_at + (b - set.first) * grads.vector_stride,
-                           planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride,
+        correlate_block<T>(channels, b, g.taps(), runs, stretches, grads_at + (b - set.first) * grads.vector_stride,
+                           planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride + channels.first_lane(b),
                            planes.vector_stride, to + (b - set.first) * packed);
     }
   };
