@@ -24,7 +24,7 @@ static const Kernels& choose() {
   if (name == "avx2" && avx2) return avx2_kernels;
   if (name == "avx512" && avx512) return avx512_kernels;
 #endif
-  throw std::invalid_argument("GROSS_KERNELS_ISA: got '" + name + "', accepted are portable, avx2 and avx512 where the processor has them; it has up to " + best->name);
+  throw std::runtime_error("GROSS_KERNELS_ISA: got '" + name + "', accepted are portable, avx2 and avx512 where the processor has them; it has up to " + best->name);
 }
 
 const Kernels& kernels() {
