@@ -1,8 +1,8 @@
 """The series convolution as its definition reads: sum the expanded terms, then call torch. Any dtype, any device.
 
 Every kernel is tested against this module; it is never optimised. 16-bit calls are computed in float32 and rounded
-once: torch's own bfloat16 weight gradient on the CPU is wrong for stride 3 over narrow images (pytorch #169688, torch
-2.15).
+once: torch's own bfloat16 weight gradient on the CPU reads memory that nobody wrote where the image is narrower than
+the kernel (torch 2.10 and 2.15).
 """
 
 from __future__ import annotations

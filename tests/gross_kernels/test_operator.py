@@ -89,8 +89,9 @@ def library(case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | 
     """The same list from torch's convolution on the exactly summed weight, everything rounded to the input's dtype.
 
     16-bit calls are computed in float32 and rounded once, which is stricter than torch's own: its bfloat16 input
-    gradient adds in bfloat16. Without oneDNN, whose bfloat16 weight gradient reads outside its tensors where the image
-    is narrow (wrong for stride 3, pytorch #169688; a segmentation fault in torch 2.10).
+    gradient adds in bfloat16. Without oneDNN: its bfloat16 weight gradient reads memory that nobody wrote where the
+    image is narrower than the kernel (torch 2.10 and 2.15), and its bfloat16 convolution ends in a segmentation fault
+    in torch 2.10 where no window along the width reads a pixel.
     """
     wide = torch.promote_types(input.dtype, torch.float32)
     host_gates = None if gates is None else gates.cpu()
