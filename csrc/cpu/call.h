@@ -42,6 +42,16 @@ struct Geometry {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
+// A layer: pointwise, grouped, pointwise. `geometry` is the grouped convolution's, whose channels are the bottleneck's widths; terms of the
+// pointwise series are [width_in, C_in] and [C_out, width_out].
+struct Layer {
+  Series pointwise_in, grouped, pointwise_out;
+  Geometry geometry;
+  int64_t in_channels, out_channels;
+  const void* bias;  // [C_out] of the sum's type, or null
+  bool relu;
+};
+
 // Runs body(context, begin, end) over slices of [0, count) on torch's own threads.
 struct Threads {
   int count;
@@ -57,6 +67,12 @@ struct Kernels {
                      const Geometry& geometry, const Threads& threads);
   void (*weight_grad)(Type type, const Image& grad, const Image& input, const Series& series,
                       const SeriesGradient& gradient, const Geometry& geometry, const Threads& threads);
+  // A layer's weights in the order that `layer` reads them: how many numbers of the sum's type they are, and the numbers.
+  int64_t (*packed_size)(Type type, const Layer& layer);
+  void (*pack)(Type type, const Layer& layer, void* packed, const Threads& threads);
+  // The layer from packed weights. The first pointwise convolution's output is kept in `inner` where that has data.
+  void (*layer)(Type type, const Image& input, const Layer& layer, const void* packed, const Image& inner, const Image& output,
+                const Threads& threads);
   // Σ gate_i t_i of terms of `count` elements each, in their type.
   void (*sum)(const Series& series, int64_t count, void* output, const Threads& threads);
 };

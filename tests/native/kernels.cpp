@@ -30,9 +30,10 @@ struct Tensor {
   Type type;
   std::unique_ptr<char[]> memory;
 
-  Tensor(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, Type type, bool random)
+  // Numbers are multiples of 1/steps up to 1, or NaN for steps = 0: memory that the kernels have to write.
+  Tensor(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, Type type, int steps)
       : n(n), c(c), h(h), w(w), channels_last(channels_last), type(type), memory(new char[n * c * h * w * size_of(type)]) {
-    for (int64_t i = 0; i < n * c * h * w; i++) put(i, random ? pick(-8, 8) / 8.0 : NAN);
+    for (int64_t i = 0; i < n * c * h * w; i++) put(i, steps ? static_cast<double>(pick(-steps, steps)) / steps : NAN);
   }
   void put(int64_t i, double value) {
     const float narrow = static_cast<float>(value);
@@ -83,29 +84,109 @@ void compare(Type type, const char* what, double got, double expected, const std
   }
 }
 
-void one_case() {
+struct Case {
   Geometry g{};
-  const int64_t smallest = pick(1, 4), growth = pick(1, 4), groups = pick(1, pick(0, 3) ? 5 : 40);
-  g.group_size = smallest * growth;
+  int64_t smallest, growth, h, w, out_h, out_w;
+  Type type;
+  std::string where;
+};
+
+// A random geometry; false where the kernel does not fit the input.
+bool draw(Case& c) {
+  Geometry& g = c.g;
+  c.smallest = pick(1, 4), c.growth = pick(1, pick(0, 3) ? 4 : 10);
+  const int64_t groups = pick(1, pick(0, 3) ? 5 : 40 / c.growth);
+  g.group_size = c.smallest * c.growth;
   g.in_channels = g.group_size * groups;
-  g.out_channels = groups * growth * (pick(0, 2) ? smallest : pick(1, 3));
+  g.out_channels = groups * c.growth * (pick(0, 2) ? c.smallest : pick(1, 3));
   g.images = pick(1, 5);
   g.kernel_h = pick(1, 4), g.kernel_w = pick(1, 4);
   g.stride_h = pick(1, 3), g.stride_w = pick(1, 3);
   g.padding_h = pick(0, 4), g.padding_w = pick(0, 4);
   g.dilation_h = pick(1, 3), g.dilation_w = pick(1, 3);
-  const int64_t h = pick(1, 18), w = pick(1, 18);
-  const int64_t room_h = h + 2 * g.padding_h - g.dilation_h * (g.kernel_h - 1) - 1;
-  const int64_t room_w = w + 2 * g.padding_w - g.dilation_w * (g.kernel_w - 1) - 1;
-  if (room_h < 0 || room_w < 0) return;
-  const int64_t out_h = room_h / g.stride_h + 1, out_w = room_w / g.stride_w + 1;
-  const Type type = std::vector{Type::float32, Type::float64, Type::bfloat16}[pick(0, 2)];
-  const bool last = pick(0, 1);
-  const std::string where = std::to_string(g.in_channels) + "→" + std::to_string(g.out_channels) + " s=" +
-                            std::to_string(g.group_size) + " input " + std::to_string(h) + "×" + std::to_string(w);
+  c.h = pick(1, 18), c.w = pick(1, 18);
+  const int64_t room_h = c.h + 2 * g.padding_h - g.dilation_h * (g.kernel_h - 1) - 1;
+  const int64_t room_w = c.w + 2 * g.padding_w - g.dilation_w * (g.kernel_w - 1) - 1;
+  c.out_h = room_h / g.stride_h + 1, c.out_w = room_w / g.stride_w + 1;
+  c.type = std::vector{Type::float32, Type::float64, Type::bfloat16}[pick(0, 2)];
+  c.where = std::to_string(g.in_channels) + "→" + std::to_string(g.out_channels) + " s=" + std::to_string(g.group_size) + " kernel " +
+            std::to_string(g.kernel_h) + "×" + std::to_string(g.kernel_w) + " stride " + std::to_string(g.stride_h) + "×" +
+            std::to_string(g.stride_w) + " input " + std::to_string(g.images) + "×" + std::to_string(c.h) + "×" + std::to_string(c.w);
+  return room_h >= 0 && room_w >= 0;
+}
 
-  Tensor input(g.images, g.in_channels, h, w, last, type, true), output(g.images, g.out_channels, out_h, out_w, last, type, false);
-  Tensor grad(g.images, g.out_channels, out_h, out_w, pick(0, 1), type, true), grad_input(g.images, g.in_channels, h, w, last, type, false);
+// A layer against pointwise, grouped and pointwise convolution one after the other, with and without keeping the first one's output.
+void layer_case() {
+  Case c;
+  if (!draw(c)) return;
+  const Geometry& g = c.g;
+  const Type type = c.type;
+  Layer layer{};
+  layer.geometry = g;
+  layer.in_channels = pick(1, 40), layer.out_channels = pick(1, 40), layer.relu = pick(0, 1);
+  const std::string where = std::to_string(layer.in_channels) + "→(" + c.where + ")→" + std::to_string(layer.out_channels);
+  Tensor first(g.in_channels, layer.in_channels, 1, 1, false, type, 2), middle(g.out_channels, g.group_size, g.kernel_h, g.kernel_w, false, type, 2),
+      last(layer.out_channels, g.out_channels, 1, 1, false, type, 2), bias(1, layer.out_channels, 1, 1, false, type == Type::float64 ? type : Type::float32, 2);
+  auto series = [&](const Tensor& weight) {
+    Series of{};
+    of.active = 1, of.type = type, of.terms[0] = weight.memory.get(), of.group_sizes[0] = weight.c, of.gates[0] = 1;
+    return of;
+  };
+  layer.pointwise_in = series(first), layer.grouped = series(middle), layer.pointwise_out = series(last);
+  if (pick(0, 1)) layer.bias = bias.memory.get();
+  Tensor input(g.images, layer.in_channels, c.h, c.w, pick(0, 1), type, 2), output(g.images, layer.out_channels, c.out_h, c.out_w, pick(0, 1), type, 0),
+      inner(g.images, g.in_channels, c.h, c.w, pick(0, 1), type, 0);
+  const bool keep = pick(0, 1);
+  // The packed weights are whole vectors: aligned, but of exactly the size that the kernels ask for.
+  std::vector<char> packed(kernels().packed_size(type, layer) * (type == Type::float64 ? 8 : 4));
+  kernels().pack(type, layer, packed.data(), two_threads);
+  kernels().layer(type, input.image(), layer, packed.data(), keep ? inner.image() : Image{}, output.image(), two_threads);
+
+  std::vector<double> p(g.images * g.in_channels * c.h * c.w);
+  for (int64_t n = 0; n < g.images; n++)
+    for (int64_t o = 0; o < g.in_channels; o++)
+      for (int64_t y = 0; y < c.h; y++)
+        for (int64_t x = 0; x < c.w; x++) {
+          double& sum = p[((n * g.in_channels + o) * c.h + y) * c.w + x];
+          for (int64_t j = 0; j < layer.in_channels; j++) sum += first.at(first.index(o, j, 0, 0)) * input.at(input.index(n, j, y, x));
+          if (!keep) continue;
+          const double kept = inner.at(inner.index(n, o, y, x));
+          compare(type, "inner", kept, sum, where);
+          sum = kept;  // rounded to bfloat16 where that is the type
+        }
+  std::vector<double> r(g.out_channels);
+  for (int64_t n = 0; n < g.images; n++)
+    for (int64_t y = 0; y < c.out_h; y++)
+      for (int64_t x = 0; x < c.out_w; x++) {
+        for (int64_t o = 0; o < g.out_channels; o++) {
+          r[o] = 0;
+          for (int64_t j = 0; j < g.group_size; j++)
+            for (int64_t ky = 0; ky < g.kernel_h; ky++)
+              for (int64_t kx = 0; kx < g.kernel_w; kx++) {
+                const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h, ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
+                if (iy < 0 || iy >= c.h || ix < 0 || ix >= c.w) continue;
+                const int64_t from = gross::block_start(o, g.in_channels, g.out_channels, g.group_size) + j;
+                r[o] += middle.at(middle.index(o, j, ky, kx)) * p[((n * g.in_channels + from) * c.h + iy) * c.w + ix];
+              }
+        }
+        for (int64_t o = 0; o < layer.out_channels; o++) {
+          double sum = layer.bias ? bias.at(o) : 0;
+          for (int64_t j = 0; j < g.out_channels; j++) sum += last.at(last.index(o, j, 0, 0)) * r[j];
+          compare(type, "layer", output.at(output.index(n, o, y, x)), layer.relu ? std::max(sum, 0.0) : sum, where);
+        }
+      }
+}
+
+void convolution_case() {
+  Case c;
+  if (!draw(c)) return;
+  const Geometry& g = c.g;
+  const int64_t smallest = c.smallest, growth = c.growth, h = c.h, w = c.w, out_h = c.out_h, out_w = c.out_w;
+  const Type type = c.type;
+  const std::string& where = c.where;
+  const bool last = pick(0, 1);
+  Tensor input(g.images, g.in_channels, h, w, last, type, 8), output(g.images, g.out_channels, out_h, out_w, last, type, 0);
+  Tensor grad(g.images, g.out_channels, out_h, out_w, pick(0, 1), type, 8), grad_input(g.images, g.in_channels, h, w, last, type, 0);
 
   Series series{};
   SeriesGradient gradient{};
@@ -117,8 +198,8 @@ void one_case() {
     series.group_sizes[i] = i ? g.group_size : smallest;
     if (series.active == 1) series.group_sizes[0] = g.group_size;
     series.gates[i] = pick(1, 4) / 2.0;
-    terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, type, true));
-    grad_terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, type, false));
+    terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, type, 8));
+    grad_terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, type, 0));
     series.terms[i] = terms[i]->memory.get();
     gradient.terms[i] = grad_terms[i]->memory.get();
   }
@@ -169,6 +250,9 @@ int main() {
     std::printf("not run here: %s\n", error.what());
     return 0;
   }
-  for (int i = 0; i < cases; i++) one_case();
-  std::printf("%d geometries agree with plain loops, largest error %.2f of what is allowed\n", cases, worst);
+  for (int i = 0; i < cases; i++) {
+    convolution_case();
+    layer_case();
+  }
+  std::printf("%d convolutions and as many layers agree with plain loops, largest error %.2f of what is allowed\n", cases, worst);
 }
