@@ -62,33 +62,19 @@ __attribute__((noinline)) void multiply(const Pixels<T>& source, const T* from, 
 }
 
 constexpr int max_pixels = registers == 32 ? 14 : 6;
-template <class T>
-using Multiply = void (*)(const Pixels<T>&, const T*, const T*, int64_t, T* const*, int64_t, const T*, bool);
-
-// The kernel for at most `count` pixels, and how many it takes.
-template <class T, int Vectors>
-Multiply<T> multiply_for(int64_t count, int64_t& taken) {
-  taken = count >= max_pixels ? max_pixels : count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-  if (taken == max_pixels) return multiply<T, max_pixels, Vectors>;
-  if constexpr (max_pixels > 8)
-    if (taken == 8) return multiply<T, 8, Vectors>;
-  return taken == 4 ? multiply<T, 4, Vectors> : taken == 2 ? multiply<T, 2, Vectors> : multiply<T, 1, Vectors>;
-}
-
 // `count` pixels from `source` to `outputs` vectors, pair by pair. Before each tile place(pixel, pixels, vector, to) says where its pixels go, the
 // second vector `to_stride` further; done(pixel, pixels, vector, vectors) follows it.
 template <class T, int Vectors, class Place, class Done>
 void multiply_vectors(const Pixels<T>& source, int64_t count, const T* weights, int64_t weight_stride, int64_t vector, int64_t to_stride,
                       const T* bias, bool relu, Place place, Done done) {
-  for (int64_t first = 0, taken; first < count; first += taken) {
-    // The last tile overlaps the one before, where that is as large as a tile can be.
-    if (first > 0 && first + max_pixels > count && count >= max_pixels) first = count - max_pixels;
-    const Multiply<T> kernel = multiply_for<T, Vectors>(count - first, taken);
+  even_parts(count, max_pixels, [&](int64_t first, int64_t taken) {
     T* to[max_pixels];
     place(first, taken, vector, to);
-    kernel(source, source.at + first * source.pitch, weights, weight_stride, to, to_stride, bias, relu);
+    with_constant<max_pixels>(taken, [&](auto pixels) {
+      multiply<T, pixels, Vectors>(source, source.at + first * source.pitch, weights, weight_stride, to, to_stride, bias, relu);
+    });
     done(first, taken, vector, Vectors);
-  }
+  });
 }
 template <class T, class Place, class Done>
 void multiply_all(const Pixels<T>& source, int64_t count, const T* weights, int64_t weight_stride, int64_t outputs, int64_t to_stride,
@@ -372,15 +358,19 @@ void run_layer(const Image& input, const Layer& layer, const T* packed, const Im
               [&](int64_t first, int64_t taken, int64_t vector, T** to) {
                 for (int64_t k = 0; k < taken; k++) to[k] = planes_at + vector * planes.vector_stride + places[first + k];
               },
-              [](int64_t, int64_t, int64_t, int64_t) {});
+              [&](int64_t first, int64_t taken, int64_t vector, int64_t) {
+                // The next tile's channels, line by line: the processor's own prefetching does not follow 14 pixels at once.
+                if (vector == 0 && source.pitch > lanes<T>)
+                  for (int64_t k = first + taken; k < std::min<int64_t>(places.size(), first + 2 * taken); k++)
+                    for (int64_t c = 0; c < layer.in_channels; c += 64 / sizeof(T)) __builtin_prefetch(source.at + k * source.pitch + c, 0, 2);
+              });
         }
 
-        const std::vector<Run> runs = runs_of<T>(plan, target, planes);
+        const Runs runs = runs_of<T>(plan, target, planes);
         const int64_t width = output.width * lanes<T>;
         segments_of<T>({nullptr, 0, 0, 0, strip.rows * width, 1, width, lanes<T>}, plan, target, {0, strip.images, 0, strip.rows}, tile.columns, segments);
         for (int64_t b = 0; b < blocks; b++) {
-          const Stencil<T> stencil{channels.sources, planes.vector_stride, runs.data(), static_cast<int64_t>(runs.size()),
-                                   g.taps() * lanes<T>, channels.permutation_of(b)};
+          const Stencil<T> stencil{channels.sources, planes.vector_stride, runs, g.taps() * lanes<T>, channels.permutation_of(b)};
           correlate_tiles(stencil, packed + packing.at_grouped + b * channels.packed, tile, segments,
                           planes_at + channels.cluster(b) * channels.vectors * planes.vector_stride + channels.first_lane(b),
                           grouped_at + b * stride, lanes<T>);

