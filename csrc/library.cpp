@@ -78,7 +78,8 @@ Threads torch_threads() {
           }};
 }
 
-// A checked call: the terms made contiguous (they are small) and everything in the kernels' words.
+// A checked call: the terms made contiguous (they are small) and everything in the kernels' words. `in_channels` are those that the
+// grouped convolution reads: the input's, or in a layer the first pointwise convolution's.
 struct Call {
   std::vector<Tensor> terms;
   Series series{};
@@ -86,8 +87,8 @@ struct Call {
   Type type;
   int64_t out_h, out_w;
 
-  Call(const Tensor& input, const std::vector<Tensor>& given, const Tensor& active, const std::optional<Tensor>& gates,
-       const Ints& stride, const Ints& padding, const Ints& dilation)
+  Call(const Tensor& input, int64_t in_channels, const std::vector<Tensor>& given, const Tensor& active,
+       const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation)
       : type(type_of(input, "input")) {
     STD_TORCH_CHECK(!given.empty() && given.size() <= max_terms, "terms: got ", given.size(), ", accepted are 1 to ", max_terms);
     STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4, "input: accepted is [N, C_in, H, W] on the CPU");
@@ -102,7 +103,7 @@ struct Call {
                     "terms: accepted is the input's dtype, or float32 with a 16-bit input");
     const Tensor& first = given[0];
     STD_TORCH_CHECK(first.dim() == 4, "terms: accepted is [C_out, group size, kh, kw]");
-    const int64_t in_channels = input.size(1), out_channels = first.size(0);
+    const int64_t out_channels = first.size(0);
     for (size_t i = 0; i < given.size(); i++) {
       const Tensor& term = given[i];
       STD_TORCH_CHECK(term.is_cpu() && term.dim() == 4 && term.scalar_type() == first.scalar_type() &&
@@ -130,7 +131,7 @@ struct Call {
 
 Tensor series_conv2d(const Tensor& input, const std::vector<Tensor>& terms, const Tensor& active,
                      const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  const Call call(input, terms, active, gates, stride, padding, dilation);
+  const Call call(input, input.size(1), terms, active, gates, stride, padding, dilation);
   Tensor output = empty_image(input.size(0), call.geometry.out_channels, call.out_h, call.out_w, input);
   if (output.numel() > 0)
     kernels().forward(call.type, image_of(input), call.series, image_of(output), call.geometry, torch_threads());
@@ -141,7 +142,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> series_conv2d_backward(
     const Tensor& grad, const Tensor& input, const std::vector<Tensor>& terms, const Tensor& active,
     const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation,
     const std::vector<bool>& needs) {
-  const Call call(input, terms, active, gates, stride, padding, dilation);
+  const Call call(input, input.size(1), terms, active, gates, stride, padding, dilation);
   const Geometry& g = call.geometry;
   STD_TORCH_CHECK(grad.is_cpu() && grad.dim() == 4 && grad.size(0) == g.images && grad.size(1) == g.out_channels &&
                       grad.size(2) == call.out_h && grad.size(3) == call.out_w && grad.scalar_type() == input.scalar_type(),
@@ -197,12 +198,106 @@ Tensor series_sum(const std::vector<Tensor>& terms, const Tensor& active, const 
   return output;
 }
 
+// One of a layer's pointwise series: plain sums of [to, from, 1, 1].
+Series pointwise_series(const std::vector<Tensor>& given, const Call& call, int64_t to, int64_t from, const char* name,
+                        std::vector<Tensor>& contiguous) {
+  Series series = call.series;
+  STD_TORCH_CHECK(given.size() == call.terms.size(), name, ": got ", given.size(), " terms, accepted is one per grouped term, ", call.terms.size());
+  for (size_t i = 0; i < given.size(); i++) {
+    const Tensor& term = given[i];
+    STD_TORCH_CHECK(term.is_cpu() && term.dim() == 4 && term.scalar_type() == call.terms[0].scalar_type() && term.size(0) == to &&
+                        term.size(1) == from && term.size(2) == 1 && term.size(3) == 1,
+                    name, "[", i, "]: accepted is [", to, ", ", from, ", 1, 1] of the grouped terms' dtype, on the CPU");
+    contiguous.push_back(torch::stable::contiguous(term));
+    series.terms[i] = contiguous.back().data_ptr();
+    series.group_sizes[i] = from;
+  }
+  return series;
+}
+
+// A checked layer: pointwise, grouped, pointwise.
+struct LayerCall {
+  Call call;
+  std::vector<Tensor> pointwise;
+  std::optional<Tensor> wide_bias;
+  Layer layer{};
+
+  LayerCall(const Tensor& input, const std::vector<Tensor>& pointwise_in, const std::vector<Tensor>& grouped,
+            const std::vector<Tensor>& pointwise_out, const std::optional<Tensor>& bias, const Tensor& active,
+            const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation, bool relu)
+      : call(input, channels_of(pointwise_in, "pointwise_in"), grouped, active, gates, stride, padding, dilation) {
+    layer.geometry = call.geometry;
+    layer.in_channels = input.size(1);
+    layer.out_channels = channels_of(pointwise_out, "pointwise_out");
+    layer.relu = relu;
+    layer.grouped = call.series;
+    STD_TORCH_CHECK(layer.in_channels > 0 && layer.out_channels > 0, "input, pointwise_out: accepted is at least one channel");
+    layer.pointwise_in = pointwise_series(pointwise_in, call, layer.geometry.in_channels, layer.in_channels, "pointwise_in", pointwise);
+    layer.pointwise_out = pointwise_series(pointwise_out, call, layer.out_channels, layer.geometry.out_channels, "pointwise_out", pointwise);
+    if (bias.has_value()) {
+      STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == layer.out_channels, "bias: accepted is [", layer.out_channels, "] on the CPU");
+      type_of(*bias, "bias");
+      wide_bias = torch::stable::contiguous(torch::stable::to(*bias, sum_type()));
+      layer.bias = wide_bias->data_ptr();
+    }
+  }
+
+  ScalarType sum_type() const { return call.type == Type::float64 ? ScalarType::Double : ScalarType::Float; }
+
+  Tensor pack(const Tensor& like) const {
+    const Ints size{kernels().packed_size(call.type, layer)};
+    Tensor packed = torch::stable::empty(size, sum_type(), std::nullopt, like.device());
+    kernels().pack(call.type, layer, packed.data_ptr(), torch_threads());
+    return packed;
+  }
+
+ private:
+  static int64_t channels_of(const std::vector<Tensor>& series, const char* name) {
+    STD_TORCH_CHECK(!series.empty() && series[0].dim() == 4, name, ": accepted are terms of four dimensions");
+    return series[0].size(0);
+  }
+};
+
+std::tuple<Tensor, Tensor> bottleneck(const Tensor& input, const std::vector<Tensor>& pointwise_in, const std::vector<Tensor>& grouped,
+                                      const std::vector<Tensor>& pointwise_out, const std::optional<Tensor>& bias, const Tensor& active,
+                                      const std::optional<Tensor>& gates, const std::optional<Tensor>& packed, const Ints& stride,
+                                      const Ints& padding, const Ints& dilation, bool relu, bool keep_inner) {
+  const LayerCall of(input, pointwise_in, grouped, pointwise_out, bias, active, gates, stride, padding, dilation, relu);
+  const Ints none{0};
+  const Geometry& g = of.call.geometry;
+  Tensor output = empty_image(g.images, of.layer.out_channels, of.call.out_h, of.call.out_w, input);
+  Tensor inner = keep_inner ? empty_image(g.images, g.in_channels, input.size(2), input.size(3), input) : torch::stable::new_empty(input, none);
+  if (packed.has_value())
+    STD_TORCH_CHECK(packed->is_cpu() && packed->dim() == 1 && packed->scalar_type() == of.sum_type() && packed->stride(0) == 1 &&
+                        packed->size(0) == kernels().packed_size(of.call.type, of.layer),
+                    "packed: accepted is what bottleneck_pack made for this layer, group size and dtype");
+  if (output.numel() > 0) {
+    const Tensor weights = packed.has_value() ? *packed : of.pack(input);
+    kernels().layer(of.call.type, image_of(input), of.layer, weights.data_ptr(), keep_inner ? image_of(inner) : Image{}, image_of(output), torch_threads());
+  }
+  return {output, inner};
+}
+
+// The weights as `bottleneck` takes them in `packed`, for activations of `like`'s dtype.
+Tensor bottleneck_pack(const Tensor& like, const std::vector<Tensor>& pointwise_in, const std::vector<Tensor>& grouped,
+                       const std::vector<Tensor>& pointwise_out, const std::optional<Tensor>& bias, const Tensor& active,
+                       const std::optional<Tensor>& gates) {
+  STD_TORCH_CHECK(!grouped.empty() && grouped[0].dim() == 4 && !pointwise_in.empty() && pointwise_in[0].dim() == 4,
+                  "pointwise_in, grouped: accepted are terms of four dimensions");
+  // The smallest input that the kernel fits: packed weights do not depend on the geometry.
+  const Ints size{0, pointwise_in[0].size(1), grouped[0].size(2), grouped[0].size(3)}, one{1, 1}, zero{0, 0};
+  const Tensor input = torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device());
+  return LayerCall(input, pointwise_in, grouped, pointwise_out, bias, active, gates, one, zero, one, false).pack(like);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gross, CPU, m) {
   m.impl("series_conv2d", TORCH_BOX(&series_conv2d));
   m.impl("series_conv2d_backward", TORCH_BOX(&series_conv2d_backward));
   m.impl("series_sum", TORCH_BOX(&series_sum));
+  m.impl("bottleneck", TORCH_BOX(&bottleneck));
+  m.impl("bottleneck_pack", TORCH_BOX(&bottleneck_pack));
 }
 
 // For gross_kernels/environment.py: how the library was built, and the instruction set in use.

@@ -1,9 +1,9 @@
 """Fused grouped convolutions over group-size series: the operator, its kernels and the layers built on it."""
 
 from . import ops as ops
-from .dispatch import use_backend
+from .dispatch import use_backend, use_fused
 from .functional import explain, series_conv2d
-from .layers import GroSSConv2d, SeriesConv2d
+from .layers import GroSSConv2d, SeriesConv2d, pack
 from .series import expand
 
-__all__ = ["GroSSConv2d", "SeriesConv2d", "expand", "explain", "series_conv2d", "use_backend"]
+__all__ = ["GroSSConv2d", "SeriesConv2d", "expand", "explain", "pack", "series_conv2d", "use_backend", "use_fused"]

@@ -3,7 +3,7 @@
 A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and ``supports(call)``. The
 CPU's kernels are registered by the C++ library itself; on CUDA the public operators are Python functions that ask this
 module. ``GROSS_KERNELS_BACKEND`` or :func:`use_backend` force one backend for the functions and layers of this
-package.
+package; ``GROSS_KERNELS_FUSED`` or :func:`use_fused` say whether a layer may run in one pass.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that serves a call, and the reason."""
+    """What serves a call, a backend or a way to run a layer, and the reason."""
 
     name: str
     reason: str
@@ -91,6 +91,17 @@ def choose(call: Call) -> Choice:
         if BACKENDS[name].supports(call):
             return Choice(name, f"first of {', '.join(names)} for {call.device} tensors that serves this call")
     raise ValueError(f"backend: none of {', '.join(names)} serves {call}")
+
+
+def choose_layer(device: str) -> Choice:
+    """How a layer runs on ``device``: "fused", in one pass, or "parts", as three convolutions."""
+    if not _fused:
+        return Choice("parts", "GROSS_KERNELS_FUSED=0 or use_fused(False)")
+    if _forced is not None and _forced != "cpu":
+        return Choice("parts", f"the {_forced} backend is forced, which has no fused kernel")
+    if device != "cpu":
+        return Choice("parts", f"there is no fused kernel for {device} tensors")
+    return Choice("fused", "there is a kernel for the whole layer on the CPU")
 
 
 def check_backend(name: str) -> str:
@@ -124,6 +135,27 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def use_fused(fused: bool) -> Iterator[None]:
+    """Run whole layers in one pass where there is a kernel for it (the default), or always as three convolutions,
+    process-wide, while the context lasts. ``GROSS_KERNELS_FUSED`` (0 or 1) sets it from outside."""
+    global _fused
+    before = _fused
+    _fused = fused
+    try:
+        yield
+    finally:
+        _fused = before
+
+
+def _fused_from_environment() -> bool:
+    value = os.environ.get("GROSS_KERNELS_FUSED", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"GROSS_KERNELS_FUSED: got {value!r}, accepted are 0 and 1")
+    return value == "1"
+
+
+_fused = _fused_from_environment()
 _forced: str | None = None
 if os.environ.get("GROSS_KERNELS_BACKEND"):
     _forced = check_backend(os.environ["GROSS_KERNELS_BACKEND"])

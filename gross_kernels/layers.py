@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import bottleneck, dispatch
 from .functional import (
     apply,
     check_fits,
@@ -66,6 +67,8 @@ class _SeriesModule(nn.Module):
         if value not in self.group_sizes:
             raise ValueError(f"group_size: got {value!r}, accepted are {self.group_sizes}")
         index = self.group_sizes.index(value)
+        if getattr(self, "_group_size", None) != value:
+            self._size_changed()
         self._group_size = self.group_sizes[index]
         # A new tensor each time: the old one may be saved for a backward pass. Not a buffer: it stays on the host.
         self._active = torch.tensor(index + 1, dtype=torch.int64, device="cpu")
@@ -83,6 +86,9 @@ class _SeriesModule(nn.Module):
 
     def _series(self) -> tuple[nn.ParameterList, ...]:
         raise NotImplementedError
+
+    def _size_changed(self) -> None:
+        """Called when another group size is set."""
 
     def _convolve(self, input: Tensor, terms: list[Tensor], gates: Tensor | None) -> Tensor:
         """The grouped convolution of a four-dimensional input, padded by ``padding_mode`` already unless that is
@@ -208,6 +214,10 @@ class GroSSConv2d(_SeriesModule):
         group_sizes: ascending, each dividing the next, the last dividing the input width, and the number of groups
             dividing the output width; by default all such powers of two.
         width: channels of the bottleneck, ``(width_in, width_out)`` or one int for both; by default ``in_channels``.
+        relu: clamp the output at zero; in the fused kernel this costs nothing.
+
+    On the CPU the layer runs in one pass (``gross::bottleneck``) unless ``GROSS_KERNELS_FUSED=0``; :meth:`pack` makes
+    inference with small batches faster still.
 
     Shape:
         input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's memory format.
@@ -238,6 +248,7 @@ class GroSSConv2d(_SeriesModule):
         *,
         group_sizes: Sequence[int] | None = None,
         width: int | tuple[int, int] | None = None,
+        relu: bool = False,
     ) -> None:
         if groups != 1:
             raise ValueError(f"groups: got {groups}, accepted is 1: the layer brings its own groups, see group_sizes")
@@ -248,6 +259,8 @@ class GroSSConv2d(_SeriesModule):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.width = width
+        self.relu = relu
+        self._packed: _Packed | None = None
         width_in, width_out = width
         count = len(self.group_sizes)
         self.pointwise_in = _parameters([(width_in, in_channels, 1, 1)] * count, device, dtype)
@@ -333,17 +346,78 @@ class GroSSConv2d(_SeriesModule):
         return layer.train(conv.training)
 
     def forward(self, input: Tensor, gates: Tensor | None = None) -> Tensor:
-        """The bottleneck at the active group size; ``gates`` ``[N]`` scale the i-th terms of all three series."""
+        """The bottleneck at the active group size; ``gates`` ``[N]`` scale the i-th terms of all three series.
+
+        Raises:
+            RuntimeError: if a parameter has changed since :meth:`pack`.
+        """
         terms = list(self.grouped)
         check_input(input, terms[0])
         check_gates(gates, terms)
         _check_channels(input, self.in_channels)
         # The first pointwise has no bias, so padding before it, in any mode, is padding after it.
-        inner = F.conv2d(self._prepare(input), self._sum(self.pointwise_in, gates, input))
-        inner = self._convolve(inner, terms, gates)
-        bias = None if self.bias is None else self.bias.to(inner.dtype)
-        output = F.conv2d(inner, self._sum(self.pointwise_out, gates, inner), bias)
+        padding = self.padding if self.padding_mode == "zeros" else (0, 0)
+        prepared, padding = explicit_padding(self._prepare(input), self.kernel_size, padding, self.dilation)
+        check_fits(prepared, self.kernel_size, padding, self.dilation)
+        weights = (list(self.pointwise_in), terms, list(self.pointwise_out), self.bias, self._active, gates)
+        geometry = (self.stride, padding, self.dilation, self.relu)
+        if dispatch.choose_layer(input.device.type).name == "fused":
+            packed = None if self._packed is None or gates is not None else self._packed.weights_for(self, prepared)
+            output, _ = torch.ops.gross.bottleneck(prepared, *weights, packed, *geometry, self._keeps_inner())
+        else:
+            output = bottleneck.parts(prepared, *weights, *geometry)
         return output if input.dim() == 4 else output.squeeze(0)
+
+    def _keeps_inner(self) -> bool:
+        # Reading the first pointwise's output back is cheaper than computing it again from 128 channels on.
+        return self.in_channels >= 128 and torch.is_grad_enabled()
+
+    def explain(self, device: torch.device | str = "cpu") -> str:
+        """One sentence: whether the layer runs in one pass on ``device`` or as three convolutions, and why."""
+        choice = dispatch.choose_layer(torch.device(device).type)
+        packed = ", packed" if choice.name == "fused" and self._packed is not None else ""
+        return f"{choice.name}{packed}: {choice.reason}"
+
+    def pack(self, dtype: torch.dtype | None = None) -> GroSSConv2d:
+        """Keep the summed weights of the active group size in the fused kernel's order, for inference.
+
+        Summing and ordering them at every call costs more than the convolution itself where maps are small and channels
+        many. ``train()``, loading, moving or casting the layer and setting another group size drop them; they are not
+        part of ``state_dict``. Calls with gates, or with an input of another dtype, do not use them.
+
+        Args:
+            dtype: the inputs' dtype; by default the parameters'.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            RuntimeError: if the layer is in training mode.
+        """
+        if self.training:
+            raise RuntimeError(
+                "pack: got a layer in training mode, accepted is one in evaluation mode: call eval() first"
+            )
+        like = self.grouped[0].new_empty(0) if dtype is None else self.grouped[0].new_empty(0, dtype=dtype)
+        check_input(like.expand(1, 1, 1, 0), self.grouped[0])
+        self._packed = _Packed(self, like) if dispatch.choose_layer(like.device.type).name == "fused" else None
+        return self
+
+    def train(self, mode: bool = True) -> GroSSConv2d:
+        if mode:
+            self._packed = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> GroSSConv2d:
+        self._packed = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _size_changed(self) -> None:
+        self._packed = None
 
     def fold(self, group_size: int | None = None) -> nn.Sequential:
         """The layer at one group size (default: the active one) as three plain ``nn.Conv2d`` with copies of the
@@ -369,7 +443,7 @@ class GroSSConv2d(_SeriesModule):
             last.weight.copy_(series_sum(list(self.pointwise_out), active, None))
             if self.bias is not None and last.bias is not None:
                 last.bias.copy_(self.bias)
-        return nn.Sequential(first, middle, last).train(self.training)
+        return nn.Sequential(first, middle, last, *([nn.ReLU()] if self.relu else [])).train(self.training)
 
     def macs(self, input_size: int | Sequence[int], group_size: int | None = None) -> int:
         """Multiply–accumulates for one image of ``input_size`` (H, W) at a group size (default: the active one).
@@ -390,13 +464,56 @@ class GroSSConv2d(_SeriesModule):
         text = f"{self.in_channels}, {self.out_channels}, {self._geometry_repr()}"
         if self.width != (self.in_channels, self.in_channels):
             text += f", width={self.width}"
-        return text if self.bias is not None else f"{text}, bias=False"
-
-    def _sum(self, terms: nn.ParameterList, gates: Tensor | None, input: Tensor) -> Tensor:
-        return series_sum(list(terms), self._active, gates).to(input.dtype)
+        if self.bias is None:
+            text += ", bias=False"
+        return f"{text}, relu=True" if self.relu else text
 
     def _series(self) -> tuple[nn.ParameterList, ...]:
         return (self.pointwise_in, self.grouped, self.pointwise_out)
+
+
+class _Packed:
+    """Summed weights in the fused kernel's order, and what they were made from."""
+
+    def __init__(self, layer: GroSSConv2d, like: Tensor) -> None:
+        self.dtype = like.dtype
+        self.versions = _versions(layer)
+        with torch.no_grad():
+            self.weights = torch.ops.gross.bottleneck_pack(
+                like,
+                list(layer.pointwise_in),
+                list(layer.grouped),
+                list(layer.pointwise_out),
+                layer.bias,
+                layer._active,
+                None,
+            )
+
+    def weights_for(self, layer: GroSSConv2d, input: Tensor) -> Tensor | None:
+        """The packed weights, None for an input of another dtype."""
+        if not torch.compiler.is_compiling() and self.versions != _versions(layer):
+            raise RuntimeError(
+                "pack: a parameter has changed since the layer was packed; call pack() again, or train() to drop the "
+                "packed weights"
+            )
+        return self.weights if input.dtype == self.dtype else None
+
+
+def _versions(layer: nn.Module) -> list[tuple[int, int]]:
+    return [(id(p), 0 if p.is_inference() else p._version) for p in layer.parameters()]
+
+
+def pack(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Pack every :class:`GroSSConv2d` of a network for inference (:meth:`GroSSConv2d.pack`) and return the network.
+
+    Args:
+        network: a module in evaluation mode.
+        dtype: the activations' dtype; by default each layer's own.
+    """
+    for module in network.modules():
+        if isinstance(module, GroSSConv2d):
+            module.pack(dtype)
+    return network
 
 
 def _parameters(

@@ -275,7 +275,8 @@ _library.impl("series_conv2d_backward", _cuda_backward, "CUDA")
 _library.impl("series_sum", _cuda_sum, "CUDA")
 
 
-def _missing(*args: Any) -> Any:
+def missing(*args: Any) -> Any:
+    """Raise RuntimeError: stands in for the compiled CPU kernels where they could not be loaded."""
     raise RuntimeError(
         f"gross_kernels: the compiled CPU kernels could not be loaded from {cpu.LIBRARY}: {load_error}\n"
         "Build them with `pip install -e .` (a C++ compiler is needed), or use the slow definition: "
@@ -285,7 +286,7 @@ def _missing(*args: Any) -> Any:
 
 if load_error is not None:
     for _name in ("series_conv2d", "series_conv2d_backward", "series_sum"):
-        _library.impl(_name, _missing, "CPU")
+        _library.impl(_name, missing, "CPU")
 
 
 # FLOP counts ----------------------------------------------------------------------------------------------------------

@@ -136,7 +136,11 @@ def test_same_signature() -> None:
     theirs, ours = (inspect.signature(kind).parameters for kind in (nn.Conv2d, GroSSConv2d))
     assert list(ours)[: len(theirs)] == list(theirs)
     assert [ours[name].default for name in theirs] == [parameter.default for parameter in theirs.values()]
-    assert [name for name in ours if ours[name].kind == inspect.Parameter.KEYWORD_ONLY] == ["group_sizes", "width"]
+    assert [name for name in ours if ours[name].kind == inspect.Parameter.KEYWORD_ONLY] == [
+        "group_sizes",
+        "width",
+        "relu",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6, 7), (8, 6, 7)])

@@ -1,0 +1,433 @@
+"""The operators ``gross::bottleneck``, ``gross::bottleneck_backward`` and ``gross::bottleneck_pack``: a whole layer,
+pointwise → grouped → pointwise, in one pass.
+
+``y = relu(Q_n · conv(P_n · x, R_n) + bias)`` with ``P_n = Σ gate_i p_i``, ``R_n = Σ gate_i Ψ(r_i)``, ``Q_n = Σ gate_i
+q_i`` over the first n = ``active`` terms (GroSS, Table 1 and equation 5). On the CPU it is one C++ kernel whose inner
+tensors never leave the second-level cache; elsewhere it is :func:`parts`. What a backward pass needs of the inner
+tensors it computes again, so that training keeps the input alone, or the input and the first pointwise's output where
+``keep_inner`` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import functional, ops
+from .ops import memory_format
+from .series import convolution_macs, output_size
+
+_WEIGHTS = "Tensor[] pointwise_in, Tensor[] grouped, Tensor[] pointwise_out, Tensor? bias, Tensor active, Tensor? gates"
+_GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, bool relu"
+
+_library = torch.library.Library("gross", "FRAGMENT")
+for _schema in (
+    f"bottleneck(Tensor input, {_WEIGHTS}, Tensor? packed, {_GEOMETRY}, bool keep_inner) "
+    "-> (Tensor output, Tensor inner)",
+    f"bottleneck_backward(Tensor grad, Tensor input, Tensor inner, Tensor? output, {_WEIGHTS}, {_GEOMETRY}, "
+    "bool[6] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor, Tensor)",
+    f"bottleneck_pack(Tensor like, {_WEIGHTS}) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides))
+
+Series = Sequence[Tensor]
+Pair = Sequence[int]
+
+
+def parts(
+    input: Tensor,
+    pointwise_in: Series,
+    grouped: Series,
+    pointwise_out: Series,
+    bias: Tensor | None,
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    relu: bool,
+) -> Tensor:
+    """The layer as three convolutions, differentiable: the operator's definition, and what runs where it has no kernel.
+
+    Shapes: input ``[N, C_in, H, W]``, output ``[N, C_out, H', W']``; the weights as in :class:`GroSSConv2d`.
+    """
+    inner = F.conv2d(input, functional.series_sum(list(pointwise_in), active, gates).to(input.dtype))
+    inner = functional.apply(
+        inner,
+        list(grouped),
+        active,
+        gates,
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
+    )
+    weight = functional.series_sum(list(pointwise_out), active, gates).to(inner.dtype)
+    output = F.conv2d(inner, weight, None if bias is None else bias.to(inner.dtype))
+    return output.relu() if relu else output
+
+
+# Shapes ---------------------------------------------------------------------------------------------------------------
+
+
+def _image(input: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    shape = (input.shape[0], channels, *size)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+@torch.library.register_fake("gross::bottleneck", lib=_library)
+def _bottleneck_shape(
+    input: Tensor,
+    pointwise_in: Series,
+    grouped: Series,
+    pointwise_out: Series,
+    bias: Tensor | None,
+    active: Tensor,
+    gates: Tensor | None,
+    packed: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    relu: bool,
+    keep_inner: bool,
+) -> tuple[Tensor, Tensor]:
+    size = output_size(input.shape[2:], grouped[0].shape[2:], stride, padding, dilation)
+    inner = _image(input, pointwise_in[0].shape[0], input.shape[2:]) if keep_inner else input.new_empty(0)
+    return _image(input, pointwise_out[0].shape[0], size), inner
+
+
+@torch.library.register_fake("gross::bottleneck_backward", lib=_library)
+def _bottleneck_backward_shape(
+    grad: Tensor,
+    input: Tensor,
+    inner: Tensor,
+    output: Tensor | None,
+    pointwise_in: Series,
+    grouped: Series,
+    pointwise_out: Series,
+    bias: Tensor | None,
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    relu: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    def like(terms: Series, needed: bool) -> list[Tensor]:
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in terms] if needed else []
+
+    return (
+        _image(input, input.shape[1], input.shape[2:]) if needs[0] else input.new_empty(0),
+        like(pointwise_in, needs[1]),
+        like(grouped, needs[2]),
+        like(pointwise_out, needs[3]),
+        torch.empty_like(bias) if needs[4] and bias is not None else input.new_empty(0),
+        torch.empty_like(gates) if needs[5] and gates is not None else input.new_empty(0),
+    )
+
+
+@torch.library.register_fake("gross::bottleneck_pack", lib=_library)
+def _bottleneck_pack_shape(like: Tensor, *weights: Any) -> Tensor:
+    # How many numbers depends on the processor's vectors.
+    size = torch.library.get_ctx().new_dynamic_size()
+    return like.new_empty(size, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    input, first, grouped, last, bias, active, gates, _, *geometry, _ = inputs
+    ctx.geometry, ctx.count = geometry, len(grouped)
+    relu = geometry[-1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, output[1], output[0] if relu else None, bias, active, gates, *first, *grouped, *last)
+
+
+def _bottleneck_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
+    n = ctx.count
+    if grad is None:
+        return (None, [None] * n, [None] * n, [None] * n, *[None] * 9)
+    input, inner, output, bias, active, gates, *terms = ctx.saved_tensors
+    series = (terms[:n], terms[n : 2 * n], terms[2 * n :])
+    need_input, *need_series, need_bias, _, need_gates = ctx.needs_input_grad[:7]
+    needs = [need_input, *(any(need) for need in need_series), need_bias, need_gates]
+    if torch.is_grad_enabled():
+        results = _differentiable(grad, input, series, bias, active, gates, ctx.geometry, needs)
+    else:
+        results = torch.ops.gross.bottleneck_backward(
+            grad, input, inner, output, *series, bias, active, gates, *ctx.geometry, needs
+        )
+    grads = [result if need else None for result, need in zip(results, needs, strict=True)]
+    for i in (1, 2, 3):
+        grads[i] = grads[i] or [None] * n
+    grad_input, *grad_series, grad_bias, grad_gates = grads
+    return (grad_input, *grad_series, grad_bias, None, grad_gates, None, None, None, None, None, None)
+
+
+torch.library.register_autograd("gross::bottleneck", _bottleneck_grad, setup_context=_save, lib=_library)
+
+
+def _differentiable(
+    grad: Tensor,
+    input: Tensor,
+    series: tuple[Series, Series, Series],
+    bias: Tensor | None,
+    active: Tensor,
+    gates: Tensor | None,
+    geometry: Sequence[Any],
+    needs: Sequence[bool],
+) -> list[Any]:
+    """The gradients with a graph of their own, for second derivatives: those of :func:`parts`."""
+    leaves = [[input], *series, [bias], [gates]]
+    wanted = [leaf for group, need in zip(leaves, needs, strict=True) if need for leaf in group if leaf is not None]
+    first, grouped, last = series
+    output = parts(input, first, grouped, last, bias, active, gates, *geometry)
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, materialize_grads=True))
+    results: list[Any] = []
+    for i, (group, need) in enumerate(zip(leaves, needs, strict=True)):
+        got = [next(found) for leaf in group if leaf is not None] if need else []
+        results.append(got if i in (1, 2, 3) else got[0] if got else None)
+    return results
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    inner: Tensor,
+    output: Tensor | None,
+    pointwise_in: Series,
+    grouped: Series,
+    pointwise_out: Series,
+    bias: Tensor | None,
+    active: Tensor,
+    gates: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    relu: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    """With dr = Qᵀdy, dp = Rᵀdr: dx = Pᵀdp, dP = dp xᵀ, dR = corr(p, dr), dQ = dy rᵀ, and every gate's share of the
+    three; p (unless kept) and r are computed again."""
+    need_input, need_first, need_grouped, need_last, need_bias, need_gates = needs
+    need_gates = need_gates and gates is not None
+    geometry = (stride, padding, dilation)
+    count, empty = int(active), input.new_empty(0)
+    grad = grad.contiguous(memory_format=memory_format(input))
+    if relu and output is not None:
+        grad = grad.masked_fill(output <= 0, 0)
+    first = torch.ops.gross.series_sum(pointwise_in, active, gates).to(input.dtype)
+    last = torch.ops.gross.series_sum(pointwise_out, active, gates).to(input.dtype)
+    grad_input = grad_bias = grad_gates = empty
+    grads_first: list[Tensor] = []
+    grads_grouped: list[Tensor] = []
+    grads_last: list[Tensor] = []
+    shares: list[Tensor] = []
+
+    if need_bias and bias is not None:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_bias = grad.sum((0, 2, 3), dtype=wide).to(bias.dtype)
+    if not inner.numel() and (need_grouped or need_last or need_gates):
+        inner = F.conv2d(input, first)
+    if need_last or need_gates:
+        of_last = _weight_grad(grad, torch.ops.gross.series_conv2d(inner, grouped, active, gates, *geometry))
+        shares.append(_gate_shares(of_last, pointwise_out, count))
+        grads_last = _term_grads(of_last, pointwise_out, count, gates) if need_last else []
+    need_inner = need_input or need_first or need_gates
+    if need_inner or need_grouped:
+        if not inner.numel():
+            # Only its shape is looked at for the gradient of the input.
+            inner = input.new_empty(()).expand(input.shape[0], first.shape[0], *input.shape[2:])
+            inner = torch.empty_like(inner, memory_format=memory_format(input))
+        of_inner, grads_grouped, of_gates = torch.ops.gross.series_conv2d_backward(
+            F.conv2d(grad, last.transpose(0, 1)),
+            inner,
+            grouped,
+            active,
+            gates,
+            *geometry,
+            [need_inner, need_grouped, need_gates],
+        )
+        if need_first or need_gates:
+            of_first = _weight_grad(of_inner, input)
+            shares += [_gate_shares(of_first, pointwise_in, count), of_gates]
+            grads_first = _term_grads(of_first, pointwise_in, count, gates) if need_first else []
+        if need_input:
+            grad_input = F.conv2d(of_inner, first.transpose(0, 1)).contiguous(memory_format=memory_format(input))
+    if need_gates and gates is not None:
+        grad_gates = torch.stack([share.to(torch.float64) for share in shares]).sum(0).to(gates.dtype)
+    return grad_input, grads_first, grads_grouped, grads_last, grad_bias, grad_gates
+
+
+def _weight_grad(grad: Tensor, input: Tensor) -> Tensor:
+    """Gradient of a pointwise weight, ``[C_out, C_in, 1, 1]``."""
+    weight = input.new_zeros(grad.shape[1], input.shape[1], 1, 1)
+    if grad.numel() == 0:
+        return weight
+    return torch.ops.aten.convolution_backward(
+        grad, input, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
+    )[1]
+
+
+def _term_grads(total: Tensor, terms: Series, active: int, gates: Tensor | None) -> list[Tensor]:
+    """The gradients of a plain sum's terms, from the sum's: copies, scaled by the gates; zeros beyond ``active``."""
+    grads = []
+    for i, term in enumerate(terms):
+        grad = torch.empty_like(term, memory_format=torch.contiguous_format)
+        if i >= active:
+            grad.zero_()
+        elif gates is None:
+            grad.copy_(total)
+        else:
+            grad.copy_(total * gates[i].to(total.dtype))
+        grads.append(grad)
+    return grads
+
+
+def _gate_shares(total: Tensor, terms: Series, active: int) -> Tensor:
+    """⟨gradient of the sum, term⟩ for every term, zero beyond ``active``: a gate's gradient from one series."""
+    shares = [(total.double() * term.double()).sum() for term in terms[:active]]
+    return torch.stack(shares + [shares[0].new_zeros(())] * (len(terms) - active))
+
+
+# Autocast, implementations, FLOP counts -------------------------------------------------------------------------------
+
+
+def _register_autocast(device: str, key: str) -> None:
+    """The input alone is cast: the weights are summed in float32 and cast once."""
+
+    def bottleneck(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device)
+        if input.device.type == device and input.is_floating_point() and input.dtype != torch.float64:
+            input = input.to(dtype)
+        with torch.amp.autocast(device, enabled=False):
+            return torch.ops.gross.bottleneck(input, *rest)
+
+    _library.impl("bottleneck", bottleneck, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+def _by_parts(
+    input: Tensor,
+    pointwise_in: Series,
+    grouped: Series,
+    pointwise_out: Series,
+    bias: Tensor | None,
+    active: Tensor,
+    gates: Tensor | None,
+    packed: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    relu: bool,
+    keep_inner: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator where it has no kernel of its own. ``inner`` is computed twice if it is to be kept."""
+    output = parts(
+        input, pointwise_in, grouped, pointwise_out, bias, active, gates, stride, padding, dilation, relu
+    ).contiguous(memory_format=memory_format(input))
+    inner = input.new_empty(0)
+    if keep_inner:
+        weight = functional.series_sum(list(pointwise_in), active, gates).to(input.dtype)
+        inner = F.conv2d(input, weight).contiguous(memory_format=memory_format(input))
+    return output, inner
+
+
+_library.impl("bottleneck", _by_parts, "CUDA")
+_library.impl("bottleneck_backward", _backward, "CPU")
+_library.impl("bottleneck_backward", _backward, "CUDA")
+if ops.load_error is not None:
+    _library.impl("bottleneck", ops.missing, "CPU")
+    _library.impl("bottleneck_pack", ops.missing, "CPU")
+
+
+def _flops(
+    input: Tensor,
+    first: Series,
+    grouped: Series,
+    last: Series,
+    active: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> int:
+    kernel = grouped[0].shape[2:]
+    size = output_size(input.shape[2:], kernel, stride, padding, dilation)
+    group_size = grouped[int(active) - 1].shape[1]
+    macs = (
+        convolution_macs(first[0].shape[0], first[0].shape[1], (1, 1), input.shape[2:])
+        + convolution_macs(grouped[0].shape[0], group_size, kernel, size)
+        + convolution_macs(last[0].shape[0], last[0].shape[1], (1, 1), size)
+    )
+    return 2 * input.shape[0] * macs
+
+
+def _flops(
+    input: Tensor, first: Tensor, grouped: Series, last: Tensor, active: Tensor, geometry: Sequence[Pair]
+) -> tuple[int, int, int]:
+    """FLOP of the three convolutions, two per multiply–accumulate, at the active group size."""
+    kernel = grouped[0].shape[2:]
+    size = output_size(input.shape[2:], kernel, *geometry)
+    group_size = grouped[int(active) - 1].shape[1]
+    images = 2 * input.shape[0]
+    return (
+        images * convolution_macs(first.shape[0], first.shape[1], (1, 1), input.shape[2:]),
+        images * convolution_macs(grouped[0].shape[0], group_size, kernel, size),
+        images * convolution_macs(last.shape[0], last.shape[1], (1, 1), size),
+    )
+
+
+@register_flop_formula(torch.ops.gross.bottleneck, get_raw=True)
+def _bottleneck_flops(
+    input: Tensor,
+    pointwise_in: Series,
+    grouped: Series,
+    pointwise_out: Series,
+    bias: Tensor | None,
+    active: Tensor,
+    gates: Tensor | None,
+    packed: Tensor | None,
+    *geometry: Any,
+    **_: Any,
+) -> int:
+    """The three convolutions'."""
+    return sum(_flops(input, pointwise_in[0], grouped, pointwise_out[0], active, geometry[:3]))
+
+
+@register_flop_formula(torch.ops.gross.bottleneck_backward, get_raw=True)
+def _bottleneck_backward_flops(
+    grad: Tensor,
+    input: Tensor,
+    inner: Tensor,
+    output: Tensor | None,
+    pointwise_in: Series,
+    grouped: Series,
+    pointwise_out: Series,
+    bias: Tensor | None,
+    active: Tensor,
+    gates: Tensor | None,
+    *rest: Any,
+    **_: Any,
+) -> int:
+    """The forward's count for the gradient of each input and of each weight, as far as needed, and for what is computed
+    again of the inner tensors."""
+    geometry, needs = rest[:3], rest[-1]
+    need_input, need_first, need_grouped, need_last, _, need_gates = needs
+    first, middle, last = _flops(input, pointwise_in[0], grouped, pointwise_out[0], active, geometry)
+    need_inner = need_input or need_first or need_gates
+    again = not inner.numel() and (need_grouped or need_last or need_gates)
+    return (
+        (again + need_input + (need_first or need_gates)) * first
+        + ((need_last or need_gates) + need_inner + (need_grouped or need_gates)) * middle
+        + ((need_last or need_gates) + (need_inner or need_grouped)) * last
+    )
