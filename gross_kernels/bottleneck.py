@@ -352,27 +352,6 @@ if ops.load_error is not None:
 
 
 def _flops(
-    input: Tensor,
-    first: Series,
-    grouped: Series,
-    last: Series,
-    active: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-) -> int:
-    kernel = grouped[0].shape[2:]
-    size = output_size(input.shape[2:], kernel, stride, padding, dilation)
-    group_size = grouped[int(active) - 1].shape[1]
-    macs = (
-        convolution_macs(first[0].shape[0], first[0].shape[1], (1, 1), input.shape[2:])
-        + convolution_macs(grouped[0].shape[0], group_size, kernel, size)
-        + convolution_macs(last[0].shape[0], last[0].shape[1], (1, 1), size)
-    )
-    return 2 * input.shape[0] * macs
-
-
-def _flops(
     input: Tensor, first: Tensor, grouped: Series, last: Tensor, active: Tensor, geometry: Sequence[Pair]
 ) -> tuple[int, int, int]:
     """FLOP of the three convolutions, two per multiply–accumulate, at the active group size."""
@@ -423,11 +402,11 @@ def _bottleneck_backward_flops(
     again of the inner tensors."""
     geometry, needs = rest[:3], rest[-1]
     need_input, need_first, need_grouped, need_last, _, need_gates = needs
-    first, middle, last = _flops(input, pointwise_in[0], grouped, pointwise_out[0], active, geometry)
+    flops = _flops(input, pointwise_in[0], grouped, pointwise_out[0], active, geometry)
     need_inner = need_input or need_first or need_gates
     again = not inner.numel() and (need_grouped or need_last or need_gates)
     return (
-        (again + need_input + (need_first or need_gates)) * first
-        + ((need_last or need_gates) + need_inner + (need_grouped or need_gates)) * middle
-        + ((need_last or need_gates) + (need_inner or need_grouped)) * last
+        (again + need_input + (need_first or need_gates)) * flops[0]
+        + ((need_last or need_gates) + need_inner + (need_grouped or need_gates)) * flops[1]
+        + ((need_last or need_gates) + (need_inner or need_grouped)) * flops[2]
     )

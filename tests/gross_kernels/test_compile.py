@@ -248,7 +248,7 @@ def test_export_survives_a_file(tmp_path) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_flop_counter(size: int) -> None:
-    """Catches a count that ignores the active size, in forward or backward: each gradient costs a forward, and the first
+    """Catches a count that ignores the active size: in backward each gradient costs a forward, and the first
     two convolutions are computed again."""
     layer = GroSSConv2d(8, 16, 3, stride=2, padding=1, bias=False, group_sizes=SIZES)
     layer.group_size = size
