@@ -78,6 +78,9 @@ Threads torch_threads() {
           }};
 }
 
+// The tensor itself where it is contiguous: asking torch for that costs a microsecond a term.
+Tensor compact(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 // A checked call: the terms made contiguous (they are small) and everything in the kernels' words. `in_channels` are those that the
 // grouped convolution reads: the input's, or in a layer the first pointwise convolution's.
 struct Call {
@@ -113,7 +116,7 @@ struct Call {
       STD_TORCH_CHECK(s >= 1 && in_channels % s == 0 && in_channels > 0 && out_channels > 0 && out_channels % (in_channels / s) == 0 &&
                           (i == 0 || (s > given[i - 1].size(1) && s % given[i - 1].size(1) == 0)),
                       "terms[", i, "]: group size ", s, " does not nest in ", in_channels, " → ", out_channels, " channels");
-      terms.push_back(torch::stable::contiguous(term));
+      terms.push_back(compact(term));
       series.terms[i] = terms[i].data_ptr();
       series.group_sizes[i] = s;
     }
@@ -185,13 +188,13 @@ Tensor series_sum(const std::vector<Tensor>& terms, const Tensor& active, const 
   series.active = active_of(active, terms.size());
   series.type = type_of(terms[0], "terms");
   read_gates(gates, terms.size(), series.gates);
-  std::vector<Tensor> contiguous;
+  std::vector<Tensor> kept;
   for (int i = 0; i < series.active; i++) {
     bool same = terms[i].is_cpu() && terms[i].scalar_type() == terms[0].scalar_type() && terms[i].dim() == terms[0].dim();
     for (int64_t d = 0; same && d < terms[0].dim(); d++) same = terms[i].size(d) == terms[0].size(d);
     STD_TORCH_CHECK(same, "terms[", i, "]: accepted is the shape and dtype of terms[0], on the CPU");
-    contiguous.push_back(torch::stable::contiguous(terms[i]));
-    series.terms[i] = contiguous[i].data_ptr();
+    kept.push_back(compact(terms[i]));
+    series.terms[i] = kept[i].data_ptr();
   }
   Tensor output = torch::stable::empty(terms[0].sizes(), terms[0].scalar_type(), std::nullopt, terms[0].device());
   if (output.numel() > 0) kernels().sum(series, output.numel(), output.data_ptr(), torch_threads());
@@ -200,7 +203,7 @@ Tensor series_sum(const std::vector<Tensor>& terms, const Tensor& active, const 
 
 // One of a layer's pointwise series: plain sums of [to, from, 1, 1].
 Series pointwise_series(const std::vector<Tensor>& given, const Call& call, int64_t to, int64_t from, const char* name,
-                        std::vector<Tensor>& contiguous) {
+                        std::vector<Tensor>& kept) {
   Series series = call.series;
   STD_TORCH_CHECK(given.size() == call.terms.size(), name, ": got ", given.size(), " terms, accepted is one per grouped term, ", call.terms.size());
   for (size_t i = 0; i < given.size(); i++) {
@@ -208,8 +211,8 @@ Series pointwise_series(const std::vector<Tensor>& given, const Call& call, int6
     STD_TORCH_CHECK(term.is_cpu() && term.dim() == 4 && term.scalar_type() == call.terms[0].scalar_type() && term.size(0) == to &&
                         term.size(1) == from && term.size(2) == 1 && term.size(3) == 1,
                     name, "[", i, "]: accepted is [", to, ", ", from, ", 1, 1] of the grouped terms' dtype, on the CPU");
-    contiguous.push_back(torch::stable::contiguous(term));
-    series.terms[i] = contiguous.back().data_ptr();
+    kept.push_back(compact(term));
+    series.terms[i] = kept.back().data_ptr();
     series.group_sizes[i] = from;
   }
   return series;
@@ -237,7 +240,7 @@ struct LayerCall {
     if (bias.has_value()) {
       STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == layer.out_channels, "bias: accepted is [", layer.out_channels, "] on the CPU");
       type_of(*bias, "bias");
-      wide_bias = torch::stable::contiguous(torch::stable::to(*bias, sum_type()));
+      wide_bias = bias->scalar_type() == sum_type() ? compact(*bias) : compact(torch::stable::to(*bias, sum_type()));
       layer.bias = wide_bias->data_ptr();
     }
   }

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class _SeriesModule(nn.Module):
             raise ValueError(f"group_size: got {value!r}, accepted are {self.group_sizes}")
         index = self.group_sizes.index(value)
         if getattr(self, "_group_size", None) != value:
-            self._size_changed()
+            self._forget()
         self._group_size = self.group_sizes[index]
         # A new tensor each time: the old one may be saved for a backward pass. Not a buffer: it stays on the host.
         self._active = torch.tensor(index + 1, dtype=torch.int64, device="cpu")
@@ -87,8 +88,18 @@ class _SeriesModule(nn.Module):
     def _series(self) -> tuple[nn.ParameterList, ...]:
         raise NotImplementedError
 
-    def _size_changed(self) -> None:
-        """Called when another group size is set."""
+    def _forget(self) -> None:
+        """Drop what was derived from the parameters: called when another group size is set, and when the parameters are
+        moved, cast or loaded."""
+        self._channels_last: bool | None = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _convolve(self, input: Tensor, terms: list[Tensor], gates: Tensor | None) -> Tensor:
         """The grouped convolution of a four-dimensional input, padded by ``padding_mode`` already unless that is
@@ -106,9 +117,9 @@ class _SeriesModule(nn.Module):
         if self.padding_mode != "zeros":
             (top, bottom), (left, right) = self._padding_per_side()
             input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
-        if any(memory_format(terms[-1]) == torch.channels_last for terms in self._series()):
-            input = input.contiguous(memory_format=torch.channels_last)
-        return input
+        if self._channels_last is None:
+            self._channels_last = any(memory_format(terms[-1]) == torch.channels_last for terms in self._series())
+        return input.contiguous(memory_format=torch.channels_last) if self._channels_last else input
 
     def _padding_per_side(self) -> tuple[tuple[int, int], ...]:
         if self.padding == "same":
@@ -181,7 +192,7 @@ class SeriesConv2d(_SeriesModule):
 
     def forward(self, input: Tensor, gates: Tensor | None = None) -> Tensor:
         """Convolve at the active group size; ``gates`` ``[N]`` scale the terms."""
-        terms = list(self.terms)
+        terms = _terms(self.terms)
         check_input(input, terms[0])
         check_gates(gates, terms)
         _check_channels(input, self.in_channels)
@@ -255,12 +266,12 @@ class GroSSConv2d(_SeriesModule):
         _channels("in_channels", in_channels)
         _channels("out_channels", out_channels)
         width = pair("width", in_channels if width is None else width)
+        self._packed: _Packed | None
         super().__init__(kernel_size, stride, padding, dilation, padding_mode, width, group_sizes)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.width = width
         self.relu = relu
-        self._packed: _Packed | None = None
         width_in, width_out = width
         count = len(self.group_sizes)
         self.pointwise_in = _parameters([(width_in, in_channels, 1, 1)] * count, device, dtype)
@@ -351,21 +362,26 @@ class GroSSConv2d(_SeriesModule):
         Raises:
             RuntimeError: if a parameter has changed since :meth:`pack`.
         """
-        terms = list(self.grouped)
-        check_input(input, terms[0])
-        check_gates(gates, terms)
+        grouped = _terms(self.grouped)
+        check_input(input, grouped[0])
+        check_gates(gates, grouped)
         _check_channels(input, self.in_channels)
         # The first pointwise has no bias, so padding before it, in any mode, is padding after it.
         padding = self.padding if self.padding_mode == "zeros" else (0, 0)
         prepared, padding = explicit_padding(self._prepare(input), self.kernel_size, padding, self.dilation)
         check_fits(prepared, self.kernel_size, padding, self.dilation)
-        weights = (list(self.pointwise_in), terms, list(self.pointwise_out), self.bias, self._active, gates)
         geometry = (self.stride, padding, self.dilation, self.relu)
-        if dispatch.choose_layer(input.device.type).name == "fused":
-            packed = None if self._packed is None or gates is not None else self._packed.weights_for(self, prepared)
-            output, _ = torch.ops.gross.bottleneck(prepared, *weights, packed, *geometry, self._keeps_inner())
+        packed = self._packed
+        fused = dispatch.choose_layer(input.device.type).name == "fused"
+        if packed is not None and fused and packed.serves(self, prepared, gates):
+            output, _ = torch.ops.gross.bottleneck(prepared, *packed.arguments, *geometry, False)
         else:
-            output = bottleneck.parts(prepared, *weights, *geometry)
+            first, last = _terms(self.pointwise_in), _terms(self.pointwise_out)
+            weights = (first, grouped, last, self.bias, self._active, gates)
+            if fused:
+                output, _ = torch.ops.gross.bottleneck(prepared, *weights, None, *geometry, self._keeps_inner())
+            else:
+                output = bottleneck.parts(prepared, *weights, *geometry)
         return output if input.dim() == 4 else output.squeeze(0)
 
     def _keeps_inner(self) -> bool:
@@ -383,7 +399,7 @@ class GroSSConv2d(_SeriesModule):
 
         Summing and ordering them at every call costs more than the convolution itself where maps are small and channels
         many. ``train()``, loading, moving or casting the layer and setting another group size drop them; they are not
-        part of ``state_dict``. Calls with gates, or with an input of another dtype, do not use them.
+        part of ``state_dict``. Calls with gates, with an input of another dtype or with gradients enabled do without.
 
         Args:
             dtype: the inputs' dtype; by default the parameters'.
@@ -408,15 +424,8 @@ class GroSSConv2d(_SeriesModule):
             self._packed = None
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> GroSSConv2d:
-        self._packed = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _size_changed(self) -> None:
+    def _forget(self) -> None:
+        super()._forget()
         self._packed = None
 
     def fold(self, group_size: int | None = None) -> nn.Sequential:
@@ -473,34 +482,58 @@ class GroSSConv2d(_SeriesModule):
 
 
 class _Packed:
-    """Summed weights in the fused kernel's order, and what they were made from."""
+    """Summed weights in the fused kernel's order, and what they were made from.
+
+    Attributes:
+        arguments: the operator's, from ``pointwise_in`` to ``packed``; of every series the active term alone, whose
+            shape is all that the kernel looks at.
+    """
 
     def __init__(self, layer: GroSSConv2d, like: Tensor) -> None:
         self.dtype = like.dtype
-        self.versions = _versions(layer)
+        self.sources = _parameters_of(layer)
+        self.versions = list(map(_version, self.sources))
+        series = [_terms(terms) for terms in (layer.pointwise_in, layer.grouped, layer.pointwise_out)]
         with torch.no_grad():
-            self.weights = torch.ops.gross.bottleneck_pack(
-                like,
-                list(layer.pointwise_in),
-                list(layer.grouped),
-                list(layer.pointwise_out),
-                layer.bias,
-                layer._active,
-                None,
-            )
+            weights = torch.ops.gross.bottleneck_pack(like, *series, layer.bias, layer._active, None)
+        active = int(layer._active)
+        shapes = [[terms[active - 1].detach()] for terms in series]
+        one = torch.tensor(1, dtype=torch.int64, device="cpu")
+        self.arguments = (*shapes, None, one, None, weights)
 
-    def weights_for(self, layer: GroSSConv2d, input: Tensor) -> Tensor | None:
-        """The packed weights, None for an input of another dtype."""
-        if not torch.compiler.is_compiling() and self.versions != _versions(layer):
+    def serves(self, layer: GroSSConv2d, input: Tensor, gates: Tensor | None) -> bool:
+        """Whether the packed weights can be used for this call.
+
+        Raises:
+            RuntimeError: if a parameter has changed since they were made.
+        """
+        if gates is not None or input.dtype != self.dtype or torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        sources = _parameters_of(layer)
+        same = all(map(operator.is_, sources, self.sources)) and len(sources) == len(self.sources)
+        if not same or list(map(_version, sources)) != self.versions:
             raise RuntimeError(
                 "pack: a parameter has changed since the layer was packed; call pack() again, or train() to drop the "
                 "packed weights"
             )
-        return self.weights if input.dtype == self.dtype else None
+        return True
 
 
-def _versions(layer: nn.Module) -> list[tuple[int, int]]:
-    return [(id(p), 0 if p.is_inference() else p._version) for p in layer.parameters()]
+#: How often a tensor has been written to. Parameters made in inference mode are not counted and cannot be packed.
+_version = operator.attrgetter("_version")
+
+
+def _terms(series: nn.ParameterList) -> list[Tensor]:
+    """The terms as a list. Iterating over an ``nn.ParameterList`` itself takes two microseconds a term."""
+    parameters = series._parameters
+    return list(parameters.values()) if len(parameters) == len(series) else list(series)  # type: ignore[arg-type]
+
+
+def _parameters_of(layer: GroSSConv2d) -> list[Tensor]:
+    terms = _terms(layer.pointwise_in) + _terms(layer.grouped) + _terms(layer.pointwise_out)
+    return terms if layer.bias is None else [*terms, layer.bias]
 
 
 def pack(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
