@@ -38,13 +38,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
 
 
+@pytest.fixture(scope="session")
+def keeps_memory() -> bool:
+    return measure.keep_freed_memory()
+
+
 @pytest.fixture
-def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callable[..., None]:
+def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, keeps_memory: bool) -> Callable[..., None]:
     """:func:`measure.compare`, with its results and the ``facts`` that describe the entry put into ``extra_info``.
 
     Facts that the report needs: ``suite``, ``subject`` (shape or network), ``setting`` (group size or configuration),
-    ``operation``, ``batch``, ``dtype``, ``memory_format``, ``macs``, ``bytes`` (that must move), and ``dense_macs``
-    where a baseline is "dense".
+    ``operation``, ``batch``, ``dtype``, ``memory_format``, ``macs``, ``bytes`` (that must move), ``dense_macs``
+    where a baseline is "dense", and of a layer ``narrow``: whether its bottleneck is narrower than the convolution.
     """
     budget = measure.FULL if request.config.getoption("--full", False) else measure.QUICK
 
@@ -56,7 +61,11 @@ def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Call
     ) -> None:
         result = measure.compare(benchmark, ours, reference, baselines, budget)
         rates = measure.rates(facts["macs"], facts["bytes"], result["milliseconds"]["ours"])
-        benchmark.extra_info.update(facts | result | rates | measure.machine())
+        machine = measure.machine() | {
+            "keeps_memory": keeps_memory,
+            "best_product": measure.best_product(getattr(torch, facts["dtype"])),
+        }
+        benchmark.extra_info.update(facts | result | rates | machine)
         request.config.stash[ENTRIES].append(benchmark.extra_info)
 
     return run

@@ -6,18 +6,22 @@ times of ours through :data:`stopwatch`; everything else goes to ``extra_info``.
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from gross_kernels import use_backend
+from gross_kernels.series import convolution_macs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: (dtype, memory format) by device, as names in torch; the first is measured on every shape.
@@ -33,6 +37,8 @@ HOPELESS = 3.0
 #: Read between calls on a GPU: more than its second-level cache holds, and long enough (0.1 ms at 4.3 TB/s) to hide the
 #: next launch.
 FLUSH_BYTES = 512 * 2**20
+#: Touched before anything is timed on a CPU: the outputs of one round of most entries.
+HEAP_BYTES = 2**30
 
 Call = Callable[[], Any]
 
@@ -193,6 +199,58 @@ def rates(macs: int, bytes: int, milliseconds: float) -> dict[str, float]:
     return {"gflops": 2e-6 * macs / milliseconds, "gbps": 1e-6 * bytes / milliseconds}
 
 
+def best_product(dtype: torch.dtype) -> dict[str, Any]:
+    """The machine's best rate now, as ``gflops``, and ``by`` what: a matrix product or a dense convolution.
+
+    All are tried: on processors of AMD ``torch.mm`` is the slowest. One call of each takes 20 ms on two cores, so that
+    every entry can bring its own figure: the highest of all is what the machine reaches undisturbed.
+    """
+    with torch.inference_mode():
+        rates = {name: 2e-9 * macs / time_call(call) for name, (macs, call) in _products(dtype).items()}
+    by = max(rates, key=rates.__getitem__)
+    return {"gflops": rates[by], "by": by}
+
+
+@cache
+def _products(dtype: torch.dtype) -> dict[str, tuple[int, Call]]:
+    """By name, the MACs and a call, warm; the tensors fill the device."""
+    n, batch = (1024, 16) if DEVICE.type == "cpu" else (8192, 256)
+    made: Any = {"device": DEVICE, "dtype": dtype}
+    matrices = torch.randn(2, n, n, **made)
+    calls: dict[str, tuple[int, Call]] = {"torch.mm": (n**3, partial(torch.mm, *matrices))}
+    for channels, k in ((256, 1), (128, 3)):
+        input, weight = (
+            torch.randn(*shape, **made).contiguous(memory_format=torch.channels_last)
+            for shape in ((batch, channels, 28, 28), (channels, channels, k, k))
+        )
+        macs = batch * convolution_macs(channels, channels, (k, k), (28, 28))
+        calls[f"{k}×{k} convolution"] = (macs, partial(F.conv2d, input, weight, padding=k // 2))
+    for _, call in calls.values():
+        _warm(call)
+    return calls
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed, and say whether it does; only glibc can be told.
+
+    By default it gives large blocks back to the system at once, and every large output then comes in fresh pages: that
+    halves the speed of large layers, of ours and of the library's (64→64 at 56×56, batch 16, dense: 370 instead of 500
+    GFLOP/s), and the ratio compares page faults.
+    """
+    if DEVICE.type != "cpu" or not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    # M_MMAP_MAX = 0: no block is mapped on its own; M_TRIM_THRESHOLD = -1: the end of the heap is never given back.
+    kept = mallopt(-4, 0) == 1 and mallopt(-1, -1) == 1
+    if kept:
+        # An aligned block seldom fits where its like was freed: five calls pass before no page is fresh.
+        torch.ones(HEAP_BYTES, dtype=torch.uint8)
+    return kept
+
+
 @cache
 def machine() -> dict[str, Any]:
     """What a time depends on: device, threads, torch."""
@@ -204,4 +262,9 @@ def machine() -> dict[str, Any]:
         name = (
             f"{cpuinfo.get_cpu_info().get('brand_raw', platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
         )
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "device": name,
+        "device_type": DEVICE.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

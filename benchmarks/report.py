@@ -21,27 +21,38 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from . import goals
+
 Entry = dict[str, Any]
+#: The machine's best rate by precision, as :func:`measure.best_product` has it.
+Best = dict[str, dict[str, Any]]
 #: Width of a plot and height of its panels, in inches.
 WIDTH, HEIGHT = 18.0, 3.0
+#: Heading of a column: mean GFLOP/s of ours over the machine's best; of operations one after another.
+SHARE = "of the best product"
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """Markdown: the machine, and one table of ratios for each suite, precision and batch. Above 1 ours is faster."""
-    suites = {"grouped convolution": _core_table, "GroSSConv2d": _layer_table, "networks": _network_table}
-    parts = [_machine(entries[0])]
-    for suite, table in suites.items():
+    """Markdown: the machine, and one table of ratios for each suite, precision and batch. Above 1 ours is faster.
+
+    Where :mod:`benchmarks.goals` has a goal, it follows the figure in brackets, with "reached" or "missed".
+    """
+    suites = {
+        "grouped convolution": (_core_table, _of("dtype", "memory_format")),
+        "GroSSConv2d": (_layer_table, _of("narrow", "dtype", "memory_format", "batch")),
+        "networks": (_network_table, _of("dtype", "memory_format", "batch")),
+    }
+    best = best_products(entries)
+    parts = [_machine(entries[0], best)]
+    for suite, (table, key) in suites.items():
         found = [entry for entry in entries if entry["suite"] == suite]
-        key = (
-            _of("dtype", "memory_format") if suite == "grouped convolution" else _of("dtype", "memory_format", "batch")
-        )
-        for group in _groups(found, key):
-            parts.append(table(group))
+        parts += [table(group, best) for group in _groups(found, key)]
     return "\n\n".join(parts)
 
 
 def details(entries: Sequence[Entry]) -> str:
     """Markdown: every entry, with the quartiles of its ratios."""
+    best = best_products(entries)
     rows = [
         [
             entry["subject"],
@@ -52,6 +63,7 @@ def details(entries: Sequence[Entry]) -> str:
             short(entry["macs"]),
             f"{entry['milliseconds']['ours']:.3g}",
             f"{entry['gflops']:.0f}",
+            _share([entry], best),
             f"{entry['gbps']:.1f}",
             "; ".join(
                 f"{name} ({entry['fastest'][name]}) {_with_quartiles(ratio)}" for name, ratio in entry["ratios"].items()
@@ -68,6 +80,7 @@ def details(entries: Sequence[Entry]) -> str:
         "MACs",
         "ms",
         "GFLOP/s",
+        SHARE,
         "GB/s",
         "times as fast as",
     ]
@@ -77,6 +90,7 @@ def details(entries: Sequence[Entry]) -> str:
 def plots(entries: Sequence[Entry]) -> dict[str, Figure]:
     """One figure for each suite, operation and precision, by file name: a panel for each shape or network, in it the
     time of ours and of every baseline as bars, and the MACs as dots, for each group size or configuration."""
+    best = best_products(entries)
     figures = {}
     for group in _groups(entries, _of("suite", "operation", "dtype", "memory_format")):
         first = group[0]
@@ -91,72 +105,107 @@ def plots(entries: Sequence[Entry]) -> dict[str, Figure]:
             axis.set_axis_off()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="upper left", ncols=3)
         run = f"{first['suite']}, {first['operation']}, {_precision(group)}"
-        figure.suptitle(f"{run}; {_machine(first)}; dots: MACs, dashed: those of dense")
+        figure.suptitle(f"{run}; {_machine(first, best)}; dots: MACs, dashed: those of dense")
         figures[f"{run.replace(', ', '-').replace(' ', '_')}.png"] = figure
     return figures
 
 
-def geometric_mean_and_minimum(values: Sequence[float]) -> str:
-    return f"{statistics.geometric_mean(values):.2f} / {min(values):.2f}" if values else ""
-
-
 def efficiency(entry: Entry) -> float:
     """η: how many times as fast as dense, over how many times fewer MACs."""
-    return entry["ratios"]["dense"]["median"] * entry["macs"] / entry["dense_macs"]
+    return _ratio(entry, "dense") * entry["macs"] / entry["dense_macs"]
 
 
-def _core_table(entries: Sequence[Entry]) -> str:
-    columns = [("library", op) for op in ("forward", "input gradient", "weight gradient")]
+def efficiency_unpacked(entry: Entry) -> float:
+    """η of the layer that sums its weights at every call."""
+    return efficiency(entry) / _ratio(entry, "unpacked")
+
+
+def best_products(entries: Sequence[Entry]) -> Best:
+    """The machine's best rate in each precision. Every entry brings what it saw; ``median`` is far below ``gflops``
+    where other work disturbed the run."""
+    products = {}
+    for group in _groups(entries, _of("dtype")):
+        seen = sorted((entry["best_product"] for entry in group), key=lambda product: product["gflops"])
+        products[group[0]["dtype"]] = seen[-1] | {"median": statistics.median(each["gflops"] for each in seen)}
+    return products
+
+
+def _ratio(entry: Entry, baseline: str) -> float:
+    return entry["ratios"][baseline]["median"]
+
+
+def _figure(entries: Sequence[Entry], name: str, value: Callable[[Entry], float] | None = None) -> str:
+    """Geometric mean and minimum of ``value``, by default the ratio to the baseline ``name``, and the goal of
+    ``name``; nothing for no entries."""
+    if not entries:
+        return ""
+    values = [value(entry) if value else _ratio(entry, name) for entry in entries]
+    goal = goals.goal(name, entries[0])
+    return f"{statistics.geometric_mean(values):.2f} / {min(values):.2f}" + (f" ({goal.mark(values)})" if goal else "")
+
+
+def _share(entries: Sequence[Entry], best: Best) -> str:
+    """Geometric mean of the entries' GFLOP/s over the machine's best."""
+    return f"{statistics.geometric_mean(e['gflops'] / best[e['dtype']]['gflops'] for e in entries):.2f}"
+
+
+def _core_table(entries: Sequence[Entry], best: Best) -> str:
+    columns = [("library", op) for op in goals.OPERATIONS]
     columns += [("materialised", op) for op in ("forward", "weight gradient")]
     rows = []
     for group in _groups(entries, _of("setting")):
-        cells = [
-            geometric_mean_and_minimum(
-                [e["ratios"][name]["median"] for e in group if e["operation"] == op and name in e["ratios"]]
-            )
-            for name, op in columns
-        ]
-        rows.append([str(group[0]["setting"]), str(len({e["subject"] for e in group})), *cells])
+        by_operation = {op: [e for e in group if e["operation"] == op] for op in goals.OPERATIONS}
+        cells = [_figure([e for e in by_operation[op] if name in e["ratios"]], name) for name, op in columns]
+        shares = ", ".join(_share(found, best) if found else "–" for found in by_operation.values())
+        rows.append([str(group[0]["setting"]), str(len({e["subject"] for e in group})), *cells, shares])
     title = f"Grouped convolution, {_precision(entries)}: times as fast, geometric mean / minimum over shapes"
-    return _markdown(title, ["group size", "shapes", *(f"{op} vs {name}" for name, op in columns)], rows)
+    header = ["group size", "shapes", *(f"{op} vs {name}" for name, op in columns), SHARE]
+    return _markdown(title, header, rows)
 
 
-def _layer_table(entries: Sequence[Entry]) -> str:
+def _layer_table(entries: Sequence[Entry], best: Best) -> str:
     rows = []
     for group in _groups(entries, _of("operation", "setting")):
-        dense, fold = ([e["ratios"][name]["median"] for e in group] for name in ("dense", "fold"))
+        unpacked = [e for e in group if "unpacked" in e["ratios"]]
         rows.append(
             [
                 group[0]["operation"],
                 str(group[0]["setting"]),
                 str(len(group)),
                 f"{statistics.geometric_mean([e['dense_macs'] / e['macs'] for e in group]):.2f}",
-                geometric_mean_and_minimum(dense),
-                geometric_mean_and_minimum([efficiency(e) for e in group]),
-                geometric_mean_and_minimum(fold),
+                _figure(group, "dense"),
+                _figure(group, "η", efficiency),
+                _figure(unpacked, "η unpacked", efficiency_unpacked),
+                _figure(group, "fold"),
+                _share(group, best),
             ]
         )
+    what = "GroSSConv2d with a narrow bottleneck" if entries[0]["narrow"] else "GroSSConv2d"
     run = f"{_precision(entries)}, batch {entries[0]['batch']}"
-    title = f"GroSSConv2d, {run}: times as fast, geometric mean / minimum over layers"
-    return _markdown(title, ["operation", "group size", "layers", "MAC ratio", "vs dense", "η", "vs fold"], rows)
+    title = f"{what}, {run}: times as fast, geometric mean / minimum over layers"
+    header = ["operation", "group size", "layers", "MAC ratio", "vs dense", "η", "η unpacked", "vs fold", SHARE]
+    return _markdown(title, header, rows)
 
 
-def _network_table(entries: Sequence[Entry]) -> str:
-    rows = [
-        [
-            e["subject"],
-            e["setting"],
-            e["operation"],
-            f"{e['milliseconds']['ours']:.1f}",
-            f"{e['dense_macs'] / e['macs']:.2f}",
-            _with_quartiles(e["ratios"]["dense"]),
-            f"{efficiency(e):.2f}",
-            f"{e['ratios']['fold']['median']:.2f}",
-        ]
-        for e in entries
-    ]
+def _network_table(entries: Sequence[Entry], best: Best) -> str:
+    rows = []
+    for e in entries:
+        goal = goals.goal("dense", e)
+        rows.append(
+            [
+                e["subject"],
+                e["setting"],
+                e["operation"],
+                f"{e['milliseconds']['ours']:.1f}",
+                f"{e['dense_macs'] / e['macs']:.2f}",
+                _with_quartiles(e["ratios"]["dense"]) + (f" ({goal.mark([_ratio(e, 'dense')])})" if goal else ""),
+                f"{efficiency(e):.2f}",
+                f"{_ratio(e, 'fold'):.2f}",
+                _share([e], best),
+            ]
+        )
     title = f"Networks, {_precision(entries)}, batch {entries[0]['batch']}: times as fast"
-    header = ["network", "configuration", "operation", "ms", "MAC ratio", "vs dense", "η", "vs fold"]
+    header = ["network", "configuration", "operation", "ms", "MAC ratio", "vs dense", "η", "vs fold", SHARE]
     return _markdown(title, header, rows)
 
 
@@ -194,8 +243,13 @@ def _groups(entries: Iterable[Entry], key: Callable[[Entry], tuple]) -> list[lis
     return [list(group) for _, group in groupby(sorted(entries, key=key), key)]
 
 
-def _machine(entry: Entry) -> str:
-    return f"{entry['device']}; {entry['threads']} threads; torch {entry['torch']}"
+def _machine(entry: Entry, best: Best) -> str:
+    memory = "freed memory kept, no fresh pages" if entry["keeps_memory"] else "memory freed to the system"
+    products = ", ".join(
+        f"{value['gflops']:.0f} GFLOP/s in {dtype} ({value['by']}; median of entries {value['median']:.0f})"
+        for dtype, value in best.items()
+    )
+    return f"{entry['device']}; {entry['threads']} threads; torch {entry['torch']}; {memory}; best product {products}"
 
 
 def _with_quartiles(ratio: dict[str, float]) -> str:

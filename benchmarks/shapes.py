@@ -50,12 +50,17 @@ class Shape:
     width: tuple[int, int]
 
     @property
+    def narrow(self) -> bool:
+        """Whether the bottleneck is narrower than the paper's first three networks have it."""
+        return self.width not in ((self.in_channels, self.in_channels), (self.in_channels, self.out_channels))
+
+    @property
     def label(self) -> str:
         """Channels, size, stride, and the width of a narrow bottleneck: "64@56", "64-128@56/2", "64@224:11-18"."""
         text = f"{_channels(self.in_channels, self.out_channels)}@{self.input_size[0]}"
         if self.stride != (1, 1):
             text += f"/{self.stride[0]}"
-        if self.width not in ((self.in_channels, self.in_channels), (self.in_channels, self.out_channels)):
+        if self.narrow:
             text += f":{_channels(*self.width)}"
         return text
 

@@ -30,6 +30,10 @@ OPERATIONS = ("forward", "input gradient", "weight gradient")
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 #: The core that a quick run measures in every precision.
 EVERY_PRECISION = "128@28"
+#: The two whose sizes are no powers of two that a quick run measures.
+OTHER_SIZES = ("224@14", "116-100@28")
+#: Left out of a quick run: each lies between two others in channels and map.
+BETWEEN = ("128@8", "256@4", "256@28")
 UNDILATED = (1, 1)
 
 
@@ -42,7 +46,8 @@ def cases() -> Iterator[Any]:
                 main = precision == PRECISIONS[0] or label == EVERY_PRECISION
                 # Maps larger than 28×28 take most of the time: one size stands for them in a quick run.
                 fast = core.output_size[0] <= 28 or group_size == 4
-                quick = main and fast and power_of_two and group_size in core.group_sizes
+                wanted = (power_of_two and label not in BETWEEN) or label in OTHER_SIZES
+                quick = main and fast and wanted and group_size in core.group_sizes
                 yield pytest.param(label, group_size, *precision, marks=() if quick else pytest.mark.full)
 
 

@@ -90,10 +90,10 @@ struct Call {
   Type type;
   int64_t out_h, out_w;
 
-  Call(const Tensor& input, int64_t in_channels, const std::vector<Tensor>& given, const Tensor& active,
-       const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation)
+  Call(const Tensor& input, int64_t in_channels, const std::vector<Tensor>& given, const Tensor& active, const std::optional<Tensor>& gates,
+       const Ints& stride, const Ints& padding, const Ints& dilation, const char* name = "terms")
       : type(type_of(input, "input")) {
-    STD_TORCH_CHECK(!given.empty() && given.size() <= max_terms, "terms: got ", given.size(), ", accepted are 1 to ", max_terms);
+    STD_TORCH_CHECK(!given.empty() && given.size() <= max_terms, name, ": got ", given.size(), ", accepted are 1 to ", max_terms);
     STD_TORCH_CHECK(input.is_cpu() && input.dim() == 4, "input: accepted is [N, C_in, H, W] on the CPU");
     STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                     "stride, padding, dilation: accepted are pairs");
@@ -101,21 +101,21 @@ struct Call {
       STD_TORCH_CHECK(stride[d] >= 1 && padding[d] >= 0 && dilation[d] >= 1,
                       "stride, padding, dilation: accepted are at least 1, 0, 1");
     series.active = active_of(active, given.size());
-    series.type = type_of(given[0], "terms");
+    series.type = type_of(given[0], name);
     STD_TORCH_CHECK(series.type == type || (series.type == Type::float32 && (type == Type::bfloat16 || type == Type::float16)),
-                    "terms: accepted is the input's dtype, or float32 with a 16-bit input");
+                    name, ": accepted is the input's dtype, or float32 with a 16-bit input");
     const Tensor& first = given[0];
-    STD_TORCH_CHECK(first.dim() == 4, "terms: accepted is [C_out, group size, kh, kw]");
+    STD_TORCH_CHECK(first.dim() == 4, name, ": accepted is [C_out, group size, kh, kw]");
     const int64_t out_channels = first.size(0);
     for (size_t i = 0; i < given.size(); i++) {
       const Tensor& term = given[i];
       STD_TORCH_CHECK(term.is_cpu() && term.dim() == 4 && term.scalar_type() == first.scalar_type() &&
                           term.size(0) == out_channels && term.size(2) == first.size(2) && term.size(3) == first.size(3),
-                      "terms[", i, "]: accepted is the shape and dtype of terms[0] up to the group size, on the CPU");
+                      name, "[", i, "]: accepted is the shape and dtype of ", name, "[0] up to the group size, on the CPU");
       const int64_t s = term.size(1);
       STD_TORCH_CHECK(s >= 1 && in_channels % s == 0 && in_channels > 0 && out_channels > 0 && out_channels % (in_channels / s) == 0 &&
                           (i == 0 || (s > given[i - 1].size(1) && s % given[i - 1].size(1) == 0)),
-                      "terms[", i, "]: group size ", s, " does not nest in ", in_channels, " → ", out_channels, " channels");
+                      name, "[", i, "]: group size ", s, " does not nest in ", in_channels, " → ", out_channels, " channels");
       terms.push_back(compact(term));
       series.terms[i] = terms[i].data_ptr();
       series.group_sizes[i] = s;
@@ -123,7 +123,7 @@ struct Call {
     read_gates(gates, given.size(), series.gates);
     geometry = {input.size(0), in_channels, out_channels, series.group_sizes[series.active - 1], first.size(2), first.size(3),
                 stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
-    STD_TORCH_CHECK(geometry.kernel_h >= 1 && geometry.kernel_w >= 1, "terms: accepted are kernels of at least 1×1");
+    STD_TORCH_CHECK(geometry.kernel_h >= 1 && geometry.kernel_w >= 1, name, ": accepted are kernels of at least 1×1");
     const int64_t room_h = input.size(2) + 2 * padding[0] - dilation[0] * (geometry.kernel_h - 1) - 1;
     const int64_t room_w = input.size(3) + 2 * padding[1] - dilation[1] * (geometry.kernel_w - 1) - 1;
     STD_TORCH_CHECK(room_h >= 0 && room_w >= 0, "kernel_size: the dilated kernel is larger than the padded input");
@@ -228,7 +228,7 @@ struct LayerCall {
   LayerCall(const Tensor& input, const std::vector<Tensor>& pointwise_in, const std::vector<Tensor>& grouped,
             const std::vector<Tensor>& pointwise_out, const std::optional<Tensor>& bias, const Tensor& active,
             const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation, bool relu)
-      : call(input, channels_of(pointwise_in, "pointwise_in"), grouped, active, gates, stride, padding, dilation) {
+      : call(input, channels_of(pointwise_in, "pointwise_in"), grouped, active, gates, stride, padding, dilation, "grouped") {
     layer.geometry = call.geometry;
     layer.in_channels = input.size(1);
     layer.out_channels = channels_of(pointwise_out, "pointwise_out");

@@ -219,13 +219,14 @@ def _backward(
     need_input, need_first, need_grouped, need_last, need_bias, need_gates = needs
     need_gates = need_gates and gates is not None
     geometry = (stride, padding, dilation)
-    count, empty = int(active), input.new_empty(0)
+    count = int(active)
     grad = grad.contiguous(memory_format=memory_format(input))
     if relu and output is not None:
         grad = grad.masked_fill(output <= 0, 0)
     first = torch.ops.gross.series_sum(pointwise_in, active, gates).to(input.dtype)
     last = torch.ops.gross.series_sum(pointwise_out, active, gates).to(input.dtype)
-    grad_input = grad_bias = grad_gates = empty
+    size = output_size(input.shape[2:], grouped[0].shape[2:], *geometry)
+    grad_input, grad_bias, grad_gates = (input.new_empty(0) for _ in range(3))
     grads_first: list[Tensor] = []
     grads_grouped: list[Tensor] = []
     grads_last: list[Tensor] = []
@@ -235,45 +236,62 @@ def _backward(
         wide = torch.promote_types(grad.dtype, torch.float32)
         grad_bias = grad.sum((0, 2, 3), dtype=wide).to(bias.dtype)
     if not inner.numel() and (need_grouped or need_last or need_gates):
-        inner = F.conv2d(input, first)
+        inner = _pointwise(input, first)
+    need_inner = need_input or need_first or need_gates
+    need_middle = need_inner or need_grouped
+    # Where a tensor is not computed, only its shape is looked at.
+    middle = _image(input, grouped[0].shape[0], size)
     if need_last or need_gates:
-        of_last = _weight_grad(grad, torch.ops.gross.series_conv2d(inner, grouped, active, gates, *geometry))
+        middle = torch.ops.gross.series_conv2d(inner, grouped, active, gates, *geometry)
+    of_middle, of_last = _pointwise_backward(grad, middle, last, need_middle, need_last or need_gates)
+    if need_last or need_gates:
         shares.append(_gate_shares(of_last, pointwise_out, count))
         grads_last = _term_grads(of_last, pointwise_out, count, gates) if need_last else []
-    need_inner = need_input or need_first or need_gates
-    if need_inner or need_grouped:
+    if need_middle:
         if not inner.numel():
-            # Only its shape is looked at for the gradient of the input.
-            inner = input.new_empty(()).expand(input.shape[0], first.shape[0], *input.shape[2:])
-            inner = torch.empty_like(inner, memory_format=memory_format(input))
+            inner = _image(input, first.shape[0], input.shape[2:])
         of_inner, grads_grouped, of_gates = torch.ops.gross.series_conv2d_backward(
-            F.conv2d(grad, last.transpose(0, 1)),
-            inner,
-            grouped,
-            active,
-            gates,
-            *geometry,
-            [need_inner, need_grouped, need_gates],
+            of_middle, inner, grouped, active, gates, *geometry, [need_inner, need_grouped, need_gates]
         )
+        if need_inner:
+            grad_input, of_first = _pointwise_backward(of_inner, input, first, need_input, need_first or need_gates)
         if need_first or need_gates:
-            of_first = _weight_grad(of_inner, input)
             shares += [_gate_shares(of_first, pointwise_in, count), of_gates]
             grads_first = _term_grads(of_first, pointwise_in, count, gates) if need_first else []
-        if need_input:
-            grad_input = F.conv2d(of_inner, first.transpose(0, 1)).contiguous(memory_format=memory_format(input))
     if need_gates and gates is not None:
         grad_gates = torch.stack([share.to(torch.float64) for share in shares]).sum(0).to(gates.dtype)
     return grad_input, grads_first, grads_grouped, grads_last, grad_bias, grad_gates
 
 
-def _weight_grad(grad: Tensor, input: Tensor) -> Tensor:
-    """Gradient of a pointwise weight, ``[C_out, C_in, 1, 1]``."""
-    weight = input.new_zeros(grad.shape[1], input.shape[1], 1, 1)
+_UNIT = ((1, 1), (0, 0), (1, 1))
+
+
+def _pointwise(input: Tensor, weight: Tensor) -> Tensor:
+    """A pointwise convolution; on the CPU by this package's kernels, which leave torch's behind on small maps."""
+    if input.device.type == "cpu":
+        return torch.ops.gross.series_conv2d(input, [weight], torch.tensor(1), None, *_UNIT)
+    return F.conv2d(input, weight).contiguous(memory_format=memory_format(input))
+
+
+def _pointwise_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, need_input: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a pointwise convolution's input and weight, empty where not needed."""
+    empty = input.new_empty(0)
+    if input.device.type == "cpu":
+        needs = [need_input, need_weight, False]
+        of_input, of_weight, _ = torch.ops.gross.series_conv2d_backward(
+            grad, input, [weight], torch.tensor(1), None, *_UNIT, needs
+        )
+        return of_input, of_weight[0] if need_weight else empty
     if grad.numel() == 0:
-        return weight
-    return torch.ops.aten.convolution_backward(
-        grad, input, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
-    )[1]
+        return torch.zeros_like(input) if need_input else empty, torch.zeros_like(weight) if need_weight else empty
+    of_input, of_weight, _ = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, *_UNIT, False, (0, 0), 1, (need_input, need_weight, False)
+    )
+    if need_input:
+        of_input = of_input.contiguous(memory_format=memory_format(input))
+    return of_input if need_input else empty, of_weight if need_weight else empty
 
 
 def _term_grads(total: Tensor, terms: Series, active: int, gates: Tensor | None) -> list[Tensor]:

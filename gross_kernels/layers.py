@@ -69,7 +69,7 @@ class _SeriesModule(nn.Module):
             raise ValueError(f"group_size: got {value!r}, accepted are {self.group_sizes}")
         index = self.group_sizes.index(value)
         if getattr(self, "_group_size", None) != value:
-            self._forget()
+            self._size_changed()
         self._group_size = self.group_sizes[index]
         # A new tensor each time: the old one may be saved for a backward pass. Not a buffer: it stays on the host.
         self._active = torch.tensor(index + 1, dtype=torch.int64, device="cpu")
@@ -88,18 +88,21 @@ class _SeriesModule(nn.Module):
     def _series(self) -> tuple[nn.ParameterList, ...]:
         raise NotImplementedError
 
-    def _forget(self) -> None:
-        """Drop what was derived from the parameters: called when another group size is set, and when the parameters are
-        moved, cast or loaded."""
-        self._channels_last: bool | None = None
+    def _size_changed(self) -> None:
+        """Called when another group size is set."""
+
+    def _note_parameters(self) -> None:
+        """Called when the parameters have been made, moved, cast or loaded."""
+        self._channels_last = any(memory_format(terms[-1]) == torch.channels_last for terms in self._series())
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._forget()
-        return super()._apply(*args, **kwargs)
+        applied = super()._apply(*args, **kwargs)
+        self._note_parameters()
+        return applied
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
+        self._note_parameters()
 
     def _convolve(self, input: Tensor, terms: list[Tensor], gates: Tensor | None) -> Tensor:
         """The grouped convolution of a four-dimensional input, padded by ``padding_mode`` already unless that is
@@ -117,8 +120,6 @@ class _SeriesModule(nn.Module):
         if self.padding_mode != "zeros":
             (top, bottom), (left, right) = self._padding_per_side()
             input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
-        if self._channels_last is None:
-            self._channels_last = any(memory_format(terms[-1]) == torch.channels_last for terms in self._series())
         return input.contiguous(memory_format=torch.channels_last) if self._channels_last else input
 
     def _padding_per_side(self) -> tuple[tuple[int, int], ...]:
@@ -184,6 +185,7 @@ class SeriesConv2d(_SeriesModule):
         super().__init__(kernel_size, stride, padding, dilation, padding_mode, width, group_sizes)
         self.in_channels, self.out_channels = width
         self.terms = _parameters([(out_channels, s, *self.kernel_size) for s in self.group_sizes], device, dtype)
+        self._note_parameters()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -281,6 +283,7 @@ class GroSSConv2d(_SeriesModule):
             self.bias: nn.Parameter | None = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        self._note_parameters()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -389,7 +392,8 @@ class GroSSConv2d(_SeriesModule):
         return self.in_channels >= 128 and torch.is_grad_enabled()
 
     def explain(self, device: torch.device | str = "cpu") -> str:
-        """One sentence: whether the layer runs in one pass on ``device`` or as three convolutions, and why."""
+        """One sentence: whether the layer runs in one pass on ``device`` or as three convolutions, and why. "packed" is
+        said of a packed layer; its packed weights serve calls without gradients."""
         choice = dispatch.choose_layer(torch.device(device).type)
         packed = ", packed" if choice.name == "fused" and self._packed is not None else ""
         return f"{choice.name}{packed}: {choice.reason}"
@@ -424,8 +428,11 @@ class GroSSConv2d(_SeriesModule):
             self._packed = None
         return super().train(mode)
 
-    def _forget(self) -> None:
-        super()._forget()
+    def _size_changed(self) -> None:
+        self._packed = None
+
+    def _note_parameters(self) -> None:
+        super()._note_parameters()
         self._packed = None
 
     def fold(self, group_size: int | None = None) -> nn.Sequential:
@@ -492,7 +499,11 @@ class _Packed:
     def __init__(self, layer: GroSSConv2d, like: Tensor) -> None:
         self.dtype = like.dtype
         self.sources = _parameters_of(layer)
-        self.versions = list(map(_version, self.sources))
+        if any(source.is_inference() for source in self.sources):
+            raise RuntimeError(
+                "pack: got parameters made in inference mode, accepted are those whose changes torch counts"
+            )
+        self.state = list(map(_state, self.sources))
         series = [_terms(terms) for terms in (layer.pointwise_in, layer.grouped, layer.pointwise_out)]
         with torch.no_grad():
             weights = torch.ops.gross.bottleneck_pack(like, *series, layer.bias, layer._active, None)
@@ -507,22 +518,35 @@ class _Packed:
         Raises:
             RuntimeError: if a parameter has changed since they were made.
         """
-        if gates is not None or input.dtype != self.dtype or torch.is_grad_enabled():
+        if gates is not None or torch.is_grad_enabled() or _activation_dtype(input) != self.dtype:
             return False
         if torch.compiler.is_compiling():
             return True
         sources = _parameters_of(layer)
         same = all(map(operator.is_, sources, self.sources)) and len(sources) == len(self.sources)
-        if not same or list(map(_version, sources)) != self.versions:
+        if not same or list(map(_state, sources)) != self.state:
             raise RuntimeError(
                 "pack: a parameter has changed since the layer was packed; call pack() again, or train() to drop the "
                 "packed weights"
             )
         return True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a layer are not packed: their parameters are others."""
+        return type(None), ()
 
-#: How often a tensor has been written to. Parameters made in inference mode are not counted and cannot be packed.
-_version = operator.attrgetter("_version")
+
+def _state(parameter: Tensor) -> tuple[int, int]:
+    """Where a parameter's numbers are, and how often they have been written."""
+    return parameter.data_ptr(), parameter._version
+
+
+def _activation_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that the operator computes in: autocast casts the input."""
+    device = input.device.type
+    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return input.dtype
 
 
 def _terms(series: nn.ParameterList) -> list[Tensor]:

@@ -57,7 +57,7 @@ __attribute__((noinline)) void multiply(const Pixels<T>& source, const T* from, 
 #pragma GCC unroll 16
     for (int k = 0; k < Count; k++) {
       const Vector<T> value = sum[v][k];
-      store<T>(to[k] + v * to_stride, relu ? (value > Vector<T>{} ? value : Vector<T>{}) : value);
+      store<T>(to[k] + v * to_stride, relu ? (value < Vector<T>{} ? Vector<T>{} : value) : value);
     }
 }
 
@@ -86,6 +86,20 @@ void multiply_all(const Pixels<T>& source, int64_t count, const T* weights, int6
     multiply_vectors<T, 1>(source, count, weights + v * weight_stride, weight_stride, v, to_stride, bias ? bias + v * lanes<T> : nullptr, relu, place, done);
 }
 
+// How many pixels ahead memory is asked for: what 4096 multiplications of a vector take, 0.5 µs, several times the latency of memory. It
+// runs into the rows of the next strip, which are next in memory.
+inline int64_t pixels_ahead(int64_t channels) { return std::max<int64_t>(max_pixels, 4096 / channels); }
+
+// `channels` in vectors, a new one every `cluster` channels.
+template <class T>
+std::vector<LaneBlock> vectors_of(int64_t channels, int64_t cluster) {
+  std::vector<LaneBlock> vectors;
+  for (int64_t start = 0; start < channels; start += cluster)
+    for (int64_t at = start, end = std::min(channels, start + cluster); at < end; at += lanes<T>)
+      vectors.push_back({0, 1, at, std::min<int64_t>(lanes<T>, end - at)});
+  return vectors;
+}
+
 // How a layer's weights are packed: P by vectors of the grouped convolution's sources, R by its blocks, Q by vectors of outputs, the bias.
 template <class T>
 struct Packing {
@@ -99,9 +113,9 @@ struct Packing {
       : grouped(layer.geometry, false),
         first{1, layer.in_channels, layer.geometry.in_channels, layer.in_channels, 1, 1, 1, 1, 0, 0, 1, 1},
         last{1, layer.geometry.out_channels, layer.out_channels, layer.geometry.out_channels, 1, 1, 1, 1, 0, 0, 1, 1},
-        inputs(vectors_of(layer.in_channels, layer.in_channels)),
-        inner(vectors_of(layer.geometry.in_channels, grouped.together * grouped.sources)),
-        outputs(vectors_of(layer.out_channels, layer.out_channels)) {
+        inputs(vectors_of<T>(layer.in_channels, layer.in_channels)),
+        inner(vectors_of<T>(layer.geometry.in_channels, grouped.together * grouped.sources)),
+        outputs(vectors_of<T>(layer.out_channels, layer.out_channels)) {
     inner_size = layer.in_channels * lanes<T>;
     output_size = layer.geometry.out_channels * lanes<T>;
     at_grouped = count(inner) * inner_size;
@@ -111,15 +125,6 @@ struct Packing {
   }
 
   static int64_t count(const std::vector<LaneBlock>& blocks) { return static_cast<int64_t>(blocks.size()); }
-
-  // `channels` in vectors, a new one every `cluster` channels.
-  static std::vector<LaneBlock> vectors_of(int64_t channels, int64_t cluster) {
-    std::vector<LaneBlock> vectors;
-    for (int64_t start = 0; start < channels; start += cluster)
-      for (int64_t at = start, end = std::min(channels, start + cluster); at < end; at += lanes<T>)
-        vectors.push_back({0, 1, at, std::min<int64_t>(lanes<T>, end - at)});
-    return vectors;
-  }
 };
 
 template <class T, class S>
@@ -161,13 +166,14 @@ void multiply_to_tensor(const Pixels<T>& source, const T* weights, int64_t weigh
     if (image.stride_c == 1 && image.stride_n == pixels * image.stride_w) {
       while (direct < outputs && vectors[direct].outputs == lanes<T>) direct++;
       T* const to = data + pixel * image.stride_w;
+      const int64_t ahead = pixels_ahead(weight_stride / lanes<T>);
       multiply_all<T>(
           source, count, weights, weight_stride, direct, lanes<T>, bias, relu,
           [&](int64_t first, int64_t taken, int64_t vector, T** at) {
             for (int64_t k = 0; k < taken; k++) at[k] = to + (first + k) * image.stride_w + vector * lanes<T>;
           },
           [&](int64_t first, int64_t taken, int64_t vector, int64_t together) {
-            for (int64_t k = first + taken; k < std::min(count, first + 2 * taken); k++)
+            for (int64_t k = first + ahead; k < first + ahead + taken; k++)
               for (int64_t v = 0; v < together; v++) __builtin_prefetch(to + k * image.stride_w + (vector + v) * lanes<T>, 1);
           });
     }
@@ -275,6 +281,40 @@ inline std::vector<std::vector<Strip>> thread_strips(int64_t images, int64_t row
   return all;
 }
 
+// A packed pointwise convolution of whole images.
+template <class T, class S>
+void multiply_image(const Image& source, const T* packed, int64_t packed_stride, const std::vector<LaneBlock>& inputs,
+                    const std::vector<LaneBlock>& outputs, const Image& target, int64_t images, const Threads& threads) {
+  constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
+  const int64_t together = std::max<int64_t>(1, strip_pixels / (source.height * source.width)), rows = std::max<int64_t>(1, strip_pixels / source.width);
+  const std::vector<std::vector<Strip>> parts = thread_strips(images, source.height, rows, together, 4 * threads.count);
+  auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++)
+      for (const Strip& strip : parts[part]) {
+        const int64_t count = strip.images * strip.rows * source.width;
+        T* const spare = scratch<T>(spare_size + static_cast<int64_t>(inputs.size()) * (count | 1) * lanes<T>);
+        const Pixels<T> pixels = source_pixels<T, S>(source, strip.image, strip.images, strip.row, strip.rows, inputs, spare + spare_size);
+        multiply_to_tensor<T, S>(pixels, packed, packed_stride, outputs, nullptr, false, target, strip.image, strip.row * source.width, count, spare);
+      }
+  };
+  run(threads, parts.size(), work);
+}
+
+// A pointwise convolution, or its input gradient.
+template <class T, class S>
+void convolve_pointwise(const Image& source, const Series& series, const Image& target, const Geometry& g, bool backward, const Threads& threads) {
+  const Direction d(g, backward);
+  const std::vector<LaneBlock> inputs = vectors_of<T>(d.sources, d.sources), outputs = vectors_of<T>(d.outputs, d.outputs);
+  const int64_t size = d.sources * lanes<T>, count = outputs.size();
+  Buffer<T> packed(count * size);
+  auto pack = [&](int64_t begin, int64_t end) {
+    T* const sum = scratch<T>(size);
+    for (int64_t v = begin; v < end; v++) pack_weights<T, S>(series, g, d, outputs[v], sum, packed.data() + v * size);
+  };
+  run(threads, count, pack);
+  multiply_image<T, S>(source, packed.data(), size, inputs, outputs, target, g.images, threads);
+}
+
 // The layer from packed weights. Where `inner` has data, the first pointwise convolution is computed into it beforehand, and read from there.
 template <class T, class S>
 void run_layer(const Image& input, const Layer& layer, const T* packed, const Image& inner, const Image& output, const Threads& threads) {
@@ -286,22 +326,9 @@ void run_layer(const Image& input, const Layer& layer, const T* packed, const Im
   const int64_t inner_vectors = packing.inner.size(), blocks = channels.blocks.size();
   const Tile<T> tile = tile_for<T>(channels.fetch, output.width);
   constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
+  const int64_t ahead = pixels_ahead(layer.in_channels);
 
-  if (inner.data) {
-    const int64_t images = std::max<int64_t>(1, strip_pixels / (input.height * input.width)), rows = std::max<int64_t>(1, strip_pixels / input.width);
-    const std::vector<std::vector<Strip>> parts = thread_strips(g.images, input.height, rows, images, 4 * threads.count);
-    auto work = [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; part++)
-        for (const Strip& strip : parts[part]) {
-          const int64_t count = strip.images * strip.rows * input.width, vectors = packing.inputs.size();
-          T* const spare = scratch<T>(spare_size + vectors * (count | 1) * lanes<T>);
-          const Pixels<T> source = source_pixels<T, S>(input, strip.image, strip.images, strip.row, strip.rows, packing.inputs, spare + spare_size);
-          multiply_to_tensor<T, S>(source, packed, packing.inner_size, packing.inner, nullptr, false, inner, strip.image, strip.row * input.width,
-                                   count, spare);
-        }
-    };
-    run(threads, parts.size(), work);
-  }
+  if (inner.data) multiply_image<T, S>(input, packed, packing.inner_size, packing.inputs, packing.inner, inner, g.images, threads);
 
   // Strips: the pixels that one row of outputs brings into the cache.
   const int64_t row_bytes = sizeof(T) * (g.stride_h * input.width * (layer.in_channels + g.in_channels) + output.width * (g.out_channels + layer.out_channels));
@@ -359,9 +386,9 @@ void run_layer(const Image& input, const Layer& layer, const T* packed, const Im
                 for (int64_t k = 0; k < taken; k++) to[k] = planes_at + vector * planes.vector_stride + places[first + k];
               },
               [&](int64_t first, int64_t taken, int64_t vector, int64_t) {
-                // The next tile's channels, line by line: the processor's own prefetching does not follow 14 pixels at once.
+                // Line by line: the processor's own prefetching does not follow 14 pixels at once.
                 if (vector == 0 && source.pitch > lanes<T>)
-                  for (int64_t k = first + taken; k < std::min<int64_t>(places.size(), first + 2 * taken); k++)
+                  for (int64_t k = first + ahead; k < first + ahead + taken; k++)
                     for (int64_t c = 0; c < layer.in_channels; c += 64 / sizeof(T)) __builtin_prefetch(source.at + k * source.pitch + c, 0, 2);
               });
         }

@@ -37,6 +37,23 @@ T* scratch(int64_t count) {
   return static_cast<T*>(block.memory);
 }
 
+// Memory of one call, aligned like vectors; contents are undefined.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(std::aligned_alloc(4096, round_up(std::max<int64_t>(count, 1) * sizeof(T), 4096))) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(memory_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() { return static_cast<T*>(memory_); }
+
+ private:
+  void* memory_;
+};
+
 // Split `count` into as few parts of at most `most` as possible, of nearly equal size; calls f(begin, size).
 template <class F>
 GROSS_INLINE void even_parts(int64_t count, int64_t most, F f) {
@@ -75,6 +92,11 @@ struct Direction {
         sources(backward ? g.outputs_per_group() : g.group_size),
         outputs(backward ? g.group_size : g.outputs_per_group()) {}
 };
+
+// A convolution of single pixels with all channels.
+inline bool is_pointwise(const Geometry& g) {
+  return g.taps() == 1 && g.groups() == 1 && g.stride_h == 1 && g.stride_w == 1 && g.padding_h == 0 && g.padding_w == 0;
+}
 
 // The outputs of one vector of lanes: `outputs` of each of `groups` groups, from `output` on.
 struct LaneBlock {
@@ -233,6 +255,11 @@ void pack_weights(const Series& series, const Geometry& g, const Direction& d, c
   }
   // Lanes are inputs of the forward convolution, taps of one input are together: taps numbers per lane and source.
   sum_terms(series, g, block.group * d.sources, block.groups * d.sources, block.output, block.outputs, sum);
+  if (taps == 1 && block.groups == 1) {
+    for (int64_t j = 0; j < d.sources; j++)
+      store<T>(to + j * lanes<T>, rounded<T, S>(load_strided<T>(sum + j * block.outputs, 1, block.outputs)));
+    return;
+  }
   for (int64_t j = 0; j < d.sources; j++)
     interleave<T, S>(
         block.lanes(), taps,
@@ -542,6 +569,7 @@ __attribute__((noinline)) void correlate_weights(const T* grads, const T* planes
   const T* from[Runs];
   for (int r = 0; r < Runs; r++) from[r] = planes + runs[r].offset;
   Vector<Index<T>> index[Sources];
+#pragma GCC unroll 8
   for (int j = 0; j < Sources; j++) {
     if constexpr (is_permuted(fetch)) __builtin_memcpy(&index[j], permutation + j * lanes<T>, sizeof index[j]);
   }
@@ -558,7 +586,7 @@ __attribute__((noinline)) void correlate_weights(const T* grads, const T* planes
     for (int k = 0; k < columns + Length - 1; k++)
 #pragma GCC unroll 4
       for (int r = 0; r < Runs; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < Sources; j++) {
           Vector<T> value = fetched<T, fetch>(from[r] + p + k * lanes<T> + (fetch == Fetch::broadcast ? j : 0), index[j]);
           if constexpr (Length > 1) keep_in_register(value);
@@ -567,8 +595,11 @@ __attribute__((noinline)) void correlate_weights(const T* grads, const T* planes
             if (k - c >= 0 && k - c < columns) sum[j][r][c] += grad[k - c] * value;
         }
   }
+#pragma GCC unroll 8
   for (int j = 0; j < Sources; j++)
+#pragma GCC unroll 4
     for (int r = 0; r < Runs; r++)
+#pragma GCC unroll 4
       for (int c = 0; c < Length; c++) {
         T* at = to + j * to_stride + runs[r].weight[c];
         store<T>(at, load<T>(at) + sum[j][r][c]);
@@ -663,6 +694,50 @@ void correlate_block(const Channels<T>& channels, int64_t block, int64_t taps, c
     }
 }
 
+// D of one or two vectors of outputs of a pointwise convolution: its single tap gives a fetched channel no second use, a second vector does.
+template <class T, int Sources, int Vectors>
+__attribute__((noinline)) void multiply_weights(const T* grads, int64_t grad_stride, const T* planes, const int64_t* stretches, int64_t count,
+                                                int64_t columns, T* to, int64_t to_stride) {
+  Vector<T> sum[Vectors][Sources]{};
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t p = stretches[i]; p < stretches[i] + columns * lanes<T>; p += lanes<T>) {
+      Vector<T> grad[Vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; v++) {
+        grad[v] = load<T>(grads + v * grad_stride + p);
+        keep_in_register(grad[v]);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < Sources; j++) {
+        Vector<T> value = broadcast<T>(planes[p + j]);
+        if constexpr (Vectors > 1) keep_in_register(value);
+#pragma GCC unroll 2
+        for (int v = 0; v < Vectors; v++) sum[v][j] += grad[v] * value;
+      }
+    }
+#pragma GCC unroll 2
+  for (int v = 0; v < Vectors; v++)
+#pragma GCC unroll 16
+    for (int j = 0; j < Sources; j++) {
+      T* at = to + v * to_stride + j * lanes<T>;
+      store<T>(at, load<T>(at) + sum[v][j]);
+    }
+}
+template <class T, int Vectors>
+void multiply_blocks(const Channels<T>& channels, const Stretches& stretches, const T* grads, int64_t grad_stride, const T* planes,
+                     int64_t vector_stride, T* to) {
+  constexpr int most_sources = registers == 32 ? 12 : 4;
+  const int64_t count = stretches.starts.size(), most = run_budget / ((Vectors + 1) * GROSS_VECTOR_BYTES) / stretches.columns;
+  for (int64_t i = 0; i < count; i += most)
+    for (int64_t first = 0; first < channels.sources; first += lanes<T>)
+      even_parts(std::min<int64_t>(lanes<T>, channels.sources - first), most_sources, [&](int64_t j, int64_t size) {
+        with_constant<most_sources>(size, [&](auto sources) {
+          multiply_weights<T, sources, Vectors>(grads, grad_stride, planes + first / lanes<T> * vector_stride + j, stretches.starts.data() + i,
+                                                std::min(most, count - i), stretches.columns, to + (first + j) * lanes<T>, channels.packed);
+        });
+      });
+}
+
 // The gradients of the terms and the gates' shares from D of some outputs, [output][input in group][tap].
 template <class T, class S>
 void write_term(const Series& series, const SeriesGradient& gradient, int i, const Geometry& g, int64_t first,
@@ -717,7 +792,8 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
 
   const Channels<T> channels(g, false);
   const int64_t count = channels.blocks.size(), packed = channels.packed;
-  const std::vector<Set> sets = sets_of(channels, grad_set_vectors, 1);
+  // A pointwise convolution reads all its sources for every set.
+  const std::vector<Set> sets = sets_of(channels, g.taps() == 1 ? set_vectors : grad_set_vectors, 1);
   const int64_t set_count = sets.size(), vectors = source_vectors(channels, sets), blocks = largest(sets);
   const std::vector<Strip> strips = plan_strips(plan, g.images, (vectors + blocks) * GROSS_VECTOR_BYTES, ceil_div(grad_tasks, set_count));
   const int64_t strip_count = strips.size(), slices = std::clamp<int64_t>(ceil_div(grad_tasks, set_count), 1, strip_count);
@@ -726,7 +802,7 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
     plane_size = std::max(plane_size, vectors * Planes::of<T>(plan, strip).vector_stride);
     grad_size = std::max(grad_size, blocks * Planes::of<T>(grad_plan, strip).vector_stride);
   }
-  std::vector<T> partial(slices > 1 ? slices * count * packed : 0);
+  Buffer<T> partial(slices > 1 ? slices * count * packed : 0);
   std::vector<double> shares(gradient.gates ? count * max_terms : 0);
 
   // D of the blocks of a set over the strips of one slice.
@@ -747,10 +823,19 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
       }
       const Runs runs = runs_of<T>(plan, plan.targets[0], planes);
       const Stretches stretches = Stretches::of<T>(plan, strip);
-      for (int64_t b = set.first; b < set.last; b++)
-        correlate_block<T>(channels, b, g.taps(), runs.all, stretches, grads_at + (b - set.first) * grads.vector_stride,
-                           planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride + channels.first_lane(b),
-                           planes.vector_stride, to + (b - set.first) * packed);
+      const bool pointwise = is_pointwise(g);
+      for (int64_t b = set.first, together; b < set.last; b += together) {
+        const T* from = planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride + channels.first_lane(b);
+        const T* grads_of = grads_at + (b - set.first) * grads.vector_stride;
+        T* sums = to + (b - set.first) * packed;
+        together = pointwise && b + 1 < set.last ? 2 : 1;
+        if (together == 2)
+          multiply_blocks<T, 2>(channels, stretches, grads_of, grads.vector_stride, from, planes.vector_stride, sums);
+        else if (pointwise)
+          multiply_blocks<T, 1>(channels, stretches, grads_of, grads.vector_stride, from, planes.vector_stride, sums);
+        else
+          correlate_block<T>(channels, b, g.taps(), runs.all, stretches, grads_of, from, planes.vector_stride, sums);
+      }
     }
   };
   auto write = [&](int64_t b, const T* from, T* rows) {
@@ -833,18 +918,20 @@ void with_type(Type type, F f) {
 
 inline void forward_entry(Type type, const Image& input, const Series& series, const Image& output, const Geometry& g,
                           const Threads& threads) {
-  const Plan plan = forward_plan(g, input.height, input.width, output.height, output.width);
   with_type(type, [&](auto s) {
     using S = decltype(s);
+    if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(input, series, output, g, false, threads);
+    const Plan plan = forward_plan(g, input.height, input.width, output.height, output.width);
     convolve<Sum<S>, S>(plan, input, series, output, g, false, threads);
   });
 }
 
 inline void input_grad_entry(Type type, const Image& grad, const Series& series, const Image& grad_input,
                              const Geometry& g, const Threads& threads) {
-  const Plan plan = input_grad_plan(g, grad_input.height, grad_input.width, grad.height, grad.width);
   with_type(type, [&](auto s) {
     using S = decltype(s);
+    if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(grad, series, grad_input, g, true, threads);
+    const Plan plan = input_grad_plan(g, grad_input.height, grad_input.width, grad.height, grad.width);
     convolve<Sum<S>, S>(plan, grad, series, grad_input, g, true, threads);
   });
 }

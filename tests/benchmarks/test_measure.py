@@ -1,10 +1,13 @@
 """The benchmarks' arithmetic: a wrong ratio, or a wrong kernel that passes the check, would go unnoticed in a table."""
 
+import subprocess
+import sys
 import time
 from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 
@@ -160,3 +163,43 @@ def test_time_call_includes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a clock read on one side of the call."""
     monkeypatch.setattr(measure, "DEVICE", torch.device("cpu"))
     assert 0.02 <= measure.time_call(lambda: time.sleep(0.02)) < 0.5
+
+
+@pytest.mark.usefixtures("durations")
+def test_best_product_counts_two_flop_for_each_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the slowest in place of the fastest, MACs for FLOP, and a thousand in the unit."""
+    calls = {"slow": (10**9, call_taking(1.0)), "fast": (10**9, call_taking(0.5)), "small": (10**8, call_taking(0.25))}
+    monkeypatch.setattr(measure, "_products", lambda dtype: calls)
+    assert measure.best_product(torch.float32) == {"gflops": 4.0, "by": "fast"}
+
+
+def test_products_macs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches MACs of another product than the one that is timed: each is counted by torch's own counter."""
+    monkeypatch.setattr(measure, "_warm", lambda call: 0.0)
+    for macs, call in measure._products.__wrapped__(torch.float32).values():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == 2 * macs
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc, which other systems lack")
+def test_freed_memory_is_kept() -> None:
+    """Catches a setting that glibc ignores: 64 MB in fresh pages are 16384 faults, and next to none may remain."""
+    script = """
+import resource
+
+import torch
+
+from benchmarks import measure
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), measure.keep_freed_memory(), faults())
+"""
+    before, kept, after = subprocess.check_output([sys.executable, "-c", script], text=True).split()
+    assert kept == "True"
+    assert int(after) < 0.01 * int(before)

@@ -10,7 +10,16 @@ from typer.testing import CliRunner
 
 from benchmarks import report
 
-MACHINE = {"device": "a machine", "threads": 2, "torch": "2.15.0", "dtype": "float32", "memory_format": "channels_last"}
+MACHINE = {
+    "device": "a machine",
+    "device_type": "cpu",
+    "threads": 2,
+    "torch": "2.15.0",
+    "keeps_memory": True,
+    "best_product": {"gflops": 2000.0, "by": "torch.mm"},
+    "dtype": "float32",
+    "memory_format": "channels_last",
+}
 
 
 def entry(
@@ -30,6 +39,7 @@ def entry(
         "ratios": {name: {"median": value, "q1": value - 0.5, "q3": value + 0.5} for name, value in ratios.items()},
         "gflops": 1000.0,
         "gbps": 0.5,
+        "narrow": False,
         **MACHINE,
         **more,
     }
@@ -41,7 +51,7 @@ ENTRIES = [
     entry("grouped convolution", "forward", "128@28", 4, {"library": 1.0, "materialised": 2.0}),
     entry("grouped convolution", "input gradient", "128@28", 4, {"library": 5.0}),
     entry("grouped convolution", "forward", "64@56", 4, {"library": 48.0}, memory_format="contiguous_format"),
-    entry("GroSSConv2d", "inference", "64@56", 4, {"dense": 3.0, "fold": 1.5}),
+    entry("GroSSConv2d", "inference", "64@56", 4, {"dense": 3.0, "fold": 1.5, "unpacked": 1.25}),
     entry("networks", "training", "4-layer", "8 16 64", {"dense": 2.0, "fold": 1.25}),
 ]
 
@@ -64,7 +74,13 @@ def table(summary: str, title: str) -> str:
 def test_geometric_mean_and_minimum_over_shapes() -> None:
     """Catches an arithmetic mean (2.50), and entries of another precision in the mean."""
     core = table(report.summary(ENTRIES), "Grouped convolution, float32 channels_last")
-    assert cells(core, "4", "2")[2:] == ["2.00 / 1.00", "5.00 / 5.00", "", "4.00 / 2.00", ""]
+    assert [cell.split(" (")[0] for cell in cells(core, "4", "2")[2:7]] == [
+        "2.00 / 1.00",
+        "5.00 / 5.00",
+        "",
+        "4.00 / 2.00",
+        "",
+    ]
 
 
 def test_group_sizes_are_in_numerical_order() -> None:
@@ -74,7 +90,8 @@ def test_group_sizes_are_in_numerical_order() -> None:
 
 
 def test_efficiency_is_time_ratio_over_mac_ratio() -> None:
-    """Catches η upside down: 3 times as fast with a quarter of the MACs is 0.75."""
+    """Catches η upside down: 3 times as fast with a quarter of the MACs is 0.75, and 0.60 where unpacked takes 1.25
+    times as long."""
     layers = table(report.summary(ENTRIES), "GroSSConv2d")
     assert cells(layers, "inference", "4") == [
         "inference",
@@ -82,8 +99,33 @@ def test_efficiency_is_time_ratio_over_mac_ratio() -> None:
         "1",
         "4.00",
         "3.00 / 3.00",
-        "0.75 / 0.75",
-        "1.50 / 1.50",
+        "0.75 / 0.75 (≥ 0.95 / 0.80 missed)",
+        "0.60 / 0.60",
+        "1.50 / 1.50 (≥ 1.70 missed)",
+        "0.50",
+    ]
+
+
+def test_training_has_no_unpacked_layer() -> None:
+    """Catches a table that needs every baseline of every row."""
+    layers = table(
+        report.summary([*ENTRIES, entry("GroSSConv2d", "training", "64@56", 4, {"dense": 4.0, "fold": 1.0})]),
+        "GroSSConv2d",
+    )
+    assert cells(layers, "training", "4")[5:7] == ["1.00 / 1.00 (≥ 0.80 reached)", ""]
+
+
+def test_narrow_layers_have_a_table_of_their_own() -> None:
+    """Catches them in the mean that a goal speaks of, and a goal beside theirs."""
+    ratios = {"dense": 30.0, "fold": 15.0, "unpacked": 1.0}
+    narrow = entry("GroSSConv2d", "inference", "64@224:11-18", 4, ratios, narrow=True)
+    summary = report.summary([*ENTRIES, narrow])
+    assert cells(table(summary, "GroSSConv2d, "), "inference", "4")[2] == "1"
+    assert cells(table(summary, "GroSSConv2d with a narrow bottleneck, "), "inference", "4")[4:8] == [
+        "30.00 / 30.00",
+        "7.50 / 7.50",
+        "7.50 / 7.50",
+        "15.00 / 15.00",
     ]
 
 
@@ -91,12 +133,35 @@ def test_networks_show_time_beside_macs() -> None:
     """Catches a network's ratio without its spread, or the MAC ratio in its place."""
     networks = table(report.summary(ENTRIES), "Networks")
     row = cells(networks, "4-layer", "8 16 64", "training")
-    assert row[3:] == ["2.0", "4.00", "2.00 (1.50 to 2.50)", "0.50", "1.25"]
+    assert row[3:] == ["2.0", "4.00", "2.00 (1.50 to 2.50)", "0.50", "1.25", "0.50"]
 
 
 def test_machine_is_named() -> None:
-    """Catches a table that nobody can place."""
-    assert report.summary(ENTRIES).startswith("a machine; 2 threads; torch 2.15.0")
+    """Catches a table that nobody can place, and page faults in the times that nobody is told of."""
+    assert report.summary(ENTRIES).startswith("a machine; 2 threads; torch 2.15.0; freed memory kept, no fresh pages; ")
+    fresh = [{**ENTRIES[0], "keeps_memory": False}]
+    assert report.summary(fresh).startswith("a machine; 2 threads; torch 2.15.0; memory freed to the system; ")
+
+
+def test_share_is_of_the_best_that_any_entry_saw_in_that_precision() -> None:
+    """Catches a share above 1 from an entry during which the machine was disturbed, and float32 over another's best."""
+    one, two, sixteen = (
+        {**ENTRIES[3], "gflops": gflops, "dtype": dtype, "best_product": {"gflops": best, "by": by}}
+        for gflops, dtype, best, by in (
+            (104.0, "float32", 80.0, "torch.mm"),
+            (400.0, "float32", 800.0, "1×1 convolution"),
+            (400.0, "bfloat16", 1600.0, "3×3 convolution"),
+        )
+    )
+    summary = report.summary([one, two, sixteen])
+    best = (
+        "1600 GFLOP/s in bfloat16 (3×3 convolution; median of entries 1600), "
+        "800 GFLOP/s in float32 (1×1 convolution; median of entries 440)"
+    )
+    assert summary.split("\n")[0].endswith(f"; best product {best}")
+    assert cells(table(summary, "Grouped convolution, float32"), "4")[-1] == "–, 0.25, –"
+    assert cells(table(summary, "Grouped convolution, bfloat16"), "4")[-1] == "–, 0.25, –"
+    assert [line.split("|")[9].strip() for line in report.details([one, two]).splitlines()[4:]] == ["0.13", "0.50"]
 
 
 def app() -> typer.Typer:

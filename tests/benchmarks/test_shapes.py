@@ -27,6 +27,14 @@ def test_strided_layers_have_the_input_before_the_stride() -> None:
     assert (layer.input_size, layer.output_size) == ((56, 56), (28, 28))
 
 
+def test_narrow() -> None:
+    """Catches the paper's own widths among the narrow ones, of which the goals do not speak."""
+    assert {layer.label for layer in shapes.layers() if layer.narrow} == {
+        layer.label for layer in shapes.layers() if ":" in layer.label
+    }
+    assert sum(layer.narrow for layer in shapes.layers()) == 10
+
+
 def test_batch() -> None:
     """Catches calls too short to time, or a batch of 0 where one image exceeds the limit."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
