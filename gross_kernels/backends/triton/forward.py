@@ -1,0 +1,190 @@
+"""Forward pass and input gradient: one plan for both, see ``correlate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...series import output_size
+from . import tiles
+from .correlate import gather, march
+from .geometry import Axis, Packs, axis, channels_last
+from .launch import Kernel, Plans, architecture, float32_precision, layout, on_device, processors, tuned
+
+_plans = Plans()
+
+
+class Call(NamedTuple):
+    """Everything that a plan depends on. ``source`` and ``result`` are shapes with strides; ``terms`` those active."""
+
+    transposed: bool
+    source: tuple
+    result_shape: tuple[int, ...]
+    result_stride: tuple[int, ...]
+    terms: tuple[tuple, ...]
+    gates: tuple | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    precision: str
+    device: int | None
+
+
+def forward(
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: int,
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Grouped convolution of ``input`` with ``R_n = Σ gate_i Ψ(r_i)`` (equations 4 and 5), ``[N, C_out, H', W']``."""
+    size = output_size(input.shape[2:], terms[0].shape[2:], stride, padding, dilation)
+    output = like(input, (input.shape[0], terms[0].shape[0], *size))
+    run(False, input, output, terms[:active], gates, stride, padding, dilation)
+    return output
+
+
+def like(input: Tensor, shape: Sequence[int]) -> Tensor:
+    """An empty tensor of a shape, in the input's dtype, device and memory format."""
+    from ...ops import memory_format
+
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+def run(
+    transposed: bool,
+    source: Tensor,
+    result: Tensor,
+    terms: Sequence[Tensor],
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Fill ``result``: the output of ``source``, or with ``transposed`` the input's gradient of the output's."""
+    if result.numel() == 0:
+        return
+    if source.numel() == 0:
+        result.zero_()
+        return
+    if gates is not None:
+        gates = gates.contiguous()
+    terms = tuple(terms)
+    if not all(channels_last(term.shape, term.stride()) for term in terms):
+        terms = tuple(term.contiguous() for term in terms)
+    call = Call(
+        transposed,
+        layout(source),
+        result.shape,
+        result.stride(),
+        tuple(map(layout, terms)),
+        None if gates is None else layout(gates),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        float32_precision() if source.dtype == torch.float32 else "tf32",
+        source.device.index,
+    )
+    with on_device(source):
+        kernel = _plans.get(call, choose, call, (source, result, terms, gates))
+        kernel(source, result, terms, gates)
+
+
+def choose(call: Call, tensors: tuple) -> Kernel:
+    """The kernel of a kind of calls, by the table or by autotuning."""
+    return tuned(repr(call), tiles.correlation(shape_of(call)), lambda tile: plan(call, tile), tensors)
+
+
+def axes(call: Call) -> tuple[Axis, Axis]:
+    """Rows and columns."""
+    kernel = call.terms[0][0][2:]
+    rows, columns = (
+        axis(*each, call.transposed) for each in zip(kernel, call.stride, call.padding, call.dilation, strict=True)
+    )
+    return rows, columns
+
+
+def shape_of(call: Call) -> tiles.Shape:
+    """What the tile table asks."""
+    rows, columns = axes(call)
+    (_, source_channels, *_), (_, result_channels, *_) = call.source[0], call.result_shape
+    in_channels = result_channels if call.transposed else source_channels
+    groups = in_channels // call.terms[-1][0][1]
+    return tiles.Shape(
+        source_channels // groups,
+        result_channels // groups,
+        groups,
+        rows.taps * columns.taps,
+        (rows.taps - 1) // rows.advance + 1,
+        call.source[2].itemsize,
+        call.precision,
+        architecture(call.device),
+    )
+
+
+def plan(call: Call, tile: tiles.Tile) -> Kernel:
+    """The launch of one tile for one kind of calls."""
+    rows, columns = axes(call)
+    shape = shape_of(call)
+    source_shape, source_stride, *_ = call.source
+    batch, result_channels, height, width = call.result_shape
+    packs = Packs.of(source_shape[1], result_channels, shape.groups, tile.source)
+    parts_per_pack = -(-packs.result // tile.result)
+    parts = packs.count * parts_per_pack
+    blocks = -(-parts // tile.parts)
+    row_count, lane_width = rows.steps(height), columns.steps(width)
+    lanes = batch * lane_width * (1 if tile.march else row_count)
+    column_tiles = -(-lanes // tile.lanes)
+    programs = blocks * column_tiles * len(columns.phases) * len(rows.phases)
+    rows_per_program = row_count
+    if tile.march:
+        wanted = tiles.PROGRAMS_PER_PROCESSOR * processors(call.device)
+        # Every run of rows assembles the weights anew and reads shape.history - 1 rows more.
+        runs = max(1, min(wanted // programs, row_count // (2 * shape.history + 2)))
+        rows_per_program = -(-row_count // runs)
+        programs *= -(-row_count // rows_per_program)
+    source_channels = source_shape[1]
+    in_channels, out_channels = (
+        (result_channels, source_channels) if call.transposed else (source_channels, result_channels)
+    )
+    sizes = tuple(term[0][1] for term in call.terms)
+    kernel_h, kernel_w = call.terms[0][0][2:]
+    arguments = (
+        in_channels,
+        out_channels,
+        *source_stride,
+        *source_shape[2:],
+        *call.result_stride,
+        height,
+        width,
+        parts,
+        lanes,
+        lane_width,
+        column_tiles,
+        row_count,
+        rows_per_program,
+        sizes,
+        call.gates is not None,
+        all(channels_last(*term[:2]) for term in call.terms),
+        kernel_w,
+        kernel_h * kernel_w,
+        tuple(rows),
+        tuple(columns),
+        call.transposed,
+        packs.source,
+        packs.result,
+        parts_per_pack,
+        tile.lanes,
+        tile.parts,
+        tile.source,
+        tile.result,
+        source_stride[1] <= source_stride[3],
+        call.result_stride[1] <= call.result_stride[3],
+        call.precision,
+    )
+    return Kernel(march if tile.march else gather, programs, arguments, tile.warps, tile.stages)

@@ -1,0 +1,163 @@
+"""Which tile a kernel works on: a small table by shape class, precision and architecture; optional autotuning.
+
+What the table is made from (predicted from the arithmetic below and from what the compiler reports; **unmeasured**, no
+GPU was at hand). A 3×3 convolution, 16-bit, channels-last, on an H200 (132 multiprocessors, copy 4.3 TB/s = 19 bytes a
+clock and multiprocessor, first-level cache and shared memory 128 bytes a clock together, ``mma.sync`` about 2600
+products a clock):
+
+* ``march`` with groups of up to 16: 4 packs of 16 channels are a line of 128 bytes; one warp each. A step of 64 columns
+  reads 8 KB and writes 8 KB, 855 clocks of the memory. Its 3 reads (one for each column of the kernel) pass through
+  shared memory, 8 KB in and 8 KB out: 384 clocks. Its 9 × 64 × 16 × 16 × 4 products take 228. So the memory is the
+  limit, with room. Through the second-level cache pass 3 × 8 + 8 KB: at 5.5 TB/s (assumed) 1340 clocks, 64 % of a copy;
+  this is the bound to watch. Registers: weights 36, sums 3 × 32, 168 to 177 in all, so 2 to 3 programs (8 to 12
+  warps) on a multiprocessor with 48 KB of loads under way, where 26 KB hide 800 ns.
+* groups of 32 and 64: one pack, four warps, weights (18 and 36 KB) in shared memory where ``wgmma`` reads them. Groups
+  of 32: 64 bytes a pixel; 9 × 64 × 32 × 32 products. Groups of 64 are two parts, so that the source is read twice.
+* float32: twice the bytes, half the products: 2 packs of 16 channels a line, 32 columns. Three-pass TF32 holds the
+  weights twice, so 16 columns.
+* a program assembles its weights once, 9 × 16 × 16 × 4 numbers a term, about 5000 clocks for the series (1, 4, 16): as
+  much as 6 steps. It is shared by the rows of the program, so rows are split as little as fills the machine.
+
+Registers and spills of every entry are checked at compile time by tests/gross_kernels/triton/test_compilation.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+#: Most bytes of weights that ``march`` holds: of one part where every warp has its own, and of a program that shares.
+MOST_WEIGHTS_OF_A_WARP = 25 * 16 * 16 * 2
+MOST_WEIGHTS_OF_A_PROGRAM = 9 * 64 * 32 * 2
+#: Most rows of sums that ``march`` holds.
+MOST_HISTORY = 5
+#: Programs for each multiprocessor that the launch aims at: two fit at a time, twice over for balance.
+PROGRAMS_PER_PROCESSOR = 4
+
+
+class Tile(NamedTuple):
+    """One choice.
+
+    Attributes:
+        march: whether the weights stay on the chip and rows are marched down (else each is assembled where needed).
+        lanes: pixels (columns, for ``march``) of the result.
+        parts: parts of packs side by side, one warp each if more than one.
+        source, result: channels of the tile.
+        warps, stages: Triton's options.
+    """
+
+    march: bool
+    lanes: int
+    parts: int
+    source: int
+    result: int
+    warps: int
+    stages: int
+
+
+class Shape(NamedTuple):
+    """What the table is keyed by: channels of a group on both sides, groups, taps, history, bytes of a number, how
+    float32 is multiplied, architecture ("sm_90", "gfx942")."""
+
+    source: int
+    result: int
+    groups: int
+    taps: int
+    history: int
+    itemsize: int
+    precision: str
+    architecture: str
+
+
+TileT = TypeVar("TileT", bound=tuple)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def correlation(shape: Shape) -> list[Tile]:
+    """Tiles for the forward pass and the input gradient, the predicted best one first."""
+    source, result = max(16, power_of_two(shape.source)), max(16, power_of_two(shape.result))
+    amd = shape.architecture.startswith("gfx")
+    narrow, three_pass = shape.itemsize == 2, shape.precision == "tf32x3"
+    if shape.precision == "ieee" and not amd:
+        # No matrix unit: products by the ordinary one, whose operands fill the registers.
+        return [Tile(False, lanes, 1, 16, 16, 4, 1) for lanes in (64, 32)]
+    choices = []
+    if source == 16:
+        per_pack = max(1, 16 // max(shape.source, shape.result))
+        parts = -(-shape.groups // per_pack) * -(-shape.result * per_pack // 16)
+        together = min(4 if narrow else 2, power_of_two(parts + 1) // 2)
+        # Weights that are held twice, or five rows of sums, leave fewer registers; so does Ampere's way to load them.
+        most = 16 if three_pass else 64 if narrow and shape.history <= 3 and shape.architecture >= "sm_90" else 32
+        if together > 1 and shape.taps * 256 * shape.itemsize <= MOST_WEIGHTS_OF_A_WARP:
+            choices = [Tile(True, lanes, together, 16, 16, together, 2) for lanes in (most, max(16, most // 2))]
+        elif together == 1 and shape.taps <= 9 and not three_pass:
+            choices = [Tile(True, lanes, 1, 16, 16, 4, 2) for lanes in (64, 128)]
+    elif shape.taps * source * 32 * shape.itemsize <= MOST_WEIGHTS_OF_A_PROGRAM and not three_pass:
+        if source == 32:
+            choices = [Tile(True, 64, 1, 32, min(result, 32), 4, stages) for stages in (2, 3)]
+        elif narrow:
+            choices = [Tile(True, 128, 1, 64, min(result, 32), 8, 2), Tile(True, 64, 1, 64, 16, 4, 2)]
+    if shape.history > MOST_HISTORY:
+        choices = []
+    stages = 1 if three_pass else 2
+    lanes = (128, 64) if narrow else (64, 32)
+    return choices + [Tile(False, n, 1, min(32, source), min(32, result), 4, stages) for n in lanes]
+
+
+# Autotuning -----------------------------------------------------------------------------------------------------------
+
+#: Set to 1 to time every candidate at the first call of a kind, and to keep the fastest on disk.
+AUTOTUNE = os.environ.get("GROSS_KERNELS_AUTOTUNE") == "1"
+
+
+def choose(name: str, candidates: Sequence[TileT], seconds: Callable[[TileT], float], device: str) -> TileT:
+    """The table's first tile or, with ``GROSS_KERNELS_AUTOTUNE=1``, the fastest by ``seconds``, which is remembered.
+
+    Args:
+        name: the kind of calls.
+        candidates: from the table.
+        seconds: times one tile; infinite where it cannot run.
+        device: name of the GPU; each has a file of its own.
+    """
+    if not AUTOTUNE or len(candidates) == 1:
+        return candidates[0]
+    path = cache_file(device)
+    found = remembered(path).get(name)
+    for tile in candidates:
+        if list(tile) == found:
+            return tile
+    best = min(candidates, key=seconds)
+    write(path, remembered(path) | {name: list(best)})
+    return best
+
+
+def cache_file(device: str) -> Path:
+    """Where choices are kept: ``$XDG_CACHE_HOME/gross_kernels/<device>.json``."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gross_kernels"
+    return folder / f"{re.sub('[^A-Za-z0-9.]+', '-', device)}.json"
+
+
+def remembered(path: Path) -> dict[str, list]:
+    """Choices by kind of calls; none where the file is missing or is not what :func:`write` writes."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write(path: Path, choices: dict[str, list]) -> None:
+    """Whole or not at all: another process may read, or write, at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
+        json.dump(choices, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
