@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -23,6 +24,12 @@ BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 #: Backends by device type, the preferred one first.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("reference",)}
+
+if find_spec("triton") is not None:
+    from .backends import triton
+
+    BACKENDS["triton"] = triton
+    PREFERENCE["cuda"] = ("triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend for the functions and layers of this package, process-wide, while the context lasts.
 
     Args:
-        name: "cpu" or "reference".
+        name: "cpu", "reference" or, where Triton is installed, "triton".
 
     Raises:
         ValueError: for an unknown name.

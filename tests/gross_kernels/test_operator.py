@@ -4,6 +4,7 @@ The tolerance rule: the error of a backend is at most twice the error that torch
 precision, on the exactly summed weight, plus a tiny absolute term, see :func:`tiny`.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ DTYPES = [
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),
 ]
+#: Random calls for each backend and dtype; Triton's interpreter, some hundred times slower, is given fewer.
+EXAMPLES = int(os.environ.get("GROSS_TEST_EXAMPLES", 60))
 TYPICAL = Case(2, 18, 12, (3, 9, 18), (3, 3), (9, 7), (2, 1), (1, 2), active=2, gated=True, channels_last=True)
 
 Arguments = tuple[Tensor, list[Tensor], Tensor | None, Tensor]
@@ -187,7 +190,7 @@ def test_exact_convolution_by_hand() -> None:
 
 
 @every_target
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(case=cases())
 def test_values(target: Target, case: Case) -> None:
     """Catches a wrong output or gradient of input, terms or gates, for any geometry, in any precision."""

@@ -97,7 +97,8 @@ def run(
 
 def choose(call: Call, tensors: tuple) -> Kernel:
     """The kernel of a kind of calls, by the table or by autotuning."""
-    return tuned(repr(call), tiles.correlation(shape_of(call)), lambda tile: plan(call, tile), tensors)
+    tile = tuned(f"correlation {call!r}", tiles.correlation(shape_of(call)), lambda tile: plan(call, tile), tensors)
+    return plan(call, tile)
 
 
 def axes(call: Call) -> tuple[Axis, Axis]:
@@ -119,8 +120,11 @@ def shape_of(call: Call) -> tiles.Shape:
         source_channels // groups,
         result_channels // groups,
         groups,
+        len(call.terms),
         rows.taps * columns.taps,
         (rows.taps - 1) // rows.advance + 1,
+        call.stride != (1, 1),
+        source_channels * call.source[2].itemsize % 16 == 0,
         call.source[2].itemsize,
         call.precision,
         architecture(call.device),

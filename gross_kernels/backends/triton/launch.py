@@ -105,17 +105,17 @@ def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def tuned(name: str, candidates: Sequence[Any], plan: Callable[[Any], Kernel], tensors: tuple) -> Kernel:
-    """The kernel of the tile that :func:`tiles.choose` chooses for a kind of calls; timed on ``tensors`` if at all."""
+def tuned(name: str, candidates: Sequence[Any], plan: Callable[[Any], Kernel], tensors: tuple) -> Any:
+    """The tile that :func:`tiles.choose` chooses for a kind of calls; timed on ``tensors``, if at all."""
 
     def seconds(tile: Any) -> float:
+        kernel = plan(tile)
         try:
-            kernel = plan(tile)
             return float(triton.testing.do_bench(lambda: kernel(*tensors), warmup=5, rep=20, return_mode="median"))
         except triton.runtime.errors.OutOfResources:
             return float("inf")
 
     device = tensors[0].device
     if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
-        return plan(candidates[0])
-    return plan(tiles.choose(name, candidates, seconds, torch.cuda.get_device_name(device)))
+        return candidates[0]
+    return tiles.choose(name, candidates, seconds, torch.cuda.get_device_name(device))

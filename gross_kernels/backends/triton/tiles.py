@@ -60,15 +60,40 @@ class Tile(NamedTuple):
     stages: int
 
 
+class WeightTile(NamedTuple):
+    """One choice for the weight gradient.
+
+    Attributes:
+        all_rows, all_columns: whether a program holds all rows and columns of the kernel, or one.
+        lanes: columns of the output.
+        parts: parts of packs side by side, one warp each if more than one.
+        input, output: channels of the tile.
+        warps, stages: Triton's options.
+    """
+
+    all_rows: bool
+    all_columns: bool
+    lanes: int
+    parts: int
+    input: int
+    output: int
+    warps: int
+    stages: int
+
+
 class Shape(NamedTuple):
-    """What the table is keyed by: channels of a group on both sides, groups, taps, history, bytes of a number, how
-    float32 is multiplied, architecture ("sm_90", "gfx942")."""
+    """What the table is keyed by: channels of a group on both sides, groups, terms, taps, rows of sums, whether strided,
+    whether packs begin at multiples of 16 bytes, bytes of a number, how float32 is multiplied, architecture ("sm_90",
+    "gfx942")."""
 
     source: int
     result: int
     groups: int
+    terms: int
     taps: int
     history: int
+    strided: bool
+    aligned: bool
     itemsize: int
     precision: str
     architecture: str
@@ -89,7 +114,7 @@ def correlation(shape: Shape) -> list[Tile]:
     narrow, three_pass = shape.itemsize == 2, shape.precision == "tf32x3"
     if shape.precision == "ieee" and not amd:
         # No matrix unit: products by the ordinary one, whose operands fill the registers.
-        return [Tile(False, lanes, 1, 16, 16, 4, 1) for lanes in (64, 32)]
+        return [Tile(False, lanes, 1, 16, 16, 4, 1) for lanes in (32, 64)]
     choices = []
     if source == 16:
         per_pack = max(1, 16 // max(shape.source, shape.result))
@@ -99,18 +124,55 @@ def correlation(shape: Shape) -> list[Tile]:
         most = 16 if three_pass else 64 if narrow and shape.history <= 3 and shape.architecture >= "sm_90" else 32
         if together > 1 and shape.taps * 256 * shape.itemsize <= MOST_WEIGHTS_OF_A_WARP:
             choices = [Tile(True, lanes, together, 16, 16, together, 2) for lanes in (most, max(16, most // 2))]
-        elif together == 1 and shape.taps <= 9 and not three_pass:
+        elif shape.taps <= 9:
             choices = [Tile(True, lanes, 1, 16, 16, 4, 2) for lanes in (64, 128)]
-    elif shape.taps * source * 32 * shape.itemsize <= MOST_WEIGHTS_OF_A_PROGRAM and not three_pass:
+        if three_pass and (shape.strided or together == 1):
+            choices = []
+    elif source <= 64 and shape.taps * source * 32 * shape.itemsize <= MOST_WEIGHTS_OF_A_PROGRAM and not three_pass:
+        # Without 16-byte loads every element has an address of its own: half the lanes.
+        lanes = 64 if shape.aligned else 32
         if source == 32:
-            choices = [Tile(True, 64, 1, 32, min(result, 32), 4, stages) for stages in (2, 3)]
+            choices = [Tile(True, lanes, 1, 32, min(result, 32), 4, stages) for stages in (2, 3)]
+        elif narrow and amd:
+            choices = [Tile(True, lanes, 1, 64, min(result, 32), 4, 2)]
         elif narrow:
-            choices = [Tile(True, 128, 1, 64, min(result, 32), 8, 2), Tile(True, 64, 1, 64, 16, 4, 2)]
+            choices = [Tile(True, 2 * lanes, 1, 64, min(result, 32), 8, 2), Tile(True, lanes, 1, 64, 16, 4, 2)]
     if shape.history > MOST_HISTORY:
         choices = []
     stages = 1 if three_pass else 2
-    lanes = (128, 64) if narrow else (64, 32)
-    return choices + [Tile(False, n, 1, min(32, source), min(32, result), 4, stages) for n in lanes]
+    lanes = 128 if narrow and shape.aligned else 64 if shape.aligned else 32
+    most = 16 if shape.terms > 7 else 32
+    return choices + [Tile(False, n, 1, min(32, source), min(most, result), 4, stages) for n in (lanes, lanes // 2)]
+
+
+def weight_gradient(shape: Shape) -> list[WeightTile]:
+    """Tiles for the weight gradient's first pass, the predicted best one first. ``shape.source`` is the input."""
+    narrow, three_pass = shape.itemsize == 2, shape.precision == "tf32x3"
+    if shape.precision == "ieee" and not shape.architecture.startswith("gfx"):
+        return [WeightTile(False, False, lanes, 1, 16, 16, 4, 1) for lanes in (32, 64)]
+    source, result = max(16, power_of_two(shape.source)), max(16, power_of_two(shape.result))
+    columns = shape.taps // shape.history
+    if not shape.aligned:
+        source, result = min(32, source), min(32, result)
+        return [WeightTile(False, not three_pass and columns <= 5, n, 1, source, result, 4, 2) for n in (16, 32)]
+    everything = shape.taps <= 9 and not three_pass
+    if max(source, result) <= (32 if everything else 16):
+        # Groups of 32 in four parts: a program that held all taps of 32×32 would spill.
+        per_pack = max(1, 16 // max(shape.source, shape.result))
+        parts = -(-shape.groups // per_pack) * -(-shape.source * per_pack // 16) * -(-shape.result * per_pack // 16)
+        together = min(2 if three_pass else 4, power_of_two(parts + 1) // 2)
+        if together == 1:
+            return [WeightTile(False, columns <= 5, lanes, 1, 16, 16, 4, 2) for lanes in (32, 64)]
+        if three_pass:
+            return [WeightTile(False, columns <= 5, lanes, together, 16, 16, together, 2) for lanes in (16, 32)]
+        lanes = (64, 32) if narrow else (32, 16)
+        return [WeightTile(everything, columns <= 9, n, together, 16, 16, 2 * together, 2) for n in lanes]
+    source, result = min(64, source), min(64, result)
+    if narrow:
+        lanes = (32, 64) if shape.strided else (64, 32)
+        return [WeightTile(False, columns <= 3, n, 1, source, result, 4, 2) for n in lanes]
+    warps = 8 if shape.architecture >= "sm_90" and source * result == 64 * 64 else 4
+    return [WeightTile(False, columns <= 3 and not three_pass, n, 1, source, result, warps, 2) for n in (32, 16)]
 
 
 # Autotuning -----------------------------------------------------------------------------------------------------------

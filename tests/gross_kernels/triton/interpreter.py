@@ -1,11 +1,11 @@
-"""Triton's interpreter made as exact as the GPU, in a process with ``TRITON_INTERPRET=1``.
+"""Triton's interpreter made as exact as a GPU, and stricter: a pytest plugin for a process with ``TRITON_INTERPRET=1``.
 
 What it lacks (Triton 3.5 to 3.9): bfloat16 is computed on the integers that hold its bits; TF32 products are exact; a
-truth value that is spread over a tensor becomes an integer, which loads refuse; and a masked element's address may be
-anything, but one that is read must lie in a tensor, which nobody checks.
+truth value that is spread over a tensor becomes an integer, which loads refuse; and nobody checks addresses. Here every
+launch may touch its own tensors alone, and every tensor allocated without a value is filled with NaN.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,21 +15,33 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
+from gross_kernels.backends.triton.launch import Kernel
+
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
-#: Address ranges that a kernel may touch; None allows every address.
+#: Address ranges that the running kernel may touch; None between launches.
 allowed: list[tuple[int, int]] | None = None
 
 
 @contextmanager
-def bounds(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Let kernels touch these tensors alone while the context lasts."""
+def bounds(tensors: Any) -> Iterator[None]:
+    """Let kernels touch these tensors alone (a nested sequence) while the context lasts."""
     global allowed
-    allowed = [(t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for t in tensors]
+    allowed = list(extents(tensors))
     try:
         yield
     finally:
         allowed = None
+
+
+def extents(tensors: Any) -> Iterator[tuple[int, int]]:
+    """First byte of every tensor, and the one after its last."""
+    if isinstance(tensors, Tensor):
+        last = sum((size - 1) * stride for size, stride in zip(tensors.shape, tensors.stride(), strict=True))
+        yield tensors.data_ptr(), tensors.data_ptr() + (last + 1) * tensors.itemsize
+    elif isinstance(tensors, (tuple, list)):
+        for each in tensors:
+            yield from extents(each)
 
 
 def widened(handle: Any) -> np.ndarray:
@@ -127,4 +139,18 @@ Builder.create_splat = splat
 for name in ("create_load", "create_masked_load", "create_store", "create_masked_store"):
     setattr(Builder, name, checked(getattr(Builder, name)))
 
-torch.set_num_threads(1)
+launch = Kernel.__call__
+
+
+def guarded_launch(kernel: Kernel, *tensors: Any) -> None:
+    """``Kernel.__call__`` within :func:`bounds` of its tensors."""
+    with bounds(tensors):
+        launch(kernel, *tensors)
+
+
+Kernel.__call__ = guarded_launch
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+# float32 with the error of float32, as on the CPU: strict for cuDNN, three passes for matrix products.
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.set_float32_matmul_precision("high")

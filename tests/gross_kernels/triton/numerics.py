@@ -1,0 +1,218 @@
+"""The Triton kernels by value, in Triton's interpreter; run by test_interpreter.py in a process of its own."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import exact
+import interpreter
+import pytest
+import torch
+import triton
+import triton.language as tl
+from geometry import Case
+from test_operator import Target, assert_accurate, definition, largest_error, tiny
+
+from gross_kernels.backends.triton import launch, tiles
+from gross_kernels.backends.triton.geometry import Packs, axis
+
+# The package's names are the functions.
+forward_module = importlib.import_module("gross_kernels.backends.triton.forward")
+weight_module = importlib.import_module("gross_kernels.backends.triton.weight_grad")
+
+#: One case for each way to lay groups on the tile, each kernel, and each way through them.
+CASES = {
+    "groups of 1 on a tile of 16": Case(2, 32, 32, (1,), (3, 3), (5, 6), padding=(1, 1), channels_last=True),
+    "many packs side by side": Case(1, 80, 80, (1, 4), (3, 3), (4, 5), padding=(1, 1), active=2, channels_last=True),
+    "the tile's own size": Case(1, 32, 32, (1, 4, 16), (3, 3), (5, 4), padding=(1, 1), active=3, gated=True),
+    "not a power of two": Case(2, 30, 30, (3, 15), (3, 2), (5, 4), padding=(1, 0), active=2, channels_last=True),
+    "5 of 16 lanes idle": Case(2, 11, 33, (11,), (2, 3), (5, 4), (2, 1), (1, 2), gated=True),
+    "groups of 32": Case(1, 64, 64, (4, 32), (2, 2), (4, 5), padding=(1, 1), active=2, channels_last=True),
+    "groups of 18": Case(1, 36, 36, (9, 18), (3, 1), (5, 3), padding=(1, 0), active=2, gated=True),
+    "groups of 64 in parts": Case(1, 64, 128, (8, 64), (1, 2), (3, 4), active=2, channels_last=True, gated=True),
+    "groups of 128 in blocks": Case(1, 128, 64, (128,), (1, 2), (3, 4), (2, 1), channels_last=True),
+    "depth multiplier": Case(1, 6, 72, (1, 2), (2, 2), (4, 5), active=2, gated=True, channels_last=True),
+    "fewer outputs": Case(2, 24, 6, (4, 8), (2, 2), (4, 5), padding=(1, 0), active=2),
+    "kernel too large for registers": Case(1, 32, 32, (2,), (7, 7), (8, 7), padding=(3, 3), channels_last=True),
+    "five rows of sums": Case(1, 32, 32, (2,), (5, 5), (6, 7), padding=(2, 2), channels_last=True),
+    "stride": Case(2, 32, 32, (4,), (3, 3), (7, 8), (2, 3), (1, 1), channels_last=True),
+    "stride and dilation in common": Case(1, 16, 16, (4,), (3, 2), (9, 13), (4, 2), (2, 3), (2, 4), gated=True),
+    "dilation": Case(1, 16, 16, (2, 4), (3, 3), (8, 11), (1, 2), (3, 2), (2, 3), active=2),
+    "rows in runs": Case(1, 16, 16, (4,), (3, 3), (40, 3), padding=(1, 1), channels_last=True),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def run(case: Case, dtype: torch.dtype, terms_dtype: torch.dtype) -> None:
+    target = Target("triton", "cpu", dtype, terms_dtype)
+    arguments = target.arguments(case)
+    assert_accurate(target.run(case, *arguments), case, arguments)
+
+
+@every_case
+def test_bfloat16(case: Case) -> None:
+    """Catches any wrong index, mask or step in the kernels for 16 bits, sums in 16 bits, and terms that are rounded one
+    by one."""
+    run(case, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("name", list(CASES)[::2])
+def test_float32(name: str) -> None:
+    """Catches the same to the last bits of float32, by three passes of TF32."""
+    run(CASES[name], torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("name", list(CASES)[1::5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_terms_of_16_bits(name: str, dtype: torch.dtype) -> None:
+    """Catches terms and their gradients that are taken for float32."""
+    run(CASES[name], dtype, dtype)
+
+
+@contextmanager
+def precision(convolution: str, products: str) -> Iterator[None]:
+    """torch's settings for float32."""
+    before = torch.backends.cudnn.conv.fp32_precision, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.conv.fp32_precision = convolution
+    torch.set_float32_matmul_precision(products)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+PRECISE = ["many packs side by side", "the tile's own size", "5 of 16 lanes idle", "groups of 18", "stride"]
+
+
+@pytest.mark.parametrize("name", PRECISE)
+def test_strict(name: str) -> None:
+    """Catches a strict call that reaches the matrix unit's kernels, or is wrong in its own."""
+    with precision("ieee", "highest"):
+        assert launch.float32_precision() == "ieee"
+        run(CASES[name], torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("name", PRECISE)
+def test_tf32(name: str) -> None:
+    """Catches TF32 that loses more than the rounding of its factors, and a call that does not use it."""
+    case = CASES[name]
+    target = Target("triton", "cpu", torch.float32, torch.float32)
+    input, terms, gates, grad = arguments = target.arguments(case)
+    with precision("tf32", "highest"):
+        results = target.run(case, *arguments)
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(interpreter.to_tf32(tensor.numpy()))
+
+    # Rounded is the sum of the terms, not each.
+    weight = exact.dense_weight(terms, case.active, gates, case.in_channels).float()
+    in_channels = case.in_channels
+    dense = replace_series(case, in_channels)
+    theirs = definition(dense, rounded(input), [rounded(weight)], None, rounded(grad))
+    truth = definition(dense, input, [weight], None, grad)
+    magnitude = definition(dense, input.abs(), [weight.abs()], None, grad.abs())
+    for ours, rival, value, size in zip(results[:2], theirs[:2], truth[:2], magnitude[:2], strict=True):
+        error = largest_error(ours, value)
+        assert error <= 2 * largest_error(rival, value) + tiny(torch.float32, value, size)
+        assert error > 100 * torch.finfo(torch.float32).eps * value.abs().max() / 10
+    true_gradients = definition(case, *arguments)[2:]
+    sizes = definition(case, input.abs(), [t.abs() for t in terms], None if gates is None else gates.abs(), grad.abs())
+    for ours, value, size in zip(results[2:], true_gradients, sizes[2:], strict=True):
+        # Two factors, each off by 2⁻¹¹ at most.
+        assert largest_error(ours, value) <= 2 * 2**-11 * size.max().item()
+
+
+def replace_series(case: Case, in_channels: int) -> Case:
+    """The same call with one dense term."""
+    return Case(
+        case.batch, in_channels, case.out_channels, (in_channels,), case.kernel_size, case.size, *case.geometry
+    )
+
+
+# The proof's own tools ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def double(source, result, count, BLOCK: tl.constexpr):
+    element = tl.arange(0, BLOCK)
+    tl.store(result + element, tl.load(source + element, element < count) * 2, element < count)
+
+
+def test_addresses_are_checked() -> None:
+    """Catches a guard that lets a kernel read or write beside its tensors."""
+    memory = torch.ones(32)
+    doubled = launch.Kernel(double, 1, (16, 16), 1, 1)
+    doubled(memory[:16], memory[16:])
+    assert memory.tolist() == [1.0] * 16 + [2.0] * 16
+    for tensors in ((memory[:15], memory[16:]), (memory[:16], memory[17:])):
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="1 of 16 elements lie outside the tensors"):
+            doubled(*tensors)
+
+
+def test_bfloat16_is_true() -> None:
+    """Catches bfloat16 that is computed on its bits, or truncated."""
+    values, result = torch.tensor([1.0, 1.00390625, 3.0] + [0.1] * 13).bfloat16(), torch.empty(16, dtype=torch.bfloat16)
+    launch.Kernel(double, 1, (16, 16), 1, 1)(values, result)
+    assert torch.equal(result, values * 2)
+
+
+def test_empty_memory_is_poisoned() -> None:
+    """Catches a run in which an element that is never written would look right."""
+    assert torch.empty(3).isnan().all()
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_axes(case: Case) -> None:
+    """Catches an axis that leaves out or repeats a pair of input and output."""
+    for transposed in (False, True):
+        for n, (taps, stride, padding, dilation) in enumerate(zip(case.kernel_size, *case.geometry, strict=True)):
+            sizes = case.output_shape[2 + n], case.size[n]
+            outputs, inputs = sizes
+            expected = {
+                (y, x, k)
+                for y in range(outputs)
+                for k in range(taps)
+                if 0 <= (x := y * stride - padding + k * dilation) < inputs
+            }
+            line = axis(taps, stride, padding, dilation, transposed)
+            results, sources = reversed(sizes) if transposed else sizes
+            found = []
+            for result, source, tap in line.phases:
+                for t in range(line.steps(results)):
+                    for i in range(line.taps):
+                        at, to = source + (t * line.advance + i) * line.source_step, result + t * line.result_step
+                        k = tap + i * line.tap_step
+                        if to < results and 0 <= at < sources and 0 <= k < taps:
+                            found.append((at, to, k) if transposed else (to, at, k))
+            assert sorted(found) == sorted(expected)
+
+
+def test_packs_by_hand() -> None:
+    """Catches packs that overfill the tile on one side, or leave out the last groups."""
+    assert Packs.of(64, 64, 16, 16) == (16, 16, 4)
+    assert Packs.of(18, 12, 6, 16) == (15, 10, 2)
+    assert Packs.of(6, 72, 6, 16) == (1, 12, 6)
+    assert Packs.of(128, 64, 1, 32) == (128, 64, 1)
+
+
+def test_every_kernel_is_reached() -> None:
+    """Catches cases that no longer reach a kernel or a way through it after the table has changed."""
+    reached = set()
+    for case in CASES.values():
+        input, terms, _, grad = case.tensors(torch.bfloat16)
+        x, dy, used = launch.layout(input), launch.layout(grad), tuple(map(launch.layout, terms[: case.active]))
+        rest = (*case.geometry, "tf32", None)
+        call = forward_module.Call(False, x, grad.shape, grad.stride(), used, None, *rest)
+        tile = tiles.correlation(forward_module.shape_of(call))[0]
+        reached.add(("march" if tile.march else "gather", tile.parts > 1, tile.source))
+        weight = tiles.weight_gradient(weight_module.shape_of(weight_module.Call(x, dy, used, None, False, *rest)))[0]
+        reached.add(("accumulate", weight.parts > 1, weight.all_rows))
+    assert reached == {
+        *(("march", True, 16), ("march", False, 16), ("march", False, 32), ("march", False, 64)),
+        *(("gather", False, 16), ("gather", False, 32)),
+        *(("accumulate", True, True), ("accumulate", True, False), ("accumulate", False, False)),
+    }
