@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from geometry import Case
+from case import Case
 from torch import Tensor
 
 from gross_kernels import series_conv2d, use_backend

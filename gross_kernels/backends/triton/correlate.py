@@ -23,6 +23,13 @@ import triton
 import triton.language as tl
 
 
+#: Sizes that Triton would otherwise compile anew for each divisibility by 16; only channels and strides gain from it.
+SIZES_ALONE = [
+    *("source_height", "source_width", "result_height", "result_width", "parts", "lanes", "lane_width"),
+    *("column_tiles", "row_count", "rows_per_program"),
+]
+
+
 @triton.jit
 def phase_of(TABLE: tl.constexpr, phase):
     """The entry of :class:`geometry.Axis` ``phases``: first result, its source, its tap."""
@@ -63,7 +70,7 @@ def assemble(
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_ALONE)
 def march(
     source, result, terms, gates, in_channels, out_channels,
     source_n, source_c, source_h, source_w, source_height, source_width,
@@ -226,7 +233,7 @@ def store_tile(
         tl.store(result + offset, values, pixel_real[None, None, :] & channel_real[:, :, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_ALONE)
 def gather(
     source, result, terms, gates, in_channels, out_channels,
     source_n, source_c, source_h, source_w, source_height, source_width,

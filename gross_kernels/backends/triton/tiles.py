@@ -164,13 +164,13 @@ def weight_gradient(shape: Shape) -> list[WeightTile]:
         if together == 1:
             return [WeightTile(False, columns <= 5, lanes, 1, 16, 16, 4, 2) for lanes in (32, 64)]
         if three_pass:
-            return [WeightTile(False, columns <= 5, lanes, together, 16, 16, together, 2) for lanes in (16, 32)]
+            lanes = (32, 16) if columns <= 3 else (16, 32)
+            return [WeightTile(False, columns <= 5, n, together, 16, 16, together, 2) for n in lanes]
         lanes = (64, 32) if narrow else (32, 16)
         return [WeightTile(everything, columns <= 9, n, together, 16, 16, 2 * together, 2) for n in lanes]
     source, result = min(64, source), min(64, result)
     if narrow:
-        lanes = (32, 64) if shape.strided else (64, 32)
-        return [WeightTile(False, columns <= 3, n, 1, source, result, 4, 2) for n in lanes]
+        return [WeightTile(False, columns <= 3, lanes, 1, source, result, 8, 2) for lanes in (64, 32)]
     warps = 8 if shape.architecture >= "sm_90" and source * result == 64 * 64 else 4
     return [WeightTile(False, columns <= 3 and not three_pass, n, 1, source, result, warps, 2) for n in (32, 16)]
 

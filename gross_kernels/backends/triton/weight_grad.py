@@ -33,10 +33,16 @@ BLOCK, AT_ONCE = 32, 32
 PROGRAMS_PER_PROCESSOR = 2
 
 
+#: As in ``correlate``.
+SIZES_ALONE = [
+    *("input_height", "input_width", "grad_height", "grad_width", "parts", "lanes", "lane_width", "column_tiles"),
+    *("row_count", "rows_per_tile", "tap_blocks", "slices", "tile_count"),
+]
+
 _plans = Plans()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_ALONE)
 def accumulate(
     input, grad, partial, in_channels, out_channels,
     input_n, input_c, input_h, input_w, input_height, input_width,

@@ -66,6 +66,8 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
         if parameter.is_constexpr:
             constants[(i,)] = value
             signature[parameter.name] = "constexpr"
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = "i32"
         else:
             signature[parameter.name] = describe(value, (i,))
     source = ASTSource(kernel.function, signature, constants, attributes)

@@ -1,4 +1,4 @@
-"""The Triton kernels' values: their own tests and the operator's, in Triton's interpreter, in processes of their own."""
+"""The Triton kernels' values: their own tests and the operator's, in Triton's interpreter, a process each."""
 
 import os
 import subprocess
