@@ -32,14 +32,15 @@ SIZES_ALONE = [
 
 @triton.jit
 def phase_of(TABLE: tl.constexpr, phase):
-    """The entry of :class:`geometry.Axis` ``phases``: first result, its source, its tap."""
+    """One of :class:`geometry.Axis` ``phases``, which stand in the table one after another: first result, its source,
+    its tap."""
     result = 0
     source = 0
     tap = 0
-    for i in tl.static_range(len(TABLE)):
-        result = tl.where(phase == i, TABLE[i][0], result)
-        source = tl.where(phase == i, TABLE[i][1], source)
-        tap = tl.where(phase == i, TABLE[i][2], tap)
+    for i in tl.static_range(len(TABLE) // 3):
+        result = tl.where(phase == i, TABLE[3 * i], result)
+        source = tl.where(phase == i, TABLE[3 * i + 1], source)
+        tap = tl.where(phase == i, TABLE[3 * i + 2], tap)
     return result, source, tap
 
 
@@ -77,14 +78,25 @@ def march(
     result_n, result_c, result_h, result_w, result_height, result_width,
     parts, lanes, lane_width, column_tiles, row_count, rows_per_program,
     SIZES: tl.constexpr, GATED: tl.constexpr, TERMS_LAST: tl.constexpr, KERNEL_W: tl.constexpr, TAPS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr, COLUMN_PHASES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PACK_SOURCE: tl.constexpr, PACK_RESULT: tl.constexpr, PARTS_PER_PACK: tl.constexpr,
     BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_SOURCE: tl.constexpr, BLOCK_RESULT: tl.constexpr,
     SOURCE_LAST: tl.constexpr, RESULT_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_PARTS`` parts, ``BLOCK_LANES`` columns (of all images, side by side), a run of rows."""
-    # Axes are tuples (see geometry.Axis): taps, advance, source step, result step, tap step, phases.
-    HISTORY: tl.constexpr = (ROWS[0] - 1) // ROWS[1] + 1
+    # See geometry.Axis.
+    ROW_TAPS: tl.constexpr = ROWS[0]
+    ROW_ADVANCE: tl.constexpr = ROWS[1]
+    ROW_SOURCE_STEP: tl.constexpr = ROWS[2]
+    ROW_RESULT_STEP: tl.constexpr = ROWS[3]
+    ROW_TAP_STEP: tl.constexpr = ROWS[4]
+    COLUMN_TAPS: tl.constexpr = COLUMNS[0]
+    COLUMN_ADVANCE: tl.constexpr = COLUMNS[1]
+    COLUMN_SOURCE_STEP: tl.constexpr = COLUMNS[2]
+    COLUMN_RESULT_STEP: tl.constexpr = COLUMNS[3]
+    COLUMN_TAP_STEP: tl.constexpr = COLUMNS[4]
+    HISTORY: tl.constexpr = (ROW_TAPS - 1) // ROW_ADVANCE + 1
     WIDE: tl.constexpr = BLOCK_PARTS > 1
     dtype = source.dtype.element_ty
 
@@ -95,13 +107,13 @@ def march(
     program = program // blocks
     tile = program % column_tiles
     program = program // column_tiles
-    column_phase = program % len(COLUMNS[5])
-    program = program // len(COLUMNS[5])
-    row_phase = program % len(ROWS[5])
-    first = program // len(ROWS[5]) * rows_per_program
+    column_phase = program % (len(COLUMN_PHASES) // 3)
+    program = program // (len(COLUMN_PHASES) // 3)
+    row_phase = program % (len(ROW_PHASES) // 3)
+    first = program // (len(ROW_PHASES) // 3) * rows_per_program
     last = tl.minimum(first + rows_per_program, row_count)
-    result_row, source_row, row_tap = phase_of(ROWS[5], row_phase)
-    result_column, source_column, column_tap = phase_of(COLUMNS[5], column_phase)
+    result_row, source_row, row_tap = phase_of(ROW_PHASES, row_phase)
+    result_column, source_column, column_tap = phase_of(COLUMN_PHASES, column_phase)
 
     # Channels of the source and of the result: which a lane of the tile stands for, and whether it exists.
     pack = part // PARTS_PER_PACK
@@ -117,10 +129,10 @@ def march(
     real = (outer[:, None, None] + r[None, :, None] < PACK_RESULT) & (to < result_channels)
     real = real & (inner[None, None, :] < PACK_SOURCE) & (of < source_channels)
     weights = ()
-    for i in tl.static_range(ROWS[0]):
-        for j in tl.static_range(COLUMNS[0]):
-            tap_i = row_tap + i * ROWS[4]
-            tap_j = column_tap + j * COLUMNS[4]
+    for i in tl.static_range(ROW_TAPS):
+        for j in tl.static_range(COLUMN_TAPS):
+            tap_i = row_tap + i * ROW_TAP_STEP
+            tap_j = column_tap + j * COLUMN_TAP_STEP
             exists = (tap_i >= 0) & (tap_i * KERNEL_W < TAPS) & (tap_j >= 0) & (tap_j < KERNEL_W)
             weight = assemble(
                 terms, gates, of if TRANSPOSED else to, to if TRANSPOSED else of, tap_i * KERNEL_W + tap_j,
@@ -135,9 +147,9 @@ def march(
     lane = tile.to(tl.int64) * BLOCK_LANES + tl.arange(0, BLOCK_LANES)
     image = lane // lane_width
     step = lane % lane_width
-    column = result_column + step * COLUMNS[3]
+    column = result_column + step * COLUMN_RESULT_STEP
     written = (lane < lanes) & (column < result_width)
-    origin = source_column + step * (COLUMNS[1] * COLUMNS[2])
+    origin = source_column + step * (COLUMN_ADVANCE * COLUMN_SOURCE_STEP)
     from_channel = (pack * PACK_SOURCE)[:, None] + inner[None, :]
     from_channel_real = (inner[None, :] < PACK_SOURCE) & (from_channel < source_channels)
     to_channel = (pack * PACK_RESULT + outer)[:, None] + r[None, :]
@@ -153,12 +165,12 @@ def march(
             sums = sums + (tl.zeros((BLOCK_LANES, BLOCK_RESULT), tl.float32),)
 
     for t in range(first, last + HISTORY - 1):
-        for advance in tl.static_range(ROWS[1]):
-            row = source_row + (t * ROWS[1] + advance) * ROWS[2]
+        for advance in tl.static_range(ROW_ADVANCE):
+            row = source_row + (t * ROW_ADVANCE + advance) * ROW_SOURCE_STEP
             row_real = (row >= 0) & (row < source_height)
-            for j in tl.static_range(COLUMNS[0]):
-                at = origin + j * COLUMNS[2]
-                tap_j = column_tap + j * COLUMNS[4]
+            for j in tl.static_range(COLUMN_TAPS):
+                at = origin + j * COLUMN_SOURCE_STEP
+                tap_j = column_tap + j * COLUMN_TAP_STEP
                 pixel_real = written & (at >= 0) & (at < source_width) & row_real & (tap_j >= 0) & (tap_j < KERNEL_W)
                 pixel = image * source_n + at * source_w + row.to(tl.int64) * source_h
                 values = load_tile(
@@ -167,15 +179,15 @@ def march(
                 )  # fmt: skip
                 updated = ()
                 for q in tl.static_range(HISTORY):
-                    if q * ROWS[1] + advance < ROWS[0]:
-                        weight = weights[(q * ROWS[1] + advance) * COLUMNS[0] + j]
+                    if q * ROW_ADVANCE + advance < ROW_TAPS:
+                        weight = weights[(q * ROW_ADVANCE + advance) * COLUMN_TAPS + j]
                         updated = updated + (tl.dot(values, weight, sums[q], input_precision=PRECISION),)
                     else:
                         updated = updated + (sums[q],)
                 sums = updated
         done = t - (HISTORY - 1)
         if done >= first:
-            row = result_row + done * ROWS[3]
+            row = result_row + done * ROW_RESULT_STEP
             pixel = image * result_n + column * result_w + row.to(tl.int64) * result_h
             store_tile(
                 result, sums[HISTORY - 1].to(dtype), pixel, written & (row < result_height), to_channel,
@@ -240,22 +252,33 @@ def gather(
     result_n, result_c, result_h, result_w, result_height, result_width,
     parts, lanes, lane_width, column_tiles, row_count, rows_per_program,
     SIZES: tl.constexpr, GATED: tl.constexpr, TERMS_LAST: tl.constexpr, KERNEL_W: tl.constexpr, TAPS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr, COLUMN_PHASES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     PACK_SOURCE: tl.constexpr, PACK_RESULT: tl.constexpr, PARTS_PER_PACK: tl.constexpr,
     BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_SOURCE: tl.constexpr, BLOCK_RESULT: tl.constexpr,
     SOURCE_LAST: tl.constexpr, RESULT_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one part, ``BLOCK_LANES`` pixels (of all images and rows, side by side). ``BLOCK_PARTS`` is 1."""
+    ROW_TAPS: tl.constexpr = ROWS[0]
+    ROW_ADVANCE: tl.constexpr = ROWS[1]
+    ROW_SOURCE_STEP: tl.constexpr = ROWS[2]
+    ROW_RESULT_STEP: tl.constexpr = ROWS[3]
+    ROW_TAP_STEP: tl.constexpr = ROWS[4]
+    COLUMN_TAPS: tl.constexpr = COLUMNS[0]
+    COLUMN_ADVANCE: tl.constexpr = COLUMNS[1]
+    COLUMN_SOURCE_STEP: tl.constexpr = COLUMNS[2]
+    COLUMN_RESULT_STEP: tl.constexpr = COLUMNS[3]
+    COLUMN_TAP_STEP: tl.constexpr = COLUMNS[4]
     dtype = source.dtype.element_ty
     program = tl.program_id(0)
     part = program % parts
     program = program // parts
     tile = program % column_tiles
     program = program // column_tiles
-    column_phase = program % len(COLUMNS[5])
-    row_phase = program // len(COLUMNS[5])
-    result_row, source_row, row_tap = phase_of(ROWS[5], row_phase)
-    result_column, source_column, column_tap = phase_of(COLUMNS[5], column_phase)
+    column_phase = program % (len(COLUMN_PHASES) // 3)
+    row_phase = program // (len(COLUMN_PHASES) // 3)
+    result_row, source_row, row_tap = phase_of(ROW_PHASES, row_phase)
+    result_column, source_column, column_tap = phase_of(COLUMN_PHASES, column_phase)
 
     pack = part // PARTS_PER_PACK
     outer = part % PARTS_PER_PACK * BLOCK_RESULT + tl.arange(0, BLOCK_RESULT)
@@ -268,21 +291,21 @@ def gather(
     step = lane % lane_width
     row_step = lane // lane_width % row_count
     image = lane // lane_width // row_count
-    row = result_row + row_step * ROWS[3]
-    column = result_column + step * COLUMNS[3]
+    row = result_row + row_step * ROW_RESULT_STEP
+    column = result_column + step * COLUMN_RESULT_STEP
     written = (lane < lanes) & (column < result_width) & (row < result_height)
-    row_origin = source_row + row_step * (ROWS[1] * ROWS[2])
-    origin = source_column + step * (COLUMNS[1] * COLUMNS[2])
+    row_origin = source_row + row_step * (ROW_ADVANCE * ROW_SOURCE_STEP)
+    origin = source_column + step * (COLUMN_ADVANCE * COLUMN_SOURCE_STEP)
 
     total = tl.zeros((BLOCK_LANES, BLOCK_RESULT), tl.float32)
-    for tap in range(ROWS[0] * COLUMNS[0]):
-        i = tap // COLUMNS[0]
-        j = tap % COLUMNS[0]
-        tap_i = row_tap + i * ROWS[4]
-        tap_j = column_tap + j * COLUMNS[4]
+    for tap in range(ROW_TAPS * COLUMN_TAPS):
+        i = tap // COLUMN_TAPS
+        j = tap % COLUMN_TAPS
+        tap_i = row_tap + i * ROW_TAP_STEP
+        tap_j = column_tap + j * COLUMN_TAP_STEP
         exists = (tap_i >= 0) & (tap_i * KERNEL_W < TAPS) & (tap_j >= 0) & (tap_j < KERNEL_W)
-        from_row = row_origin + i * ROWS[2]
-        at = origin + j * COLUMNS[2]
+        from_row = row_origin + i * ROW_SOURCE_STEP
+        at = origin + j * COLUMN_SOURCE_STEP
         pixel_real = written & exists & (at >= 0) & (at < source_width) & (from_row >= 0) & (from_row < source_height)
         pixel = image * source_n + at * source_w + from_row * source_h
         for block in range(0, PACK_SOURCE, BLOCK_SOURCE):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...series import output_size
 from . import tiles
 from .correlate import gather, march
-from .geometry import Axis, Packs, axis, channels_last
+from .geometry import Axis, Packs, axis, channels_last, flat
 from .launch import Kernel, Plans, architecture, float32_precision, layout, on_device, processors, tuned
 
 _plans = Plans()
@@ -177,8 +177,7 @@ def plan(call: Call, tile: tiles.Tile) -> Kernel:
         all(channels_last(*term[:2]) for term in call.terms),
         kernel_w,
         kernel_h * kernel_w,
-        tuple(rows),
-        tuple(columns),
+        *flat(rows, columns),
         call.transposed,
         packs.source,
         packs.result,

@@ -50,6 +50,12 @@ def axis(taps: int, stride: int, padding: int, dilation: int, transposed: bool) 
     return Axis(some, 1, lines, stride * lines, -advance, phases)
 
 
+def flat(*axes: Axis) -> tuple[tuple[int, ...], ...]:
+    """The axes without their phases, then the phases of each, every one a tuple of ints: Triton 3.5 takes no nested
+    constants."""
+    return *(line[:-1] for line in axes), *(tuple(n for phase in line.phases for n in phase) for line in axes)
+
+
 class Packs(NamedTuple):
     """How groups are laid on the matrix unit's tile: so many neighbouring groups to a pack that its channels fit the
     tile; where one group's channels do not, the pack has several parts.

@@ -112,7 +112,8 @@ def tuned(name: str, candidates: Sequence[Any], plan: Callable[[Any], Kernel], t
         kernel = plan(tile)
         try:
             return float(triton.testing.do_bench(lambda: kernel(*tensors), warmup=5, rep=20, return_mode="median"))
-        except triton.runtime.errors.OutOfResources:
+        except (RuntimeError, triton.runtime.errors.OutOfResources):
+            # More shared memory or registers than there are, or a tile that this Triton cannot compile.
             return float("inf")
 
     device = tensors[0].device

@@ -31,11 +31,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import triton
+
 #: Most bytes of weights that ``march`` holds: of one part where every warp has its own, and of a program that shares.
 MOST_WEIGHTS_OF_A_WARP = 25 * 16 * 16 * 2
 MOST_WEIGHTS_OF_A_PROGRAM = 9 * 64 * 32 * 2
 #: Most rows of sums that ``march`` holds.
 MOST_HISTORY = 5
+#: Whether ``march`` may use the instructions of warp groups (tiles of 64 lanes, four warps): Triton 3.5 and 3.6 fail to
+#: compile its rotating sums with them, 3.9 does not. Fewer lanes use those of single warps.
+WARP_GROUPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 #: Programs for each multiprocessor that the launch aims at: two fit at a time, twice over for balance.
 PROGRAMS_PER_PROCESSOR = 4
 
@@ -98,6 +103,16 @@ class Shape(NamedTuple):
     precision: str
     architecture: str
 
+    @property
+    def amd(self) -> bool:
+        """Whether the device is AMD's."""
+        return self.architecture.startswith("gfx")
+
+    @property
+    def hopper(self) -> bool:
+        """Whether the device is NVIDIA's Hopper or newer."""
+        return not self.amd and int(self.architecture.removeprefix("sm_")) >= 90
+
 
 TileT = TypeVar("TileT", bound=tuple)
 
@@ -110,9 +125,8 @@ def power_of_two(number: int) -> int:
 def correlation(shape: Shape) -> list[Tile]:
     """Tiles for the forward pass and the input gradient, the predicted best one first."""
     source, result = max(16, power_of_two(shape.source)), max(16, power_of_two(shape.result))
-    amd = shape.architecture.startswith("gfx")
     narrow, three_pass = shape.itemsize == 2, shape.precision == "tf32x3"
-    if shape.precision == "ieee" and not amd:
+    if shape.precision == "ieee" and not shape.amd:
         # No matrix unit: products by the ordinary one, whose operands fill the registers.
         return [Tile(False, lanes, 1, 16, 16, 4, 1) for lanes in (32, 64)]
     choices = []
@@ -121,19 +135,22 @@ def correlation(shape: Shape) -> list[Tile]:
         parts = -(-shape.groups // per_pack) * -(-shape.result * per_pack // 16)
         together = min(4 if narrow else 2, power_of_two(parts + 1) // 2)
         # Weights that are held twice, or five rows of sums, leave fewer registers; so does Ampere's way to load them.
-        most = 16 if three_pass else 64 if narrow and shape.history <= 3 and shape.architecture >= "sm_90" else 32
+        most = 16 if three_pass else 64 if narrow and shape.history <= 3 and (shape.hopper or shape.amd) else 32
         if together > 1 and shape.taps * 256 * shape.itemsize <= MOST_WEIGHTS_OF_A_WARP:
             choices = [Tile(True, lanes, together, 16, 16, together, 2) for lanes in (most, max(16, most // 2))]
         elif shape.taps <= 9:
-            choices = [Tile(True, lanes, 1, 16, 16, 4, 2) for lanes in (64, 128)]
+            choices = [Tile(True, lanes, 1, 16, 16, 4, 2) for lanes in ((64, 128) if WARP_GROUPS or not shape.hopper else (32, 16))]
         if three_pass and (shape.strided or together == 1):
             choices = []
     elif source <= 64 and shape.taps * source * 32 * shape.itemsize <= MOST_WEIGHTS_OF_A_PROGRAM and not three_pass:
         # Without 16-byte loads every element has an address of its own: half the lanes.
         lanes = 64 if shape.aligned else 32
-        if source == 32:
+        if shape.hopper and not WARP_GROUPS:
+            if source == 32 or narrow:
+                choices = [Tile(True, 32, 1, source, min(result, 1024 // source), 4, 2)]
+        elif source == 32:
             choices = [Tile(True, lanes, 1, 32, min(result, 32), 4, stages) for stages in (2, 3)]
-        elif narrow and amd:
+        elif narrow and shape.amd:
             choices = [Tile(True, lanes, 1, 64, min(result, 32), 4, 2)]
         elif narrow:
             choices = [Tile(True, 2 * lanes, 1, 64, min(result, 32), 8, 2), Tile(True, lanes, 1, 64, 16, 4, 2)]
@@ -148,7 +165,7 @@ def correlation(shape: Shape) -> list[Tile]:
 def weight_gradient(shape: Shape) -> list[WeightTile]:
     """Tiles for the weight gradient's first pass, the predicted best one first. ``shape.source`` is the input."""
     narrow, three_pass = shape.itemsize == 2, shape.precision == "tf32x3"
-    if shape.precision == "ieee" and not shape.architecture.startswith("gfx"):
+    if shape.precision == "ieee" and not shape.amd:
         return [WeightTile(False, False, lanes, 1, 16, 16, 4, 1) for lanes in (32, 64)]
     source, result = max(16, power_of_two(shape.source)), max(16, power_of_two(shape.result))
     columns = shape.taps // shape.history
@@ -171,7 +188,7 @@ def weight_gradient(shape: Shape) -> list[WeightTile]:
     source, result = min(64, source), min(64, result)
     if narrow:
         return [WeightTile(False, columns <= 3, lanes, 1, source, result, 8, 2) for lanes in (64, 32)]
-    warps = 8 if shape.architecture >= "sm_90" and source * result == 64 * 64 else 4
+    warps = 8 if shape.hopper and source * result == 64 * 64 else 4
     return [WeightTile(False, columns <= 3 and not three_pass, n, 1, source, result, warps, 2) for n in (32, 16)]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import tiles
 from .correlate import block_start, load_tile, phase_of
-from .geometry import Packs, axis, channels_last
+from .geometry import Packs, axis, channels_last, flat
 from .launch import Kernel, Plans, architecture, float32_precision, layout, on_device, processors, tuned
 
 #: Elements of the gradient that a program of the second pass adds up (a line of memory), and slices that it loads at
@@ -49,13 +49,20 @@ def accumulate(
     grad_n, grad_c, grad_h, grad_w, grad_height, grad_width,
     parts, lanes, lane_width, column_tiles, row_count, rows_per_tile, tap_blocks, slices, tile_count,
     SIZE: tl.constexpr, KERNEL_W: tl.constexpr, TAPS: tl.constexpr, TAP_ROWS: tl.constexpr, TAP_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr, COLUMN_PHASES: tl.constexpr,
     PACK_INPUT: tl.constexpr, PACK_OUTPUT: tl.constexpr, INPUT_PARTS: tl.constexpr, OUTPUT_PARTS: tl.constexpr,
     BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_INPUT: tl.constexpr, BLOCK_OUTPUT: tl.constexpr,
     INPUT_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_PARTS`` parts of packs, ``TAP_ROWS × TAP_COLUMNS`` taps, one slice of the tiles of pixels."""
-    HISTORY: tl.constexpr = (TAP_ROWS - 1) // ROWS[1] + 1
+    # See geometry.Axis.
+    ROW_ADVANCE: tl.constexpr = ROWS[1]
+    ROW_SOURCE_STEP: tl.constexpr = ROWS[2]
+    ROW_RESULT_STEP: tl.constexpr = ROWS[3]
+    COLUMN_ADVANCE: tl.constexpr = COLUMNS[1]
+    COLUMN_SOURCE_STEP: tl.constexpr = COLUMNS[2]
+    COLUMN_RESULT_STEP: tl.constexpr = COLUMNS[3]
+    HISTORY: tl.constexpr = (TAP_ROWS - 1) // ROW_ADVANCE + 1
     WIDE: tl.constexpr = BLOCK_PARTS > 1
 
     program = tl.program_id(0)
@@ -89,19 +96,19 @@ def accumulate(
     for tile in range(slice, tile_count, slices):
         column_tile = tile % column_tiles
         phase = tile // column_tiles
-        result_column, source_column, _ = phase_of(COLUMNS[5], phase % len(COLUMNS[5]))
-        phase = phase // len(COLUMNS[5])
-        result_row, source_row, _ = phase_of(ROWS[5], phase % len(ROWS[5]))
-        first = phase // len(ROWS[5]) * rows_per_tile
+        result_column, source_column, _ = phase_of(COLUMN_PHASES, phase % (len(COLUMN_PHASES) // 3))
+        phase = phase // (len(COLUMN_PHASES) // 3)
+        result_row, source_row, _ = phase_of(ROW_PHASES, phase % (len(ROW_PHASES) // 3))
+        first = phase // (len(ROW_PHASES) // 3) * rows_per_tile
         last = tl.minimum(first + rows_per_tile, row_count)
 
         lane = column_tile.to(tl.int64) * BLOCK_LANES + tl.arange(0, BLOCK_LANES)
         image = lane // lane_width
         step = lane % lane_width
-        column = result_column + step * COLUMNS[3]
+        column = result_column + step * COLUMN_RESULT_STEP
         column_real = (lane < lanes) & (column < grad_width)
-        origin = source_column + tap_column * COLUMNS[2] + step * (COLUMNS[1] * COLUMNS[2])
-        row_origin = source_row + tap_row * ROWS[2]
+        origin = source_column + tap_column * COLUMN_SOURCE_STEP + step * (COLUMN_ADVANCE * COLUMN_SOURCE_STEP)
+        row_origin = source_row + tap_row * ROW_SOURCE_STEP
 
         # Rows of the output's gradient that later rows of the input still meet, as [part, output channel, pixel].
         kept = ()
@@ -111,7 +118,7 @@ def accumulate(
             else:
                 kept = kept + (tl.zeros((BLOCK_OUTPUT, BLOCK_LANES), grad.dtype.element_ty),)
         for t in range(first, last + HISTORY - 1):
-            row = result_row + t * ROWS[3]
+            row = result_row + t * ROW_RESULT_STEP
             pixel = image * grad_n + column * grad_w + row.to(tl.int64) * grad_h
             pixel_real = column_real & (t < last) & (row < grad_height)
             newest = load_tile(
@@ -122,11 +129,11 @@ def accumulate(
             else:
                 newest = tl.trans(newest)
             kept = (newest,) + kept
-            for advance in tl.static_range(ROWS[1]):
-                row = row_origin + (t * ROWS[1] + advance) * ROWS[2]
+            for advance in tl.static_range(ROW_ADVANCE):
+                row = row_origin + (t * ROW_ADVANCE + advance) * ROW_SOURCE_STEP
                 row_real = (row >= 0) & (row < input_height)
                 for j in tl.static_range(TAP_COLUMNS):
-                    at = origin + j * COLUMNS[2]
+                    at = origin + j * COLUMN_SOURCE_STEP
                     pixel = image * input_n + at * input_w + row.to(tl.int64) * input_h
                     pixel_real = column_real & (at >= 0) & (at < input_width) & row_real
                     values = load_tile(
@@ -136,8 +143,8 @@ def accumulate(
                     updated = ()
                     for n in tl.static_range(TAP_ROWS * TAP_COLUMNS):
                         # Tap row i = q·advance + …: row t·advance + i of the input meets row t of the gradient.
-                        if n % TAP_COLUMNS == j and n // TAP_COLUMNS % ROWS[1] == advance:
-                            met = kept[n // TAP_COLUMNS // ROWS[1]]
+                        if n % TAP_COLUMNS == j and n // TAP_COLUMNS % ROW_ADVANCE == advance:
+                            met = kept[n // TAP_COLUMNS // ROW_ADVANCE]
                             updated = updated + (tl.dot(met, values, sums[n], input_precision=PRECISION),)
                         else:
                             updated = updated + (sums[n],)
@@ -362,8 +369,7 @@ def plan_of(call: Call, tile: tiles.WeightTile) -> Plan:
             taps,
             tap_rows,
             tap_columns,
-            tuple(rows),
-            tuple(columns),
+            *flat(rows, columns),
             packs.source,
             packs.result,
             input_parts,

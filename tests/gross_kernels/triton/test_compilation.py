@@ -127,8 +127,9 @@ def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Call
     assert bool(result.matrix) == (dtype != "ieee" or arch.startswith("gfx"))
     if case not in ("18", "one of 8"):
         assert result.wide_loads > 0
-        assert result.wide_stores > 0 or kernel == "weight gradient"
-    if arch == "sm_90" and kernel != "weight gradient" and dtype in ("bfloat16", "tf32") and case == "32":
+        # Groups of 64 on 8 warps leave 4 elements of the result to a thread.
+        assert result.wide_stores > 0 or kernel == "weight gradient" or case.startswith(("32", "64"))
+    if tiles.WARP_GROUPS and arch == "sm_90" and kernel != "weight gradient" and dtype in ("bfloat16", "tf32") and case == "32":
         assert "wgmma.mma_async" in result.assembly
 
 
