@@ -236,7 +236,7 @@ def _cuda_forward(
     dilation: Sequence[int],
 ) -> Tensor:
     geometry = (stride, padding, dilation)
-    backend = dispatch.choose(dispatch.Call.of(input, terms, *geometry)).backend
+    backend = dispatch.serving(input, terms, *geometry)
     return backend.forward(input, terms, _host_int(active, terms), gates, *geometry)
 
 
@@ -252,7 +252,7 @@ def _cuda_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     geometry = (stride, padding, dilation)
-    backend = dispatch.choose(dispatch.Call.of(input, terms, *geometry)).backend
+    backend = dispatch.serving(input, terms, *geometry)
     args = (grad, input, terms, _host_int(active, terms), gates, *geometry)
     grad_input, grad_terms, grad_gates = input.new_empty(0), [], None
     if needs[0]:
@@ -268,7 +268,7 @@ def _cuda_backward(
 
 def _cuda_sum(terms: Sequence[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
     # The choice is that of a pointwise convolution with these weights.
-    backend = dispatch.choose(dispatch.Call.of(terms[0], terms, (1, 1), (0, 0), (1, 1))).backend
+    backend = dispatch.serving(terms[0], terms, (1, 1), (0, 0), (1, 1))
     return backend.series_sum(terms, _host_int(active, terms), gates)
 
 

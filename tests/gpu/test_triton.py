@@ -1,5 +1,6 @@
 """The Triton kernels on a GPU: values, and what only a GPU can show."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_other_streams() -> None:
 def test_other_devices() -> None:
     """Catches a launch on the current device instead of the tensors', and a plan of one device used on another."""
     for device in ("cuda:1", "cuda:0", "cuda:1"):
-        input, terms, gates, grad = TYPICAL.tensors(torch.bfloat16, torch.float32, device)
+        input, terms, gates, _ = TYPICAL.tensors(torch.bfloat16, torch.float32, device)
         output = forward(input, terms, 3, gates, *TYPICAL.geometry)
         assert output.device == input.device
         with use_backend("reference"):
@@ -244,18 +245,6 @@ def test_autotuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = json.loads(file.read_text())
     assert len(chosen) == 3
     monkeypatch.setattr(launch.triton.testing, "do_bench", None)
-    for plans in (forward_plans(), weight_plans()):
-        plans.clear()
+    for name in ("forward", "weight_grad"):
+        importlib.import_module(f"gross_kernels.backends.triton.{name}")._plans.clear()
     assert_accurate(target().run(case, *arguments), case, arguments)
-
-
-def forward_plans() -> dict:
-    import sys
-
-    return sys.modules["gross_kernels.backends.triton.forward"]._plans._plans
-
-
-def weight_plans() -> dict:
-    import sys
-
-    return sys.modules["gross_kernels.backends.triton.weight_grad"]._plans._plans

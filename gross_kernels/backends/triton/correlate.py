@@ -17,11 +17,13 @@ Values that are not finite spread to the groups that share a pack with theirs, a
 convolution to neighbouring rows, since zero times infinity is not zero.
 """
 
+# mypy: ignore-errors
+# Triton reads these functions, not Python.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 
 #: Sizes that Triton would otherwise compile anew for each divisibility by 16; only channels and strides gain from it.
 SIZES_ALONE = [

@@ -12,7 +12,7 @@ from ...series import output_size
 from . import tiles
 from .correlate import gather, march
 from .geometry import Axis, Packs, axis, channels_last, flat
-from .launch import Kernel, Plans, architecture, float32_precision, layout, on_device, processors, tuned
+from .launch import Kernel, Plans, architecture, dense, float32_precision, layout, on_device, processors, tuned
 
 _plans = Plans()
 
@@ -33,6 +33,23 @@ class Call(NamedTuple):
     device: int | None
 
 
+class Ready(NamedTuple):
+    """What a kind of calls comes down to.
+
+    Attributes:
+        kernel: launched on source, result, terms and gates; None where there is nothing to compute.
+        shape, stride: the result's.
+        dense: whether terms and gates can be passed as they are, or have to be copied first.
+        device: index, -1 on the CPU.
+    """
+
+    kernel: Kernel | None
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dense: bool
+    device: int
+
+
 def forward(
     input: Tensor,
     terms: Sequence[Tensor],
@@ -43,56 +60,85 @@ def forward(
     dilation: Sequence[int],
 ) -> Tensor:
     """Grouped convolution of ``input`` with ``R_n = Σ gate_i Ψ(r_i)`` (equations 4 and 5), ``[N, C_out, H', W']``."""
-    size = output_size(input.shape[2:], terms[0].shape[2:], stride, padding, dilation)
-    output = like(input, (input.shape[0], terms[0].shape[0], *size))
-    run(False, input, output, terms[:active], gates, stride, padding, dilation)
-    return output
-
-
-def like(input: Tensor, shape: Sequence[int]) -> Tensor:
-    """An empty tensor of a shape, in the input's dtype, device and memory format."""
-    from ...ops import memory_format
-
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    return run(None, input, terms[:active], gates, stride, padding, dilation)
 
 
 def run(
-    transposed: bool,
-    source: Tensor,
-    result: Tensor,
+    grad: Tensor | None,
+    input: Tensor,
     terms: Sequence[Tensor],
     gates: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> None:
-    """Fill ``result``: the output of ``source``, or with ``transposed`` the input's gradient of the output's."""
-    if result.numel() == 0:
-        return
-    if source.numel() == 0:
-        result.zero_()
-        return
-    if gates is not None:
-        gates = gates.contiguous()
-    terms = tuple(terms)
-    if not all(channels_last(term.shape, term.stride()) for term in terms):
-        terms = tuple(term.contiguous() for term in terms)
+) -> Tensor:
+    """The output of ``input`` or, given the output's gradient, the input's; ``terms`` are those active."""
+    source = input if grad is None else grad
+    key = (
+        layout(source),
+        grad is None or (input.shape, input.stride()),
+        tuple([layout(term) for term in terms]),
+        gates is None or layout(gates),
+        *stride,
+        *padding,
+        *dilation,
+        source.get_device(),
+        source.dtype is not torch.float32 or float32_precision(),
+    )
+    ready = _plans.get(key)
+    if ready is None:
+        ready = _plans.put(key, prepare(grad, input, terms, gates, stride, padding, dilation))
+    result = torch.empty_strided(ready.shape, ready.stride, dtype=source.dtype, device=source.device)
+    if ready.kernel is None:
+        return result.zero_()
+    if not ready.dense:
+        terms, gates = dense(terms), None if gates is None else gates.contiguous()
+    with on_device(ready.device):
+        ready.kernel(source, result, tuple(terms), gates)
+    return result
+
+
+def prepare(
+    grad: Tensor | None,
+    input: Tensor,
+    terms: Sequence[Tensor],
+    gates: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Ready:
+    """Work out a kind of calls from the first of them."""
+    from ...ops import memory_format
+
+    shape = input.shape
+    if grad is None:
+        size = output_size(shape[2:], terms[0].shape[2:], stride, padding, dilation)
+        shape = torch.Size((shape[0], terms[0].shape[0], *size))
+    result = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    source = input if grad is None else grad
+    device = source.get_device()
+    if source.numel() == 0 or result.numel() == 0:
+        return Ready(None, shape, result.stride(), True, device)
+    passed = all(term.is_contiguous() for term in terms) or all(channels_last(t.shape, t.stride()) for t in terms)
+    passed = passed and (gates is None or gates.is_contiguous())
+    if not passed:
+        terms, gates = dense(terms), None if gates is None else gates.contiguous()
     call = Call(
-        transposed,
+        grad is not None,
         layout(source),
         result.shape,
         result.stride(),
         tuple(map(layout, terms)),
         None if gates is None else layout(gates),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
         float32_precision() if source.dtype == torch.float32 else "tf32",
-        source.device.index,
+        None if device < 0 else device,
     )
-    with on_device(source):
-        kernel = _plans.get(call, choose, call, (source, result, terms, gates))
-        kernel(source, result, terms, gates)
+    with on_device(device):
+        kernel = choose(call, (source, result, tuple(terms), gates))
+    return Ready(kernel, shape, result.stride(), passed, device)
 
 
 def choose(call: Call, tensors: tuple) -> Kernel:
@@ -139,7 +185,7 @@ def plan(call: Call, tile: tiles.Tile) -> Kernel:
     batch, result_channels, height, width = call.result_shape
     packs = Packs.of(source_shape[1], result_channels, shape.groups, tile.source)
     parts_per_pack = -(-packs.result // tile.result)
-    parts = packs.count * parts_per_pack
+    parts = packs.number * parts_per_pack
     blocks = -(-parts // tile.parts)
     row_count, lane_width = rows.steps(height), columns.steps(width)
     lanes = batch * lane_width * (1 if tile.march else row_count)

@@ -62,12 +62,12 @@ class Packs(NamedTuple):
 
     Attributes:
         source, result: channels of a pack.
-        count: packs of the convolution.
+        number: packs of the convolution.
     """
 
     source: int
     result: int
-    count: int
+    number: int
 
     @classmethod
     def of(cls, source_channels: int, result_channels: int, groups: int, tile: int) -> Packs:

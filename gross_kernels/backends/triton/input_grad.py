@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .forward import like, run
+from .forward import run
 
 
 def input_grad(
@@ -20,6 +20,4 @@ def input_grad(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient with respect to the input, of the input's shape, dtype and memory format."""
-    result = like(input, input.shape)
-    run(True, grad, result, terms[:active], gates, stride, padding, dilation)
-    return result
+    return run(grad, input, terms[:active], gates, stride, padding, dilation)

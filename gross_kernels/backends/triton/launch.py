@@ -46,18 +46,22 @@ class Kernel:
 
 
 class Plans:
-    """Plans by what they depend on. ``make`` is called once for each key."""
+    """Plans by what they depend on."""
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, Any] = {}
+        self.get = self._plans.get
 
-    def get(self, key: Hashable, make: Callable[..., Any], *arguments: Any) -> Any:
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = make(*arguments)
+    def put(self, key: Hashable, plan: Any) -> Any:
+        """Keep a plan, and return it."""
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        self._plans[key] = plan
         return plan
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._plans.clear()
 
 
 def layout(tensor: Tensor) -> tuple:
@@ -65,11 +69,15 @@ def layout(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Make a tensor's device the current one, without a word where it is."""
-    if tensor.device.type == "cpu" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
+#: For every call whose tensors are on the current device.
+_nothing = nullcontext()
+
+
+def on_device(index: int) -> AbstractContextManager:
+    """Make a device the current one, without a word where it is; -1 is the CPU."""
+    if index < 0 or index == torch.cuda.current_device():
+        return _nothing
+    return torch.cuda.device(index)
 
 
 @cache
@@ -95,14 +103,14 @@ def float32_precision() -> str:
     The setting of cuDNN's convolutions governs. Where it is strict, ``torch.set_float32_matmul_precision("high")``
     still allows the three passes, whose products are good to 2⁻²² or so.
     """
-    if torch.backends.cudnn.conv.fp32_precision == "tf32":
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return "tf32"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
 
-def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+def dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors, contiguous."""
-    return [tensor.contiguous() for tensor in tensors]
+    return tuple([tensor.contiguous() for tensor in tensors])
 
 
 def tuned(name: str, candidates: Sequence[Any], plan: Callable[[Any], Kernel], tensors: tuple) -> Any:

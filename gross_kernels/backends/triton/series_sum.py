@@ -19,9 +19,9 @@ _plans = Plans()
 
 
 @triton.jit
-def add(
+def add(  # type: ignore[no-untyped-def]
     result, terms, gates, count, COUNT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """One program: ``BLOCK`` elements, summed in float32."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     real = element < count
@@ -51,8 +51,9 @@ def series_sum(terms: Sequence[Tensor], active: int, gates: Tensor | None) -> Te
     if gates is not None:
         gates = gates.contiguous()
     call = Call(tuple(map(layout, used)), None if gates is None else layout(gates), result.device.index)
-    with on_device(result):
-        _plans.get(call, plan, call)(result, used, gates)
+    with on_device(result.get_device()):
+        kernel = _plans.get(call) or _plans.put(call, plan(call))
+        kernel(result, used, gates)
     return result
 
 

@@ -87,9 +87,9 @@ class WeightTile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the table is keyed by: channels of a group on both sides, groups, terms, taps, rows of sums, whether strided,
-    whether packs begin at multiples of 16 bytes, bytes of a number, how float32 is multiplied, architecture ("sm_90",
-    "gfx942")."""
+    """What the table is keyed by: channels of a group on both sides, groups, terms, taps, rows of sums, whether
+    strided, whether packs begin at multiples of 16 bytes, bytes of a number, how float32 is multiplied, architecture
+    ("sm_90", "gfx942")."""
 
     source: int
     result: int
@@ -139,7 +139,10 @@ def correlation(shape: Shape) -> list[Tile]:
         if together > 1 and shape.taps * 256 * shape.itemsize <= MOST_WEIGHTS_OF_A_WARP:
             choices = [Tile(True, lanes, together, 16, 16, together, 2) for lanes in (most, max(16, most // 2))]
         elif shape.taps <= 9:
-            choices = [Tile(True, lanes, 1, 16, 16, 4, 2) for lanes in ((64, 128) if WARP_GROUPS or not shape.hopper else (32, 16))]
+            choices = [
+                Tile(True, lanes, 1, 16, 16, 4, 2)
+                for lanes in ((64, 128) if WARP_GROUPS or not shape.hopper else (32, 16))
+            ]
         if three_pass and (shape.strided or together == 1):
             choices = []
     elif source <= 64 and shape.taps * source * 32 * shape.itemsize <= MOST_WEIGHTS_OF_A_PROGRAM and not three_pass:

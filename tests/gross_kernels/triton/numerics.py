@@ -106,9 +106,7 @@ def test_tf32(name: str) -> None:
 
 def replace_series(case: Case, in_channels: int) -> Case:
     """The same call with one dense term."""
-    return Case(
-        case.batch, in_channels, case.out_channels, (in_channels,), case.kernel_size, case.size, *case.geometry
-    )
+    return Case(case.batch, in_channels, case.out_channels, (in_channels,), case.kernel_size, case.size, *case.geometry)
 
 
 # The proof's own tools ------------------------------------------------------------------------------------------------

@@ -102,9 +102,7 @@ def gradient(case: Case, dtype: torch.dtype, precision: str) -> tuple[weight_gra
     """Both passes of the weight gradient, and the tensors of each."""
     input, terms, gates, grad = case.tensors(dtype, torch.float32)
     used = tuple(map(layout, terms))
-    call = weight_grad.Call(
-        layout(input), layout(grad), used, layout(gates), False, *case.geometry, precision, None
-    )
+    call = weight_grad.Call(layout(input), layout(grad), used, layout(gates), False, *case.geometry, precision, None)
     plan = weight_grad.plan_of(call, tiles.weight_gradient(weight_grad.shape_of(call))[0])
     partial = torch.empty(16)
     return plan, (input, grad, partial), (partial, tuple(terms), gates, tuple(terms), torch.empty(16))
@@ -129,7 +127,13 @@ def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Call
         assert result.wide_loads > 0
         # Groups of 64 on 8 warps leave 4 elements of the result to a thread.
         assert result.wide_stores > 0 or kernel == "weight gradient" or case.startswith(("32", "64"))
-    if tiles.WARP_GROUPS and arch == "sm_90" and kernel != "weight gradient" and dtype in ("bfloat16", "tf32") and case == "32":
+    if (
+        tiles.WARP_GROUPS
+        and arch == "sm_90"
+        and kernel != "weight gradient"
+        and dtype in ("bfloat16", "tf32")
+        and case == "32"
+    ):
         assert "wgmma.mma_async" in result.assembly
 
 
