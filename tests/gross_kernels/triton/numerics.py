@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import exact
 import interpreter
@@ -48,6 +49,31 @@ def test_float32(name: str) -> None:
 def test_terms_of_16_bits(name: str, dtype: torch.dtype) -> None:
     """Catches terms and their gradients that are taken for float32."""
     run(CASES[name], dtype, dtype)
+
+
+def test_many_slices() -> None:
+    """Catches slices beyond those that the weight gradient's second pass loads at once."""
+    run(Case(1, 16, 16, (4,), (1, 1), (150, 1), channels_last=True), torch.bfloat16, torch.float32)
+
+
+@pytest.fixture
+def one_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans for a GPU so small that every program has several tiles to do."""
+    for module in (forward_module, weight_module):
+        module._plans.clear()
+        monkeypatch.setattr(module, "processors", lambda device: 1)
+    yield
+    for module in (forward_module, weight_module):
+        module._plans.clear()
+
+
+@pytest.mark.usefixtures("one_processor")
+@pytest.mark.parametrize(
+    "case", [CASES["rows in runs"], CASES["dilation"], replace(CASES["stride"], batch=50)], ids=str
+)
+def test_one_processor(case: Case) -> None:
+    """Catches a program that does the first of its tiles alone, or mixes up the tiles' rows and phases."""
+    run(case, torch.bfloat16, torch.float32)
 
 
 @contextmanager
