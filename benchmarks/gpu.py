@@ -252,13 +252,13 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: no GPU is available to torch; this measures GPUs alone")
+    torch.backends.cudnn.benchmark = True
     write(options.folder, SHAPES, "cuda", options.rounds, time.monotonic() + options.seconds)
 
 
 def write(folder: Path, shapes: Sequence[Shape], device: str, rounds: int, deadline: float) -> None:
     """Measure, and write gpu.json, gpu.md and gpu.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.backends.cudnn.benchmark = True
     sample = torch.empty(1, 64, 8, 8, device=device, dtype=torch.bfloat16)
     facts = machine() | {
         "backend": explain(sample, [torch.empty(64, 4, 3, 3, device=device, dtype=torch.bfloat16)], padding=1),

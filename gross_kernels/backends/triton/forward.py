@@ -12,7 +12,18 @@ from ...series import output_size
 from . import tiles
 from .correlate import gather, march
 from .geometry import Axis, Packs, axis, channels_last, flat
-from .launch import Kernel, Plans, architecture, dense, float32_precision, layout, on_device, processors, tuned
+from .launch import (
+    Kernel,
+    Plans,
+    architecture,
+    dense,
+    float32_precision,
+    layout,
+    on_device,
+    precision_of,
+    processors,
+    tuned,
+)
 
 _plans = Plans()
 
@@ -133,7 +144,7 @@ def prepare(
         (stride[0], stride[1]),
         (padding[0], padding[1]),
         (dilation[0], dilation[1]),
-        float32_precision() if source.dtype == torch.float32 else "tf32",
+        precision_of(source.dtype, None if device < 0 else device),
         None if device < 0 else device,
     )
     with on_device(device):

@@ -108,6 +108,19 @@ def float32_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
 
+def precision_of(dtype: torch.dtype, device: int | None) -> str:
+    """How a call multiplies, in Triton's words. 16 bits are exact whatever is said; "ieee" is understood everywhere.
+
+    AMD's matrix unit multiplies strict float32 itself, so that there are no three passes; TF32 only gfx942 has.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    wanted, name = float32_precision(), architecture(device)
+    if name.startswith("gfx") and (wanted, name) != ("tf32", "gfx942"):
+        return "ieee"
+    return wanted
+
+
 def dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The tensors, contiguous."""
     return tuple([tensor.contiguous() for tensor in tensors])

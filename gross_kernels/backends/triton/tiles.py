@@ -1,22 +1,27 @@
 """Which tile a kernel works on: a small table by shape class, precision and architecture; optional autotuning.
 
-What the table is made from (predicted from the arithmetic below and from what the compiler reports; **unmeasured**, no
-GPU was at hand). A 3×3 convolution, 16-bit, channels-last, on an H200 (132 multiprocessors, copy 4.3 TB/s = 19 bytes a
-clock and multiprocessor, first-level cache and shared memory 128 bytes a clock together, ``mma.sync`` about 2600
-products a clock):
+What the table is made from: the arithmetic below, predicted and **unmeasured** (no GPU was at hand), and registers and
+shared memory as the compiler reports them. A 3×3 convolution, 16-bit, channels-last, on an H200 (132 multiprocessors;
+copy 4.3 TB/s = 19 bytes a clock and multiprocessor; first-level cache and shared memory 128 bytes a clock together;
+``mma.sync`` about 2600 products a clock):
 
-* ``march`` with groups of up to 16: 4 packs of 16 channels are a line of 128 bytes; one warp each. A step of 64 columns
-  reads 8 KB and writes 8 KB, 855 clocks of the memory. Its 3 reads (one for each column of the kernel) pass through
-  shared memory, 8 KB in and 8 KB out: 384 clocks. Its 9 × 64 × 16 × 16 × 4 products take 228. So the memory is the
-  limit, with room. Through the second-level cache pass 3 × 8 + 8 KB: at 5.5 TB/s (assumed) 1340 clocks, 64 % of a copy;
-  this is the bound to watch. Registers: weights 36, sums 3 × 32, 168 to 177 in all, so 2 to 3 programs (8 to 12
-  warps) on a multiprocessor with 48 KB of loads under way, where 26 KB hide 800 ns.
-* groups of 32 and 64: one pack, four warps, weights (18 and 36 KB) in shared memory where ``wgmma`` reads them. Groups
-  of 32: 64 bytes a pixel; 9 × 64 × 32 × 32 products. Groups of 64 are two parts, so that the source is read twice.
-* float32: twice the bytes, half the products: 2 packs of 16 channels a line, 32 columns. Three-pass TF32 holds the
-  weights twice, so 16 columns.
+* ``march``, groups of up to 16: 4 packs of 16 channels are a line of 128 bytes, one warp each. A step of 64 columns
+  reads 8 KB and writes 8 KB: 855 clocks of the memory. Its 3 reads (one for each column of the kernel) go into shared
+  memory and out of it: 384 clocks. Its 9 × 64 × 16 × 16 × 4 products: 228. So the memory is the limit, with room, but
+  the second-level cache sees 3 × 8 + 8 KB: at 5.5 TB/s (assumed) 1340 clocks, 64 % of a copy; this is the bound to
+  watch. 188 to 213 registers (weights 36, sums 96), so 2 programs of 4 warps a multiprocessor with 48 KB of loads
+  under way, where 26 KB hide 800 ns.
+* groups of 32 and 64: one pack, 4 or 8 warps, 128 to 211 registers; weights (18 and 36 KB) in shared memory, where the
+  instructions of warp groups read them. A pack of 32 is 64 bytes of a pixel. Groups of 64 are two parts, so the source
+  is read twice as often. With Triton before 3.9 (:data:`WARP_GROUPS`) 32 lanes, weights in registers.
+* float32: twice the bytes, half the products; 2 packs of 16 channels are a line. Three passes of TF32 hold the weights
+  twice, which leaves 16 columns. Strict float32 has no matrix unit on NVIDIA: ``gather``, slow, for those who ask.
 * a program assembles its weights once, 9 × 16 × 16 × 4 numbers a term, about 5000 clocks for the series (1, 4, 16): as
-  much as 6 steps. It is shared by the rows of the program, so rows are split as little as fills the machine.
+  much as 6 steps. The rows of the program share it, so rows are split as little as fills the machine.
+* weight gradient, groups of up to 16: all 9 taps of 16×16 in a pair of warps (36 registers each), 4 packs, 8 warps, 231
+  registers, so one program a multiprocessor. A step reads the gradient's row once and the input's 3 times: 32 KB
+  through the second-level cache for 16 KB from memory, at 5.5 TB/s 1340 of 855 clocks, 64 % of a copy. Groups of 32 are
+  4 parts of 16×16, groups of 64 hold one row of taps at a time: 2 and 3 times the reads.
 
 Registers and spills of every entry are checked at compile time by tests/gross_kernels/triton/test_compilation.py.
 """
@@ -109,6 +114,11 @@ class Shape(NamedTuple):
         return self.architecture.startswith("gfx")
 
     @property
+    def strict(self) -> bool:
+        """Whether the products have no matrix unit: strict float32 on NVIDIA."""
+        return self.itemsize == 4 and self.precision == "ieee" and not self.amd
+
+    @property
     def hopper(self) -> bool:
         """Whether the device is NVIDIA's Hopper or newer."""
         return not self.amd and int(self.architecture.removeprefix("sm_")) >= 90
@@ -126,7 +136,7 @@ def correlation(shape: Shape) -> list[Tile]:
     """Tiles for the forward pass and the input gradient, the predicted best one first."""
     source, result = max(16, power_of_two(shape.source)), max(16, power_of_two(shape.result))
     narrow, three_pass = shape.itemsize == 2, shape.precision == "tf32x3"
-    if shape.precision == "ieee" and not shape.amd:
+    if shape.strict:
         # No matrix unit: products by the ordinary one, whose operands fill the registers.
         return [Tile(False, lanes, 1, 16, 16, 4, 1) for lanes in (32, 64)]
     choices = []
@@ -168,7 +178,7 @@ def correlation(shape: Shape) -> list[Tile]:
 def weight_gradient(shape: Shape) -> list[WeightTile]:
     """Tiles for the weight gradient's first pass, the predicted best one first. ``shape.source`` is the input."""
     narrow, three_pass = shape.itemsize == 2, shape.precision == "tf32x3"
-    if shape.precision == "ieee" and not shape.amd:
+    if shape.strict:
         return [WeightTile(False, False, lanes, 1, 16, 16, 4, 1) for lanes in (32, 64)]
     source, result = max(16, power_of_two(shape.source)), max(16, power_of_two(shape.result))
     columns = shape.taps // shape.history

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import tiles
 from .accumulate import accumulate, distribute
 from .geometry import Packs, axis, channels_last, flat
-from .launch import Kernel, Plans, architecture, float32_precision, layout, on_device, processors, tuned
+from .launch import Kernel, Plans, architecture, layout, on_device, precision_of, processors, tuned
 
 #: Elements of the gradient that a program of the second pass adds up (a line of memory), and slices that it loads at
 #: once: one after another, each of some 250 slices would wait for the memory, longer than the first pass takes.
@@ -87,7 +87,7 @@ def weight_grad(
         (stride[0], stride[1]),
         (padding[0], padding[1]),
         (dilation[0], dilation[1]),
-        float32_precision() if input.dtype == torch.float32 else "tf32",
+        precision_of(input.dtype, input.device.index),
         input.device.index,
     )
     with on_device(input.get_device()):

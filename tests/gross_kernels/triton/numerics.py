@@ -135,6 +135,34 @@ def replace_series(case: Case, in_channels: int) -> Case:
     return Case(case.batch, in_channels, case.out_channels, (in_channels,), case.kernel_size, case.size, *case.geometry)
 
 
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+
+def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches Python work that is done again at every call, and a plan kept for a call that differs in what counts."""
+    case = CASES["the tile's own size"]
+    target = Target("triton", "cpu", torch.bfloat16, torch.float32)
+    arguments = target.arguments(case)
+    expected = target.run(case, *arguments)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("worked out anew")
+
+    monkeypatch.setattr(forward_module, "prepare", refuse)
+    monkeypatch.setattr(weight_module, "choose", refuse)
+    assert all(map(torch.equal, target.run(case, *arguments), expected))
+    input, terms, gates, grad = arguments
+    for changed in (
+        (input.contiguous(memory_format=torch.channels_last), terms, gates, grad),
+        (input, terms, None, grad),
+        (input, [term.bfloat16() for term in terms], gates.bfloat16(), grad),
+        # Not at a multiple of 16 bytes, which the compiled kernel would take for granted.
+        (torch.cat([input.flatten(), input.flatten()[:1]])[1:].view_as(input), terms, gates, grad),
+    ):
+        with pytest.raises(AssertionError, match="worked out anew"):
+            target.run(case, *changed)
+
+
 # The proof's own tools ------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +195,7 @@ def test_empty_memory_is_poisoned() -> None:
     assert torch.empty(3).isnan().all()
 
 
-# Plans ----------------------------------------------------------------------------------------------------------------
+# Geometry -------------------------------------------------------------------------------------------------------------
 
 
 @every_case
@@ -202,6 +230,7 @@ def test_packs_by_hand() -> None:
     assert Packs.of(18, 12, 6, 16) == (15, 10, 2)
     assert Packs.of(6, 72, 6, 16) == (1, 12, 6)
     assert Packs.of(128, 64, 1, 32) == (128, 64, 1)
+    assert Packs.of(4, 4, 2, 16) == (4, 4, 1)
 
 
 def test_every_kernel_is_reached() -> None:
@@ -210,7 +239,7 @@ def test_every_kernel_is_reached() -> None:
     for case in CASES.values():
         input, terms, _, grad = case.tensors(torch.bfloat16)
         x, dy, used = launch.layout(input), launch.layout(grad), tuple(map(launch.layout, terms[: case.active]))
-        rest = (*case.geometry, "tf32", None)
+        rest = (*case.geometry, "ieee", None)
         call = forward_module.Call(False, x, grad.shape, grad.stride(), used, None, *rest)
         tile = tiles.correlation(forward_module.shape_of(call))[0]
         reached.add(("march" if tile.march else "gather", tile.parts > 1, tile.source))
