@@ -66,7 +66,7 @@ fi
 
 # --confcutdir: the other tests' conftest needs packages that a GPU machine may lack.
 tests=0
-timeout 210 "$python" -m pytest tests/gpu --confcutdir=tests/gpu -q -p no:cacheprovider \
+timeout 240 "$python" -m pytest tests/gpu --confcutdir=tests/gpu -q -p no:cacheprovider \
   --junitxml="$output/tests.xml" 2>&1 | tee "$output/tests.txt" || tests=$?
 
 # What is left of eight minutes, less half a minute to write it down.

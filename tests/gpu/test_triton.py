@@ -15,7 +15,7 @@ from torch import Tensor
 from gross_kernels import GroSSConv2d, explain, series_conv2d, use_backend
 from gross_kernels.backends.triton import forward, launch, tiles
 
-DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)]
+OTHERS = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)]
 LARGER = {
     "64@56": Case(8, 64, 64, (1, 4, 16, 32, 64), (3, 3), (56, 56), padding=(1, 1), active=3, channels_last=True),
     "64@56, groups of 32": Case(
@@ -35,12 +35,22 @@ def target(dtype: torch.dtype = torch.bfloat16, terms_dtype: torch.dtype = torch
     return Target("triton", "cuda", dtype, terms_dtype)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def assert_values(case: Case, dtype: torch.dtype, terms_dtype: torch.dtype) -> None:
+    arguments = target(dtype, terms_dtype).arguments(case)
+    assert_accurate(target(dtype, terms_dtype).run(case, *arguments), case, arguments)
+
+
 @pytest.mark.parametrize("case", [*CASES.values(), *LARGER.values()], ids=[*CASES, *LARGER])
-def test_values(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_values(case: Case) -> None:
     """Catches a kernel that the compiler, not the interpreter, gets wrong: races, layouts, matrix instructions."""
-    arguments = target(*dtypes).arguments(case)
-    assert_accurate(target(*dtypes).run(case, *arguments), case, arguments)
+    assert_values(case, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtypes", OTHERS, ids=str)
+@pytest.mark.parametrize("case", LARGER.values(), ids=LARGER)
+def test_values_in_other_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Catches the same in the other precisions. A compiler takes a second for each of the kernels: fewer cases."""
+    assert_values(case, *dtypes)
 
 
 @pytest.mark.parametrize("products", ["tf32", "ieee"])

@@ -38,13 +38,13 @@ def test_bfloat16(case: Case) -> None:
     run(case, torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("name", list(CASES)[::2])
+@pytest.mark.parametrize("name", list(CASES)[::3])
 def test_float32(name: str) -> None:
     """Catches the same to the last bits of float32, by three passes of TF32."""
     run(CASES[name], torch.float32, torch.float32)
 
 
-@pytest.mark.parametrize("name", list(CASES)[1::5])
+@pytest.mark.parametrize("name", list(CASES)[1::8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_terms_of_16_bits(name: str, dtype: torch.dtype) -> None:
     """Catches terms and their gradients that are taken for float32."""
@@ -89,7 +89,7 @@ def precision(convolution: str, products: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-PRECISE = ["many packs side by side", "the tile's own size", "5 of 16 lanes idle", "groups of 18", "stride"]
+PRECISE = ["many packs side by side", "5 of 16 lanes idle", "groups of 18"]
 
 
 @pytest.mark.parametrize("name", PRECISE)

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-#: Of test_operator.py, what says something about kernels that run one program after another. Not test_infinite_input:
-#: an infinity reaches the groups beside its own in a pack.
+#: Of test_operator.py, what says something about kernels that run one program after another.
 OPERATOR = (
     "triton and (test_values or expanded or sixteen or rounded_once)"
-    " or triton and bfloat16-float32 and (strided or leaks or no_images)"
+    " or triton and bfloat16-float32 and (strided or leaks or no_images or infinite)"
 )
 
 
