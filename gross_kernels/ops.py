@@ -236,8 +236,8 @@ def _cuda_forward(
     dilation: Sequence[int],
 ) -> Tensor:
     geometry = (stride, padding, dilation)
-    backend = dispatch.choose(dispatch.Call.of(input, terms, *geometry)).backend
-    return backend.forward(input, terms, int(active), gates, *geometry)
+    backend = dispatch.serving(input, terms, *geometry)
+    return backend.forward(input, terms, _host_int(active, terms), gates, *geometry)
 
 
 def _cuda_backward(
@@ -252,8 +252,8 @@ def _cuda_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     geometry = (stride, padding, dilation)
-    backend = dispatch.choose(dispatch.Call.of(input, terms, *geometry)).backend
-    args = (grad, input, terms, int(active), gates, *geometry)
+    backend = dispatch.serving(input, terms, *geometry)
+    args = (grad, input, terms, _host_int(active, terms), gates, *geometry)
     grad_input, grad_terms, grad_gates = input.new_empty(0), [], None
     if needs[0]:
         grad_input = backend.input_grad(*args)
@@ -267,7 +267,17 @@ def _cuda_backward(
 
 
 def _cuda_sum(terms: Sequence[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
-    return dispatch.BACKENDS[dispatch.PREFERENCE["cuda"][-1]].series_sum(terms, int(active), gates)
+    # The choice is that of a pointwise convolution with these weights.
+    backend = dispatch.serving(terms[0], terms, (1, 1), (0, 0), (1, 1))
+    return backend.series_sum(terms, _host_int(active, terms), gates)
+
+
+def _host_int(active: Tensor, terms: Sequence[Tensor]) -> int:
+    """The value of ``active``; inside a compiled graph nobody has checked it before."""
+    value = int(active)
+    if not 1 <= value <= len(terms):
+        raise RuntimeError(f"active: got {value}, accepted is 1 to {len(terms)}, the number of terms")
+    return value
 
 
 _library.impl("series_conv2d", _cuda_forward, "CUDA")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gross_kernels import GroSSConv2d, SeriesConv2d, expand, explain, series_conv2d, use_backend
-from gross_kernels.dispatch import BACKENDS
+from gross_kernels.dispatch import BACKENDS, PREFERENCE
 from gross_kernels.series import check_group_sizes
 
 INPUT = torch.randn(2, 4, 6, 6)
@@ -308,7 +308,7 @@ def test_group_sizes_name_is_used() -> None:
 # Empty is not bad -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*PREFERENCE["cpu"], "reference"])
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect", "replicate"])
 @pytest.mark.parametrize("kind", [GroSSConv2d, SeriesConv2d])
 def test_no_images(kind: type[nn.Module], padding_mode: str, backend: str) -> None:

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Proves and measures the GPU kernels on the GPU at hand: scripts/check_gpu.sh [--sanitize] OUTPUT_DIR
+#
+# Needs this repository, torch, Triton, nvcc, pytest and pytest-benchmark; no network. Builds for this GPU alone, runs the
+# GPU tests, measures, and leaves in OUTPUT_DIR: environment.txt, tests.txt, tests.xml, gpu.json, gpu.md, gpu.png (where
+# matplotlib is installed), in at most eight minutes. With --sanitize it runs a few tests under compute-sanitizer instead
+# and leaves sanitizer.txt; where the device refuses it, that file says so.
+#
+# PYTHON names the interpreter (default: python3).
+set -euo pipefail
+
+fail() {
+  echo "check_gpu: $*" >&2
+  exit 1
+}
+
+sanitize=false
+if [[ "${1-}" == --sanitize ]]; then
+  sanitize=true
+  shift
+fi
+[[ $# -eq 1 && "$1" != -* ]] || fail "usage: scripts/check_gpu.sh [--sanitize] OUTPUT_DIR"
+mkdir -p "$1"
+output=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
+begin=$SECONDS
+
+# Before anything is built: what is missing?
+"$python" - <<'EOF' || exit 1
+import importlib.util
+import sys
+
+missing = [name for name in ("torch", "triton", "pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"check_gpu: not installed in {sys.executable}: {', '.join(missing)}")
+import torch
+
+if not torch.cuda.is_available():
+    sys.exit(f"check_gpu: no GPU is available to torch {torch.__version__}")
+EOF
+command -v nvcc >/dev/null || [[ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]] || fail "nvcc is not on the PATH"
+
+capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
+TORCH_CUDA_ARCH_LIST=$capability "$python" setup.py --quiet build_ext --inplace
+"$python" -m gross_kernels.environment | tee "$output/environment.txt"
+
+if $sanitize; then
+  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  if [[ ! -x "$sanitizer" ]]; then
+    echo "compute-sanitizer is unavailable: not installed" | tee "$output/sanitizer.txt"
+    exit 0
+  fi
+  probe='import torch; torch.ones(8, device="cuda").sum().item()'
+  if ! "$sanitizer" "$python" -c "$probe" >"$output/sanitizer.txt" 2>&1; then
+    echo "compute-sanitizer is unavailable: this device refuses it" | tee -a "$output/sanitizer.txt"
+    exit 0
+  fi
+  # Without torch's allocator, which would hide an access beside a tensor but inside its block.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 480 "$sanitizer" --tool memcheck --error-exitcode 9 \
+    "$python" -m pytest tests/gpu --confcutdir=tests/gpu -q -p no:cacheprovider -k "values or repeated" \
+    2>&1 | tee "$output/sanitizer.txt"
+  exit 0
+fi
+
+# --confcutdir: the other tests' conftest needs packages that a GPU machine may lack.
+tests=0
+timeout 240 "$python" -m pytest tests/gpu --confcutdir=tests/gpu -q -p no:cacheprovider \
+  --junitxml="$output/tests.xml" 2>&1 | tee "$output/tests.txt" || tests=$?
+
+# What is left of eight minutes, less half a minute to write it down.
+remaining=$((450 - (SECONDS - begin)))
+"$python" -m benchmarks.gpu "$output" --seconds "$remaining" || fail "the measurement failed"
+echo "check_gpu: $((SECONDS - begin)) s, results in $output"
+[[ $tests -eq 0 ]] || fail "tests failed: $output/tests.txt"

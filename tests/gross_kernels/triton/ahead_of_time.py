@@ -1,0 +1,111 @@
+"""Compiles a kernel of a plan for a GPU that is not here, and reads what came of it."""
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Bytes of shared memory that one program may have.
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+
+
+@dataclass
+class Compiled:
+    """What the compiler made: resources, and counts of the instructions that matter."""
+
+    registers: int
+    stack: int
+    shared: int
+    matrix: int
+    wide_loads: int
+    wide_stores: int
+    assembly: str
+
+
+def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
+    """Compile a ``launch.Kernel`` as its first launch on ``tensors`` would, for another GPU."""
+    parameters = kernel.function.params
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+
+    def describe(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if isinstance(value, (tuple, list)):
+            return tuple(describe(each, (*path, i)) for i, each in enumerate(value))
+        if value is None or value == 1:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for i, (parameter, value) in enumerate(zip(parameters, (*tensors, *kernel.arguments), strict=True)):
+        if parameter.is_constexpr:
+            constants[(i,)] = value
+            signature[parameter.name] = "constexpr"
+        elif parameter.do_not_specialize:
+            signature[parameter.name] = "i32"
+        else:
+            signature[parameter.name] = describe(value, (i,))
+    source = ASTSource(kernel.function, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[architecture], options=kernel.options)
+    if architecture.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+
+        def number(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+        return Compiled(
+            number("vgpr_count"),
+            number("private_segment_fixed_size"),
+            compiled.metadata.shared,
+            text.count("v_mfma"),
+            len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+            len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+            text,
+        )
+    text = compiled.asm["ptx"]
+    usage = resource_usage(compiled.asm["cubin"])
+    return Compiled(
+        int(re.search(r"REG:(\d+)", usage)[1]),
+        int(re.search(r"STACK:(\d+)", usage)[1]),
+        compiled.metadata.shared,
+        len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", text)),
+        len(re.findall(r"cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", text)),
+        len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", text)),
+        text,
+    )
+
+
+def resource_usage(cubin: bytes) -> str:
+    """What ``cuobjdump -res-usage`` says; Triton brings one."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(cubin)
+    try:
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    finally:
+        os.unlink(file.name)
