@@ -15,6 +15,15 @@ from torch import Tensor
 
 from gross_kernels.dispatch import BACKENDS, Call
 
+#: Of the input and of the terms.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
 Arguments = tuple[Tensor, list[Tensor], Tensor | None, Tensor]
 
 

@@ -20,9 +20,12 @@ import exact
 import pytest
 import torch
 import torch.nn.functional as F
-from geometry import Case, cases, pairs
+from accuracy import DTYPES, largest_error, tiny
+from case import Case
+from geometry import cases, pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,15 +35,6 @@ from gross_kernels import GroSSConv2d, dispatch, use_backend, use_fused
 ops = torch.ops.gross
 Named = dict[str, Tensor]
 
-# Of the input and of the terms.
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-]
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(dtype)[6:] for dtype in pair))
 float32_and_bfloat16 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 POINTWISE = ((1, 1), (0, 0), (1, 1))
@@ -194,20 +188,6 @@ class Layer:
         yield from zip(("pointwise_in", "grouped", "pointwise_out"), given.series, strict=True)
 
 
-def tiny(dtype: torch.dtype, truth: Tensor, magnitude: Tensor) -> float:
-    """The absolute term of the tolerance: one unit in the last place of the largest value, in its dtype, and four of
-    the largest sum of magnitudes, in the dtype of accumulation (float32; float64 for float64). As in
-    ``test_operator``."""
-    rounding = torch.finfo(dtype).eps
-    adding = min(rounding, torch.finfo(torch.float32).eps)
-    return rounding * truth.abs().max().item() + 4 * adding * magnitude.abs().max().item()
-
-
-def largest_error(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; infinite where a value is not a number."""
-    return (value.double() - truth).abs().nan_to_num(nan=torch.inf).max().item()
-
-
 def assert_accurate(results: Named, layer: Layer, given: Arguments) -> None:
     """Apply the tolerance rule to ``results``, as :meth:`Layer.run` returns them."""
     # Which side of the kink an output is on is decided by the output under test, whose value is checked for itself.
@@ -350,24 +330,16 @@ def test_the_sum_is_rounded_once(terms_dtype: torch.dtype) -> None:
     assert_accurate(layer.run(arguments), layer, arguments)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "window": lambda t: F.pad(t.contiguous(), (1, 2, 3, 0))[:, :, 3:, 1:-2],
-    "channels_last_window": lambda t: F.pad(t, (1, 2, 3, 0)).to(memory_format=torch.channels_last)[:, :, 3:, 1:-2],
-    "channels": lambda t: torch.cat([t, t], 1).contiguous()[:, : t.shape[1]],
-    "channels_last_channels": lambda t: torch.cat([t, t], 1).to(memory_format=torch.channels_last)[:, t.shape[1] :],
+# As an input may be laid out besides: images apart, and strides of zero.
+MORE_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = LAYOUTS | {
     "images": lambda t: torch.repeat_interleave(t, 2, 0).to(memory_format=torch.channels_last)[::2],
-    "every_second_column": lambda t: torch.repeat_interleave(t, 2, 3)[..., ::2],
-    "transposed_image": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "transposed_batch": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
     "expanded": lambda t: t[:, :1, :, :1].expand_as(t),
     "one_number": lambda t: t[:1, :1, :1, :1].expand_as(t),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
 @pytest.mark.parametrize("keep_inner", [False, True])
 @pytest.mark.parametrize("size", [(9, 7), (40, 23)], ids=["several_to_a_strip", "several_strips"])
 def test_strided_arguments(dtype: torch.dtype, layout: str, size: tuple[int, int], keep_inner: bool) -> None:
@@ -375,7 +347,7 @@ def test_strided_arguments(dtype: torch.dtype, layout: str, size: tuple[int, int
     a convolution's."""
 
     def lay(tensor: Tensor) -> Tensor:
-        return LAYOUTS[layout](tensor) if tensor.dim() == 4 else torch.stack([tensor, -tensor], 1)[:, 0]
+        return MORE_LAYOUTS[layout](tensor) if tensor.dim() == 4 else torch.stack([tensor, -tensor], 1)[:, 0]
 
     layer = replace(TYPICAL, keep_inner=keep_inner, middle=replace(TYPICAL.middle, size=size))
     arguments = layer.arguments(dtype).map(lay)
@@ -582,14 +554,6 @@ def test_opcheck_pack(layer: Layer, dtype: torch.dtype) -> None:
 # The same bits --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("threads")
 @every_one
 @float32_and_bfloat16
@@ -627,18 +591,6 @@ def test_same_bits_packed(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
             layer = replace(layer, middle=replace(layer.middle, active=active, batch=1), packed=False)
             arguments = layer.arguments(*dtypes)
             assert torch.equal(replace(layer, packed=True).call(arguments)[0], layer.call(arguments)[0])
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fills every tensor that is allocated without a value with NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -4,31 +4,23 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import exact
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import Target, assert_accurate
+from accuracy import DTYPES, Target, assert_accurate
 from case import Case
 from geometry import cases
 from hypothesis import assume, given, settings
+from layouts import LAYOUTS
 from torch import Tensor
 
 from gross_kernels import expand, series_conv2d, use_backend
 from gross_kernels.dispatch import BACKENDS
 
-# Of the input and of the terms.
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-]
 #: Random calls for each backend and dtype; Triton's interpreter, some hundred times slower, is given fewer.
 EXAMPLES = int(os.environ.get("GROSS_TEST_EXAMPLES", 60))
 TYPICAL = Case(2, 18, 12, (3, 9, 18), (3, 3), (9, 7), (2, 1), (1, 2), active=2, gated=True, channels_last=True)
@@ -183,14 +175,6 @@ def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         assert torch.equal(a, b), f"result {i} differs by up to {(a.double() - b.double()).abs().max().item():.3g}"
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("case", SEVERAL, ids=range(len(SEVERAL)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -216,18 +200,6 @@ def test_same_bits_in_repeated_runs(target: Target) -> None:
             assert_same_bits(target.run(case, *arguments), expected)
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fills every tensor that is allocated without a value with NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
 @pytest.mark.usefixtures("poisoned")
 @every_target
 def test_poisoned_buffers(target: Target) -> None:
@@ -241,18 +213,6 @@ def test_poisoned_buffers(target: Target) -> None:
 
 
 # Layouts --------------------------------------------------------------------------------------------------------------
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "window": lambda t: F.pad(t.contiguous(), (1, 2, 3, 0))[:, :, 3:, 1:-2],
-    "channels_last_window": lambda t: F.pad(t, (1, 2, 3, 0)).to(memory_format=torch.channels_last)[:, :, 3:, 1:-2],
-    "channels": lambda t: torch.cat([t, t], 1).contiguous()[:, : t.shape[1]],
-    "channels_last_channels": lambda t: torch.cat([t, t], 1).to(memory_format=torch.channels_last)[:, t.shape[1] :],
-    "every_second_column": lambda t: torch.repeat_interleave(t, 2, 3)[..., ::2],
-    "transposed_image": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "transposed_batch": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-}
 
 
 @every_target
