@@ -141,6 +141,17 @@ Tensor series_conv2d(const Tensor& input, const std::vector<Tensor>& terms, cons
   return output;
 }
 
+// The gradients' tensors of a series, in `terms`, and where its kernel writes them; zeros where it will not: beyond `active`, or without pixels.
+SeriesGradient empty_gradient(const Series& series, const std::vector<Tensor>& like, bool needed, bool some, std::vector<Tensor>& terms) {
+  SeriesGradient gradient{};
+  for (size_t i = 0; needed && i < like.size(); i++) {
+    terms.push_back(torch::stable::empty(like[i].sizes(), like[i].scalar_type(), std::nullopt, like[i].device()));
+    gradient.terms[i] = terms[i].data_ptr();
+    if (!some || static_cast<int>(i) >= series.active) torch::stable::zero_(terms[i]);
+  }
+  return gradient;
+}
+
 std::tuple<Tensor, std::vector<Tensor>, Tensor> series_conv2d_backward(
     const Tensor& grad, const Tensor& input, const std::vector<Tensor>& terms, const Tensor& active,
     const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation,
@@ -162,12 +173,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor> series_conv2d_backward(
   }
 
   std::vector<Tensor> grad_terms;
-  SeriesGradient gradient{};
-  for (size_t i = 0; needs[1] && i < terms.size(); i++) {
-    grad_terms.push_back(torch::stable::empty(terms[i].sizes(), terms[i].scalar_type(), std::nullopt, terms[i].device()));
-    gradient.terms[i] = grad_terms[i].data_ptr();
-    if (!some || static_cast<int>(i) >= call.series.active) torch::stable::zero_(grad_terms[i]);
-  }
+  SeriesGradient gradient = empty_gradient(call.series, terms, needs[1], some, grad_terms);
   Tensor grad_gates = torch::stable::new_empty(terms[0], none);
   Tensor wide_gates;
   const bool for_gates = needs[2] && gates.has_value();
@@ -281,6 +287,66 @@ std::tuple<Tensor, Tensor> bottleneck(const Tensor& input, const std::vector<Ten
   return {output, inner};
 }
 
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> bottleneck_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& inner, const std::optional<Tensor>& output, const std::vector<Tensor>& pointwise_in,
+    const std::vector<Tensor>& grouped, const std::vector<Tensor>& pointwise_out, const std::optional<Tensor>& bias, const Tensor& active,
+    const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding, const Ints& dilation, bool relu, const std::vector<bool>& needs) {
+  const LayerCall of(input, pointwise_in, grouped, pointwise_out, bias, active, gates, stride, padding, dilation, relu);
+  const Geometry& g = of.call.geometry;
+  auto is_output = [&](const Tensor& tensor) {
+    return tensor.is_cpu() && tensor.dim() == 4 && tensor.size(0) == g.images && tensor.size(1) == of.layer.out_channels && tensor.size(2) == of.call.out_h &&
+           tensor.size(3) == of.call.out_w && tensor.scalar_type() == input.scalar_type();
+  };
+  STD_TORCH_CHECK(is_output(grad), "grad: accepted is the output's shape and dtype");
+  STD_TORCH_CHECK(!relu || (output.has_value() && is_output(*output)), "output: accepted with relu is the layer's output");
+  STD_TORCH_CHECK(inner.numel() == 0 || (inner.is_cpu() && inner.dim() == 4 && inner.size(0) == g.images && inner.size(1) == g.in_channels &&
+                                         inner.size(2) == input.size(2) && inner.size(3) == input.size(3) && inner.scalar_type() == input.scalar_type()),
+                  "inner: accepted is nothing, or what the layer returned");
+  STD_TORCH_CHECK(needs.size() == 6, "needs: accepted are six flags: input, pointwise_in, grouped, pointwise_out, bias, gates");
+  const bool some = grad.numel() > 0;
+  const Ints none{0};
+
+  LayerGradient gradient{};
+  Tensor grad_input = torch::stable::new_empty(input, none), grad_bias = torch::stable::new_empty(input, none),
+         grad_gates = torch::stable::new_empty(input, none), wide_gates;
+  if (needs[0]) {
+    grad_input = empty_image(g.images, input.size(1), input.size(2), input.size(3), input);
+    gradient.input = image_of(grad_input);
+  }
+  std::vector<Tensor> grads_in, grads_grouped, grads_out;
+  gradient.pointwise_in = empty_gradient(of.layer.pointwise_in, pointwise_in, needs[1], some, grads_in);
+  gradient.grouped = empty_gradient(of.layer.grouped, grouped, needs[2], some, grads_grouped);
+  gradient.pointwise_out = empty_gradient(of.layer.pointwise_out, pointwise_out, needs[3], some, grads_out);
+  if (needs[4] && bias.has_value()) {
+    grad_bias = torch::stable::empty(bias->sizes(), of.sum_type(), std::nullopt, bias->device());
+    if (!some) torch::stable::zero_(grad_bias);
+    gradient.bias = grad_bias.data_ptr();
+  }
+  if (needs[5] && gates.has_value()) {
+    // One row per series.
+    const Ints size{3, gates->size(0)};
+    wide_gates = torch::stable::empty(size, ScalarType::Double, std::nullopt, gates->device());
+    torch::stable::zero_(wide_gates);
+    double* const at = wide_gates.mutable_data_ptr<double>();
+    gradient.pointwise_in.gates = at;
+    gradient.grouped.gates = at + gates->size(0);
+    gradient.pointwise_out.gates = at + 2 * gates->size(0);
+  }
+  if (some)
+    kernels().layer_backward(of.call.type, image_of(grad), image_of(input), of.layer, inner.numel() > 0 ? image_of(inner) : Image{},
+                             relu ? image_of(*output) : Image{}, gradient, torch_threads());
+  if (gradient.bias) grad_bias = torch::stable::to(grad_bias, bias->scalar_type());
+  if (gradient.grouped.gates) {
+    grad_gates = torch::stable::empty(gates->sizes(), ScalarType::Double, std::nullopt, gates->device());
+    double* const to = grad_gates.mutable_data_ptr<double>();
+    const double* const from = wide_gates.const_data_ptr<double>();
+    const int64_t count = gates->size(0);
+    for (int64_t i = 0; i < count; i++) to[i] = from[i] + from[count + i] + from[2 * count + i];
+    grad_gates = torch::stable::to(grad_gates, gates->scalar_type());
+  }
+  return {grad_input, grads_in, grads_grouped, grads_out, grad_bias, grad_gates};
+}
+
 // The weights as `bottleneck` takes them in `packed`, for activations of `like`'s dtype.
 Tensor bottleneck_pack(const Tensor& like, const std::vector<Tensor>& pointwise_in, const std::vector<Tensor>& grouped,
                        const std::vector<Tensor>& pointwise_out, const std::optional<Tensor>& bias, const Tensor& active,
@@ -300,6 +366,7 @@ STABLE_TORCH_LIBRARY_IMPL(gross, CPU, m) {
   m.impl("series_conv2d_backward", TORCH_BOX(&series_conv2d_backward));
   m.impl("series_sum", TORCH_BOX(&series_sum));
   m.impl("bottleneck", TORCH_BOX(&bottleneck));
+  m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));
   m.impl("bottleneck_pack", TORCH_BOX(&bottleneck_pack));
 }
 

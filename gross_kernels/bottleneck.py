@@ -362,10 +362,10 @@ def _by_parts(
 
 
 _library.impl("bottleneck", _by_parts, "CUDA")
-_library.impl("bottleneck_backward", _backward, "CPU")
 _library.impl("bottleneck_backward", _backward, "CUDA")
 if ops.load_error is not None:
     _library.impl("bottleneck", ops.missing, "CPU")
+    _library.impl("bottleneck_backward", ops.missing, "CPU")
     _library.impl("bottleneck_pack", ops.missing, "CPU")
 
 

@@ -18,7 +18,7 @@
 namespace gross::cpu {
 const Kernels avx512_kernels{
     "avx512", avx512::forward_entry, avx512::input_grad_entry, avx512::weight_grad_entry,
-    avx512::packed_size_entry, avx512::pack_entry, avx512::layer_entry, avx512::sum_entry};
+    avx512::packed_size_entry, avx512::pack_entry, avx512::layer_entry, avx512::layer_backward_entry, avx512::sum_entry};
 }
 
 #if defined(__clang__)

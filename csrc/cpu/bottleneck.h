@@ -90,16 +90,6 @@ void multiply_all(const Pixels<T>& source, int64_t count, const T* weights, int6
 // runs into the rows of the next strip, which are next in memory.
 inline int64_t pixels_ahead(int64_t channels) { return std::max<int64_t>(max_pixels, 4096 / channels); }
 
-// `channels` in vectors, a new one every `cluster` channels.
-template <class T>
-std::vector<LaneBlock> vectors_of(int64_t channels, int64_t cluster) {
-  std::vector<LaneBlock> vectors;
-  for (int64_t start = 0; start < channels; start += cluster)
-    for (int64_t at = start, end = std::min(channels, start + cluster); at < end; at += lanes<T>)
-      vectors.push_back({0, 1, at, std::min<int64_t>(lanes<T>, end - at)});
-  return vectors;
-}
-
 // How a layer's weights are packed: P by vectors of the grouped convolution's sources, R by its blocks, Q by vectors of outputs, the bias.
 template <class T>
 struct Packing {
@@ -196,8 +186,18 @@ void multiply_to_tensor(const Pixels<T>& source, const T* weights, int64_t weigh
       });
 }
 
-// The pixels of rows [row, row + rows) of `images` images as a pointwise convolution reads them: in place where the tensor allows it, else
-// as planes in `to`.
+// The pixels of rows [row, row + rows) of `images` images, in vectors of channels, in `to`.
+template <class T, class S>
+Pixels<T> copied_pixels(const Image& image, int64_t image_index, int64_t images, int64_t row, int64_t rows, const std::vector<LaneBlock>& vectors, T* to) {
+  const S* data = static_cast<const S*>(image.data) + image_index * image.stride_n + row * image.stride_h;
+  const int64_t stride = (images * rows * image.width | 1) * lanes<T>;
+  for (int64_t i = 0; i < images; i++)
+    for (int64_t y = 0; y < rows; y++)
+      load_columns<T>(data + i * image.stride_n + y * image.stride_h, image.stride_w, image.stride_c, image.width, image.channels,
+                      to + (i * rows + y) * image.width * lanes<T>, stride);
+  return {to, lanes<T>, stride, &vectors};
+}
+// The same as a pointwise convolution reads them: in place where the tensor allows it.
 template <class T, class S>
 Pixels<T> source_pixels(const Image& image, int64_t image_index, int64_t images, int64_t row, int64_t rows, const std::vector<LaneBlock>& vectors, T* to) {
   const S* data = static_cast<const S*>(image.data) + image_index * image.stride_n + row * image.stride_h;
@@ -205,12 +205,7 @@ Pixels<T> source_pixels(const Image& image, int64_t image_index, int64_t images,
     if (image.stride_c == 1 && image.stride_h == image.width * image.stride_w &&
         (images == 1 || image.stride_n == image.height * image.stride_h))
       return {data, image.stride_w, lanes<T>, &vectors};
-  const int64_t stride = (images * rows * image.width | 1) * lanes<T>;
-  for (int64_t i = 0; i < images; i++)
-    for (int64_t y = 0; y < rows; y++)
-      load_columns<T>(data + i * image.stride_n + y * image.stride_h, image.stride_w, image.stride_c, image.width, image.channels,
-                      to + (i * rows + y) * image.width * lanes<T>, stride);
-  return {to, lanes<T>, stride, &vectors};
+  return copied_pixels<T, S>(image, image_index, images, row, rows, vectors, to);
 }
 
 // Which rows of the image the rows [from, planes.rows) of a strip's planes come from: [begin, end).

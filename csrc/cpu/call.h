@@ -30,6 +30,8 @@ struct Series {
 struct SeriesGradient {
   void* terms[max_terms];
   double* gates;
+
+  bool wanted() const { return terms[0] || gates; }
 };
 
 struct Geometry {
@@ -50,6 +52,13 @@ struct Layer {
   int64_t in_channels, out_channels;
   const void* bias;  // [C_out] of the sum's type, or null
   bool relu;
+};
+
+// Where a layer's gradients go; what is null is not computed.
+struct LayerGradient {
+  Image input;
+  SeriesGradient pointwise_in, grouped, pointwise_out;
+  void* bias;  // [C_out] of the sum's type
 };
 
 // Runs body(context, begin, end) over slices of [0, count) on torch's own threads.
@@ -73,6 +82,10 @@ struct Kernels {
   // The layer from packed weights. The first pointwise convolution's output is kept in `inner` where that has data.
   void (*layer)(Type type, const Image& input, const Layer& layer, const void* packed, const Image& inner, const Image& output,
                 const Threads& threads);
+  // The gradients of a layer from `grad`, its output's. `inner` has data where the first pointwise convolution's output was kept, `output` where
+  // relu cut it off.
+  void (*layer_backward)(Type type, const Image& grad, const Image& input, const Layer& layer, const Image& inner, const Image& output,
+                         const LayerGradient& gradient, const Threads& threads);
   // Σ gate_i t_i of terms of `count` elements each, in their type.
   void (*sum)(const Series& series, int64_t count, void* output, const Threads& threads);
 };

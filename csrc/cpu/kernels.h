@@ -153,6 +153,16 @@ struct Channels : Direction {
   std::vector<Index<T>> permutation;
 };
 
+// `channels` in vectors, a new one every `cluster` channels.
+template <class T>
+std::vector<LaneBlock> vectors_of(int64_t channels, int64_t cluster) {
+  std::vector<LaneBlock> vectors;
+  for (int64_t start = 0; start < channels; start += cluster)
+    for (int64_t at = start, end = std::min(channels, start + cluster); at < end; at += lanes<T>)
+      vectors.push_back({0, 1, at, std::min<int64_t>(lanes<T>, end - at)});
+  return vectors;
+}
+
 // Blocks [first, last) of channels that a thread works on together: their pixels are read at once, and their weights assembled.
 struct Set {
   int64_t first, last;
@@ -694,27 +704,25 @@ void correlate_block(const Channels<T>& channels, int64_t block, int64_t taps, c
     }
 }
 
-// D of one or two vectors of outputs of a pointwise convolution: its single tap gives a fetched channel no second use, a second vector does.
+// D[source][lane] += Σ_pixel grads[pixel][lane] · from[pixel][source] for one or two vectors of outputs of a pointwise convolution: its single tap gives a fetched channel no second use, a second vector does.
 template <class T, int Sources, int Vectors>
-__attribute__((noinline)) void multiply_weights(const T* grads, int64_t grad_stride, const T* planes, const int64_t* stretches, int64_t count,
-                                                int64_t columns, T* to, int64_t to_stride) {
+__attribute__((noinline)) void multiply_weights(const T* grads, int64_t grad_stride, const T* from, int64_t count, T* to, int64_t to_stride) {
   Vector<T> sum[Vectors][Sources]{};
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t p = stretches[i]; p < stretches[i] + columns * lanes<T>; p += lanes<T>) {
-      Vector<T> grad[Vectors];
+  for (int64_t p = 0; p < count * lanes<T>; p += lanes<T>) {
+    Vector<T> grad[Vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; v++) {
-        grad[v] = load<T>(grads + v * grad_stride + p);
-        keep_in_register(grad[v]);
-      }
-#pragma GCC unroll 16
-      for (int j = 0; j < Sources; j++) {
-        Vector<T> value = broadcast<T>(planes[p + j]);
-        if constexpr (Vectors > 1) keep_in_register(value);
-#pragma GCC unroll 2
-        for (int v = 0; v < Vectors; v++) sum[v][j] += grad[v] * value;
-      }
+    for (int v = 0; v < Vectors; v++) {
+      grad[v] = load<T>(grads + v * grad_stride + p);
+      keep_in_register(grad[v]);
     }
+#pragma GCC unroll 16
+    for (int j = 0; j < Sources; j++) {
+      Vector<T> value = broadcast<T>(from[p + j]);
+      if constexpr (Vectors > 1) keep_in_register(value);
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; v++) sum[v][j] += grad[v] * value;
+    }
+  }
 #pragma GCC unroll 2
   for (int v = 0; v < Vectors; v++)
 #pragma GCC unroll 16
@@ -723,19 +731,32 @@ __attribute__((noinline)) void multiply_weights(const T* grads, int64_t grad_str
       store<T>(at, load<T>(at) + sum[v][j]);
     }
 }
-template <class T, int Vectors>
-void multiply_blocks(const Channels<T>& channels, const Stretches& stretches, const T* grads, int64_t grad_stride, const T* planes,
-                     int64_t vector_stride, T* to) {
+// The same for `vectors` vectors of gradients and all `sources`, over `count` consecutive pixels: to[vector][source][lane]. So many pixels at once
+// that they stay in the first-level cache while every source channel passes over them.
+template <class T>
+void multiply_all_weights(const T* grads, int64_t grad_stride, int64_t vectors, const T* from, int64_t from_stride, const std::vector<LaneBlock>& sources,
+                          int64_t count, T* to, int64_t to_stride) {
   constexpr int most_sources = registers == 32 ? 12 : 4;
-  const int64_t count = stretches.starts.size(), most = run_budget / ((Vectors + 1) * GROSS_VECTOR_BYTES) / stretches.columns;
-  for (int64_t i = 0; i < count; i += most)
-    for (int64_t first = 0; first < channels.sources; first += lanes<T>)
-      even_parts(std::min<int64_t>(lanes<T>, channels.sources - first), most_sources, [&](int64_t j, int64_t size) {
-        with_constant<most_sources>(size, [&](auto sources) {
-          multiply_weights<T, sources, Vectors>(grads, grad_stride, planes + first / lanes<T> * vector_stride + j, stretches.starts.data() + i,
-                                                std::min(most, count - i), stretches.columns, to + (first + j) * lanes<T>, channels.packed);
+  even_parts(count, run_budget / (3 * GROSS_VECTOR_BYTES), [&](int64_t first, int64_t taken) {
+    for (int64_t v = 0, together; v < vectors; v += together) {
+      together = v + 1 < vectors ? 2 : 1;
+      const T* grad = grads + v * grad_stride + first * lanes<T>;
+      const T* source = from + first * lanes<T>;
+      T* at = to + v * to_stride;
+      for (const LaneBlock& block : sources) {
+        even_parts(block.lanes(), most_sources, [&](int64_t j, int64_t size) {
+          with_constant<most_sources>(size, [&](auto constant) {
+            if (together == 2)
+              multiply_weights<T, constant, 2>(grad, grad_stride, source + j, taken, at + j * lanes<T>, to_stride);
+            else
+              multiply_weights<T, constant, 1>(grad, grad_stride, source + j, taken, at + j * lanes<T>, to_stride);
+          });
         });
-      });
+        source += from_stride;
+        at += block.lanes() * lanes<T>;
+      }
+    }
+  });
 }
 
 // The gradients of the terms and the gates' shares from D of some outputs, [output][input in group][tap].
@@ -791,6 +812,7 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
   grad_plan.min_row = grad_plan.max_row = grad_plan.min_col = grad_plan.max_col = 0;
 
   const Channels<T> channels(g, false);
+  const std::vector<LaneBlock> sources = vectors_of<T>(channels.sources, channels.sources);
   const int64_t count = channels.blocks.size(), packed = channels.packed;
   // A pointwise convolution reads all its sources for every set.
   const std::vector<Set> sets = sets_of(channels, g.taps() == 1 ? set_vectors : grad_set_vectors, 1);
@@ -828,11 +850,9 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
         const T* from = planes_at + (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors * planes.vector_stride + channels.first_lane(b);
         const T* grads_of = grads_at + (b - set.first) * grads.vector_stride;
         T* sums = to + (b - set.first) * packed;
-        together = pointwise && b + 1 < set.last ? 2 : 1;
-        if (together == 2)
-          multiply_blocks<T, 2>(channels, stretches, grads_of, grads.vector_stride, from, planes.vector_stride, sums);
-        else if (pointwise)
-          multiply_blocks<T, 1>(channels, stretches, grads_of, grads.vector_stride, from, planes.vector_stride, sums);
+        together = pointwise ? set.last - b : 1;
+        if (pointwise)  // without padding rows lie side by side
+          multiply_all_weights(grads_of, grads.vector_stride, together, from, planes.vector_stride, sources, strip.images * strip.rows * plan.cols, sums, packed);
         else
           correlate_block<T>(channels, b, g.taps(), runs.all, stretches, grads_of, from, planes.vector_stride, sums);
       }
@@ -902,6 +922,8 @@ void sum(const Series& series, int64_t count, S* output, const Threads& threads)
 
 #include "bottleneck.h"
 
+#include "bottleneck_backward.h"
+
 namespace gross::cpu::GROSS_ISA {
 
 // Entries ---------------------------------------------------------------------------------------------------------------------
@@ -962,6 +984,14 @@ inline void layer_entry(Type type, const Image& input, const Layer& layer, const
   with_type(type, [&](auto s) {
     using S = decltype(s);
     run_layer<Sum<S>, S>(input, layer, static_cast<const Sum<S>*>(packed), inner, output, threads);
+  });
+}
+
+inline void layer_backward_entry(Type type, const Image& grad, const Image& input, const Layer& layer, const Image& inner, const Image& output,
+                                 const LayerGradient& gradient, const Threads& threads) {
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    run_layer_backward<Sum<S>, S>(grad, input, layer, inner, output, gradient, threads);
   });
 }
 
