@@ -94,6 +94,7 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512bf16_kernels;
 #endif
 
 // The kernels for this machine, or for the instruction set that GROSS_KERNELS_ISA names.

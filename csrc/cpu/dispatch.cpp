@@ -14,7 +14,9 @@ static const Kernels& choose() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) best = &avx2_kernels;
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (avx512) best = &avx512_kernels;
+  if (avx512bf16) best = &avx512bf16_kernels;
 #endif
   const char* forced = std::getenv("GROSS_KERNELS_ISA");
   if (!forced || !*forced) return *best;
@@ -23,8 +25,9 @@ static const Kernels& choose() {
 #if defined(__x86_64__)
   if (name == "avx2" && avx2) return avx2_kernels;
   if (name == "avx512" && avx512) return avx512_kernels;
+  if (name == "avx512bf16" && avx512bf16) return avx512bf16_kernels;
 #endif
-  throw std::runtime_error("GROSS_KERNELS_ISA: got '" + name + "', accepted are portable, avx2 and avx512 where the processor has them; it has up to " + best->name);
+  throw std::runtime_error("GROSS_KERNELS_ISA: got '" + name + "', accepted are portable, avx2, avx512 and avx512bf16 where the processor has them; it has up to " + best->name);
 }
 
 const Kernels& kernels() {

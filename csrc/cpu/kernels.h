@@ -116,8 +116,10 @@ struct Channels : Direction {
   std::vector<LaneBlock> blocks;
   int64_t packed, summed;  // numbers that the weights of a block take, packed and as rows
 
-  Channels(const Geometry& g, bool backward) : Direction(g, backward) {
+  // With pairs, a source is two channels in one lane.
+  Channels(const Geometry& g, bool backward, Product product = Product::numbers) : Direction(g, backward) {
     constexpr int64_t n = lanes<T>;
+    if (product == Product::pairs) sources /= 2;
     together = std::clamp<int64_t>(n / sources, 1, groups);
     vectors = ceil_div(together * sources, n);
     per_block = std::clamp<int64_t>(n / outputs, 1, together);
@@ -277,6 +279,18 @@ void pack_weights(const Series& series, const Geometry& g, const Direction& d, c
         to + j * taps * lanes<T>);
 }
 
+// The same in pairs of source channels, [pair][tap][lane]; `separate` holds them one by one meanwhile.
+template <class T>
+void pack_pairs(const Series& series, const Geometry& g, const Direction& d, const LaneBlock& block, T* sum, T* separate, T* to) {
+  pack_weights<T, bfloat16>(series, g, d, block, sum, separate);
+  const int64_t size = g.taps() * lanes<T>;
+  for (int64_t pair = 0; pair < d.sources / 2; pair++)
+    for (int64_t k = 0; k < size; k += lanes<T>) {
+      const Words low = __builtin_bit_cast(Words, load<T>(separate + 2 * pair * size + k)), high = __builtin_bit_cast(Words, load<T>(separate + (2 * pair + 1) * size + k));
+      store<T>(to + pair * size + k, __builtin_bit_cast(Vector<T>, (low >> 16) | high));
+    }
+}
+
 // Forward and input gradient ------------------------------------------------------------------------------------------------
 
 // Consecutive columns of one kernel row (within a phase): tap c reads `offset` + c positions further, with weight[c].
@@ -342,7 +356,7 @@ GROSS_INLINE Vector<T> fetched(const T* from, [[maybe_unused]] Vector<Index<T>> 
 }
 
 // One run of taps for one source channel: each fetched vector serves every tap that reads it.
-template <class T, Fetch fetch, int Columns, int Segments, int Length>
+template <class T, Fetch fetch, Product product, int Columns, int Segments, int Length>
 GROSS_INLINE void add_run(const T* const* from, int64_t offset, const T* weights, const Run& run, Vector<Index<T>> index,
                           Vector<T> (&sum)[Segments][Columns]) {
   Vector<T> weight[Length];
@@ -359,12 +373,12 @@ GROSS_INLINE void add_run(const T* const* from, int64_t offset, const T* weights
       if constexpr (Length > 1) keep_in_register(value);
 #pragma GCC unroll 4
       for (int c = 0; c < Length; c++)
-        if (k - c >= 0 && k - c < Columns) sum[segment][k - c] += value * weight[c];
+        if (k - c >= 0 && k - c < Columns) multiply_add<product, T>(sum[segment][k - c], value, weight[c]);
     }
 }
 
 // to[segment][column][lane] = Σ_source Σ_tap weight[source][tap][lane] · from[segment][column + tap][source].
-template <class T, Fetch fetch, int Columns, int Segments>
+template <class T, Fetch fetch, Product product, int Columns, int Segments>
 __attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* weights, const T* const* from, T* const* to, int64_t col_stride) {
   Vector<T> sum[Segments][Columns]{};
   for (int64_t first = 0, plane = 0; first < stencil.sources; first += lanes<T>, plane += stencil.vector_stride)
@@ -375,11 +389,11 @@ __attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* wei
       // A loop for each length: branches within one loop made the compiler share code between them, 24 cycles where these take 20.
       const Run* run = stencil.runs.all.data();
       for (const Run* end = run + stencil.runs.longest; run != end; run++)
-        add_run<T, fetch, Columns, Segments, 3>(from, channel + run->offset, weights, *run, index, sum);
+        add_run<T, fetch, product, Columns, Segments, 3>(from, channel + run->offset, weights, *run, index, sum);
       for (const Run* end = run + stencil.runs.middle; run != end; run++)
-        add_run<T, fetch, Columns, Segments, 2>(from, channel + run->offset, weights, *run, index, sum);
+        add_run<T, fetch, product, Columns, Segments, 2>(from, channel + run->offset, weights, *run, index, sum);
       for (const Run* end = stencil.runs.all.data() + stencil.runs.all.size(); run != end; run++)
-        add_run<T, fetch, Columns, Segments, 1>(from, channel + run->offset, weights, *run, index, sum);
+        add_run<T, fetch, product, Columns, Segments, 1>(from, channel + run->offset, weights, *run, index, sum);
     }
 #pragma GCC unroll 8
   for (int segment = 0; segment < Segments; segment++)
@@ -398,7 +412,7 @@ constexpr int max_segments = 8, max_columns = 16;
 // Sums that the registers hold beside a fetched vector and the weights of a run.
 constexpr int max_sums = registers == 32 ? 16 : 8;
 
-template <class T, Fetch fetch, int... Columns>
+template <class T, Fetch fetch, Product product, int... Columns>
 Tile<T> tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
   Tile<T> best{};
   int64_t least = 0;
@@ -409,7 +423,7 @@ Tile<T> tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
       const int64_t computed = round_up(width, c);
       if (c <= width && (!best.correlate || computed < least)) {
         least = computed;
-        best = {c, segments, correlate<T, fetch, c, segments>};
+        best = {c, segments, correlate<T, fetch, product, c, segments>};
       }
     }
   };
@@ -417,14 +431,14 @@ Tile<T> tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
   return best;
 }
 // The tile that computes a row of `width` columns with the fewest of them twice.
-template <class T>
+template <class T, Product product = Product::numbers>
 Tile<T> tile_for(Fetch fetch, int64_t width) {
   using Columns = std::integer_sequence<int, 16, 14, 8, 7, 4, 2, 1>;
   switch (fetch) {
-    case Fetch::lanes: return tile_of<T, Fetch::lanes>(width, Columns{});
-    case Fetch::within_quads: return tile_of<T, Fetch::within_quads>(width, Columns{});
-    case Fetch::permuted: return tile_of<T, Fetch::permuted>(width, Columns{});
-    default: return tile_of<T, Fetch::broadcast>(width, Columns{});
+    case Fetch::lanes: return tile_of<T, Fetch::lanes, product>(width, Columns{});
+    case Fetch::within_quads: return tile_of<T, Fetch::within_quads, product>(width, Columns{});
+    case Fetch::permuted: return tile_of<T, Fetch::permuted, product>(width, Columns{});
+    default: return tile_of<T, Fetch::broadcast, product>(width, Columns{});
   }
 }
 
@@ -513,10 +527,20 @@ void load_sources(const Image& image, const Plan& plan, const Strip& strip, cons
     load_planes<T, S>(image, plan, strip, planes, at, std::min(step, end - at), to);
 }
 
-template <class T, class S>
+// Whether two channels of a bfloat16 tensor can be read as one lane: neighbours in memory, in every group.
+inline bool has_pairs(const Image& image, const Direction& d) {
+  return image.stride_c == 1 && (image.stride_n | image.stride_h | image.stride_w) % 2 == 0 && d.sources % 2 == 0;
+}
+inline Image in_pairs(const Image& image) {
+  return {image.data, image.channels / 2, image.height, image.width, image.stride_n / 2, 1, image.stride_h / 2, image.stride_w / 2};
+}
+
+template <class T, class S, Product product = Product::numbers>
 void convolve(const Plan& plan, const Image& source, const Series& series, const Image& target_image, const Geometry& g,
               bool backward, const Threads& threads) {
-  const Channels<T> channels(g, backward);
+  constexpr bool pairs = product == Product::pairs;
+  const Direction direction(g, backward);
+  const Channels<T> channels(g, backward, product);
   // Units of work: a set of channels times a strip. More sets than the budgets ask for where strips are few.
   std::vector<Set> sets = sets_of(channels, set_vectors, 1);
   const std::vector<Strip> strips = plan_strips(plan, g.images, source_vectors(channels, sets) * GROSS_VECTOR_BYTES,
@@ -529,7 +553,7 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
   constexpr int64_t spare_size = max_segments * max_columns * lanes<T>;
 
   auto work = [&](int64_t begin, int64_t end) {
-    T* const planes_at = scratch<T>(plane_size + spare_size + weight_size + channels.summed);
+    T* const planes_at = scratch<T>(plane_size + spare_size + weight_size + (pairs ? 2 * (channels.summed + channels.packed) : channels.summed));
     T* const spare = planes_at + plane_size;
     T* const weights = spare + spare_size;
     T* const sum = weights + weight_size;
@@ -539,14 +563,22 @@ void convolve(const Plan& plan, const Image& source, const Series& series, const
       const Set& set = sets[unit / strip_count];
       const Strip& strip = strips[unit % strip_count];
       if (assembled != unit / strip_count)
-        for (int64_t b = set.first; b < set.last; b++)
-          pack_weights<T, S>(series, g, channels, channels.blocks[b], sum, weights + (b - set.first) * channels.packed);
+        for (int64_t b = set.first; b < set.last; b++) {
+          T* const to = weights + (b - set.first) * channels.packed;
+          if constexpr (pairs)
+            pack_pairs(series, g, direction, channels.blocks[b], sum, sum + 2 * channels.summed, to);
+          else
+            pack_weights<T, S>(series, g, direction, channels.blocks[b], sum, to);
+        }
       assembled = unit / strip_count;
       const Planes planes = Planes::of<T>(plan, strip);
-      load_sources<T, S>(source, plan, strip, planes, channels, set, planes_at);
+      if constexpr (pairs)
+        load_sources<T, T>(in_pairs(source), plan, strip, planes, channels, set, planes_at);
+      else
+        load_sources<T, S>(source, plan, strip, planes, channels, set, planes_at);
       for (const Target& target : plan.targets) {
         const Runs runs = runs_of<T>(plan, target, planes);
-        const Tile<T> tile = tile_for<T>(channels.fetch, target.cols);
+        const Tile<T> tile = tile_for<T, product>(channels.fetch, target.cols);
         segments_of<T>(target_image, plan, target, strip, tile.columns, segments);
         for (int64_t b = set.first; b < set.last; b++) {
           const Stencil<T> stencil{channels.sources, planes.vector_stride, runs, g.taps() * lanes<T>, channels.permutation_of(b)};
@@ -938,24 +970,26 @@ void with_type(Type type, F f) {
   }
 }
 
-inline void forward_entry(Type type, const Image& input, const Series& series, const Image& output, const Geometry& g,
-                          const Threads& threads) {
+// With `pairs` on processors that multiply pairs of bfloat16 numbers.
+template <Product product>
+void convolve_entry(Type type, const Plan& plan, const Image& source, const Series& series, const Image& target, const Geometry& g, bool backward, const Threads& threads) {
   with_type(type, [&](auto s) {
     using S = decltype(s);
-    if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(input, series, output, g, false, threads);
-    const Plan plan = forward_plan(g, input.height, input.width, output.height, output.width);
-    convolve<Sum<S>, S>(plan, input, series, output, g, false, threads);
+    if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(source, series, target, g, backward, threads);
+    if constexpr (product == Product::pairs && std::is_same_v<S, bfloat16>)
+      if (has_pairs(source, Direction(g, backward))) return convolve<float, S, product>(plan, source, series, target, g, backward, threads);
+    convolve<Sum<S>, S>(plan, source, series, target, g, backward, threads);
   });
 }
 
-inline void input_grad_entry(Type type, const Image& grad, const Series& series, const Image& grad_input,
-                             const Geometry& g, const Threads& threads) {
-  with_type(type, [&](auto s) {
-    using S = decltype(s);
-    if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(grad, series, grad_input, g, true, threads);
-    const Plan plan = input_grad_plan(g, grad_input.height, grad_input.width, grad.height, grad.width);
-    convolve<Sum<S>, S>(plan, grad, series, grad_input, g, true, threads);
-  });
+template <Product product = Product::numbers>
+void forward_entry(Type type, const Image& input, const Series& series, const Image& output, const Geometry& g, const Threads& threads) {
+  convolve_entry<product>(type, forward_plan(g, input.height, input.width, output.height, output.width), input, series, output, g, false, threads);
+}
+
+template <Product product = Product::numbers>
+void input_grad_entry(Type type, const Image& grad, const Series& series, const Image& grad_input, const Geometry& g, const Threads& threads) {
+  convolve_entry<product>(type, input_grad_plan(g, grad_input.height, grad_input.width, grad.height, grad.width), grad, series, grad_input, g, true, threads);
 }
 
 inline void weight_grad_entry(Type type, const Image& grad, const Image& input, const Series& series,

@@ -127,6 +127,21 @@ GROSS_INLINE void keep_in_register([[maybe_unused]] V& v) {
 #endif
 }
 
+// What a multiply–add does with a lane: numbers of the lanes' type, or with 32-bit lanes two bfloat16 numbers each, whose products are both added.
+enum class Product { numbers, pairs };
+
+template <Product product, class T>
+GROSS_INLINE void multiply_add(Vector<T>& sum, Vector<T> value, Vector<T> weight) {
+  if constexpr (product == Product::numbers) {
+    sum += value * weight;
+  } else {
+#if GROSS_VECTOR_BYTES == 64
+    // By its name: as an intrinsic it would need this whole unit to be compiled for processors that have it.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(value), "v"(weight));
+#endif
+  }
+}
+
 // The first n lanes, zeros in the others; nothing beyond them is touched.
 template <class T, class S>
 GROSS_INLINE Vector<T> load_first(const S* from, int64_t n) {

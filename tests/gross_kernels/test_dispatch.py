@@ -151,7 +151,7 @@ def test_variable_with_an_unknown_instruction_set() -> None:
     result = run("-c", CALL, GROSS_KERNELS_ISA="sse9")
     assert result.returncode == 1
     assert "RuntimeError" in result.stderr
-    assert "GROSS_KERNELS_ISA: got 'sse9', accepted are portable, avx2 and avx512" in result.stderr
+    assert "GROSS_KERNELS_ISA: got 'sse9', accepted are portable, avx2, avx512 and avx512bf16" in result.stderr
 
 
 @pytest.fixture(scope="module")
