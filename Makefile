@@ -28,12 +28,21 @@ lint: setup
 
 # The kernels alone, against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: build/sanitized
-	for isa in portable avx2 avx512; do GROSS_KERNELS_ISA=$$isa ./build/sanitized || exit 1; done
+	for isa in portable avx2 avx512 avx512bf16; do GROSS_KERNELS_ISA=$$isa ./build/sanitized || exit 1; done
 
-build/sanitized: tests/native/kernels.cpp $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -pthread \
-		tests/native/kernels.cpp csrc/cpu/*.cpp -o $@
+SANITIZE := $(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
+SANITIZED := $(patsubst csrc/cpu/%.cpp,build/sanitizer/%.o,$(wildcard csrc/cpu/*.cpp)) build/sanitizer/test.o
+
+build/sanitized: $(SANITIZED)
+	$(SANITIZE) $^ -o $@
+
+build/sanitizer/%.o: csrc/cpu/%.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
+	@mkdir -p $(@D)
+	$(SANITIZE) -c $< -o $@
+
+build/sanitizer/test.o: tests/native/kernels.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
+	@mkdir -p $(@D)
+	$(SANITIZE) -c $< -o $@
 
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -115,66 +115,127 @@ bool draw(Case& c) {
   return room_h >= 0 && room_w >= 0;
 }
 
-// A layer against pointwise, grouped and pointwise convolution one after the other, with and without keeping the first one's output.
+// A layer and its gradients against pointwise, grouped and pointwise convolution one after the other, with and without keeping the first one's output.
 void layer_case() {
   Case c;
   if (!draw(c)) return;
   const Geometry& g = c.g;
-  const Type type = c.type;
+  const Type type = c.type, wide = type == Type::float64 ? type : Type::float32;
   Layer layer{};
   layer.geometry = g;
   layer.in_channels = pick(1, 40), layer.out_channels = pick(1, 40), layer.relu = pick(0, 1);
   const std::string where = std::to_string(layer.in_channels) + "→(" + c.where + ")→" + std::to_string(layer.out_channels);
-  Tensor first(g.in_channels, layer.in_channels, 1, 1, false, type, 2), middle(g.out_channels, g.group_size, g.kernel_h, g.kernel_w, false, type, 2),
-      last(layer.out_channels, g.out_channels, 1, 1, false, type, 2), bias(1, layer.out_channels, 1, 1, false, type == Type::float64 ? type : Type::float32, 2);
-  auto series = [&](const Tensor& weight) {
+  struct Weight {
+    Tensor value, grad;
+    double share = NAN;
+
+    Weight(int64_t to, int64_t from, int64_t kh, int64_t kw, Type type) : value(to, from, kh, kw, false, type, 2), grad(to, from, kh, kw, false, type, 0) {}
+  };
+  Weight first(g.in_channels, layer.in_channels, 1, 1, type), middle(g.out_channels, g.group_size, g.kernel_h, g.kernel_w, type), last(layer.out_channels, g.out_channels, 1, 1, type);
+  Tensor bias(1, layer.out_channels, 1, 1, false, wide, 2), grad_bias(1, layer.out_channels, 1, 1, false, wide, 0);
+  const double gate = pick(1, 2);
+  auto series = [&](const Weight& weight) {
     Series of{};
-    of.active = 1, of.type = type, of.terms[0] = weight.memory.get(), of.group_sizes[0] = weight.c, of.gates[0] = 1;
+    of.active = 1, of.type = type, of.terms[0] = weight.value.memory.get(), of.group_sizes[0] = weight.value.c, of.gates[0] = gate;
     return of;
   };
   layer.pointwise_in = series(first), layer.grouped = series(middle), layer.pointwise_out = series(last);
   if (pick(0, 1)) layer.bias = bias.memory.get();
   Tensor input(g.images, layer.in_channels, c.h, c.w, pick(0, 1), type, 2), output(g.images, layer.out_channels, c.out_h, c.out_w, pick(0, 1), type, 0),
-      inner(g.images, g.in_channels, c.h, c.w, pick(0, 1), type, 0);
+      inner(g.images, g.in_channels, c.h, c.w, pick(0, 1), type, 0), grad(g.images, layer.out_channels, c.out_h, c.out_w, pick(0, 1), type, 2),
+      grad_input(g.images, layer.in_channels, c.h, c.w, pick(0, 1), type, 0);
   const bool keep = pick(0, 1);
   // The packed weights are whole vectors: aligned, but of exactly the size that the kernels ask for.
-  std::vector<char> packed(kernels().packed_size(type, layer) * (type == Type::float64 ? 8 : 4));
+  std::vector<char> packed(kernels().packed_size(type, layer) * size_of(wide));
   kernels().pack(type, layer, packed.data(), two_threads);
   kernels().layer(type, input.image(), layer, packed.data(), keep ? inner.image() : Image{}, output.image(), two_threads);
 
-  std::vector<double> p(g.images * g.in_channels * c.h * c.w);
+  const bool for_input = pick(0, 3), for_first = pick(0, 3), for_middle = pick(0, 3), for_last = pick(0, 3), for_bias = pick(0, 1), for_gates = pick(0, 1);
+  LayerGradient gradient{};
+  if (for_input) gradient.input = grad_input.image();
+  if (for_bias) gradient.bias = grad_bias.memory.get();
+  auto wants = [&](SeriesGradient& of, Weight& weight, bool wanted) {
+    if (wanted) of.terms[0] = weight.grad.memory.get();
+    if (for_gates) of.gates = &weight.share;
+  };
+  wants(gradient.pointwise_in, first, for_first), wants(gradient.grouped, middle, for_middle), wants(gradient.pointwise_out, last, for_last);
+  kernels().layer_backward(type, grad.image(), input.image(), layer, keep ? inner.image() : Image{}, layer.relu ? output.image() : Image{}, gradient, two_threads);
+
+  auto at = [](int64_t n, int64_t channels, int64_t i, int64_t h, int64_t y, int64_t w, int64_t x) { return ((n * channels + i) * h + y) * w + x; };
+  std::vector<double> p(g.images * g.in_channels * c.h * c.w), slope(p.size()), r(g.images * g.out_channels * c.out_h * c.out_w), turned(r.size());
+  std::vector<double> of_first(g.in_channels * layer.in_channels), of_middle(g.out_channels * g.group_size * g.taps()), of_last(layer.out_channels * g.out_channels),
+      of_bias(layer.out_channels);
   for (int64_t n = 0; n < g.images; n++)
     for (int64_t o = 0; o < g.in_channels; o++)
       for (int64_t y = 0; y < c.h; y++)
         for (int64_t x = 0; x < c.w; x++) {
-          double& sum = p[((n * g.in_channels + o) * c.h + y) * c.w + x];
-          for (int64_t j = 0; j < layer.in_channels; j++) sum += first.at(first.index(o, j, 0, 0)) * input.at(input.index(n, j, y, x));
+          double& sum = p[at(n, g.in_channels, o, c.h, y, c.w, x)];
+          for (int64_t j = 0; j < layer.in_channels; j++) sum += gate * first.value.at(first.value.index(o, j, 0, 0)) * input.at(input.index(n, j, y, x));
           if (!keep) continue;
           const double kept = inner.at(inner.index(n, o, y, x));
           compare(type, "inner", kept, sum, where);
           sum = kept;  // rounded to bfloat16 where that is the type
         }
-  std::vector<double> r(g.out_channels);
+  // Calls f(r's index, p's index, the weight's index) for everything that the grouped convolution multiplies.
+  auto each = [&](auto f) {
+    for (int64_t n = 0; n < g.images; n++)
+      for (int64_t o = 0; o < g.out_channels; o++)
+        for (int64_t j = 0; j < g.group_size; j++)
+          for (int64_t ky = 0; ky < g.kernel_h; ky++)
+            for (int64_t kx = 0; kx < g.kernel_w; kx++)
+              for (int64_t y = 0; y < c.out_h; y++)
+                for (int64_t x = 0; x < c.out_w; x++) {
+                  const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h, ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
+                  if (iy < 0 || iy >= c.h || ix < 0 || ix >= c.w) continue;
+                  const int64_t from = gross::block_start(o, g.in_channels, g.out_channels, g.group_size) + j;
+                  f(at(n, g.out_channels, o, c.out_h, y, c.out_w, x), at(n, g.in_channels, from, c.h, iy, c.w, ix), middle.value.index(o, j, ky, kx));
+                }
+  };
+  each([&](int64_t to, int64_t from, int64_t weight) { r[to] += gate * middle.value.at(weight) * p[from]; });
   for (int64_t n = 0; n < g.images; n++)
-    for (int64_t y = 0; y < c.out_h; y++)
-      for (int64_t x = 0; x < c.out_w; x++) {
-        for (int64_t o = 0; o < g.out_channels; o++) {
-          r[o] = 0;
-          for (int64_t j = 0; j < g.group_size; j++)
-            for (int64_t ky = 0; ky < g.kernel_h; ky++)
-              for (int64_t kx = 0; kx < g.kernel_w; kx++) {
-                const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h, ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
-                if (iy < 0 || iy >= c.h || ix < 0 || ix >= c.w) continue;
-                const int64_t from = gross::block_start(o, g.in_channels, g.out_channels, g.group_size) + j;
-                r[o] += middle.at(middle.index(o, j, ky, kx)) * p[((n * g.in_channels + from) * c.h + iy) * c.w + ix];
-              }
-        }
-        for (int64_t o = 0; o < layer.out_channels; o++) {
+    for (int64_t o = 0; o < layer.out_channels; o++)
+      for (int64_t y = 0; y < c.out_h; y++)
+        for (int64_t x = 0; x < c.out_w; x++) {
           double sum = layer.bias ? bias.at(o) : 0;
-          for (int64_t j = 0; j < g.out_channels; j++) sum += last.at(last.index(o, j, 0, 0)) * r[j];
-          compare(type, "layer", output.at(output.index(n, o, y, x)), layer.relu ? std::max(sum, 0.0) : sum, where);
+          for (int64_t j = 0; j < g.out_channels; j++) sum += gate * last.value.at(last.value.index(o, j, 0, 0)) * r[at(n, g.out_channels, j, c.out_h, y, c.out_w, x)];
+          const double got = output.at(output.index(n, o, y, x));
+          compare(type, "layer", got, layer.relu ? std::max(sum, 0.0) : sum, where);
+          const double dy = layer.relu && got <= 0 ? 0 : grad.at(grad.index(n, o, y, x));
+          of_bias[o] += dy;
+          for (int64_t j = 0; j < g.out_channels; j++) {
+            const int64_t to = at(n, g.out_channels, j, c.out_h, y, c.out_w, x);
+            of_last[last.value.index(o, j, 0, 0)] += dy * r[to];
+            turned[to] += gate * last.value.at(last.value.index(o, j, 0, 0)) * dy;
+          }
         }
-      }
+  each([&](int64_t to, int64_t from, int64_t weight) {
+    slope[from] += gate * middle.value.at(weight) * turned[to];
+    of_middle[weight] += turned[to] * p[from];
+  });
+  for (int64_t n = 0; n < g.images; n++)
+    for (int64_t j = 0; j < layer.in_channels; j++)
+      for (int64_t y = 0; y < c.h; y++)
+        for (int64_t x = 0; x < c.w; x++) {
+          double sum = 0;
+          for (int64_t o = 0; o < g.in_channels; o++) {
+            const double dp = slope[at(n, g.in_channels, o, c.h, y, c.w, x)];
+            sum += gate * first.value.at(first.value.index(o, j, 0, 0)) * dp;
+            of_first[first.value.index(o, j, 0, 0)] += dp * input.at(input.index(n, j, y, x));
+          }
+          if (for_input) compare(type, "layer's input gradient", grad_input.at(grad_input.index(n, j, y, x)), sum, where);
+        }
+  auto check = [&](const char* what, const Weight& weight, const std::vector<double>& expected, bool wanted) {
+    double share = 0;
+    for (size_t k = 0; k < expected.size(); k++) {
+      share += expected[k] * weight.value.at(k);
+      if (wanted) compare(type, what, weight.grad.at(k), gate * expected[k], where);
+    }
+    if (for_gates) compare(type, "layer's gate gradient", weight.share, share, where);
+  };
+  check("first pointwise's gradient", first, of_first, for_first);
+  check("grouped gradient", middle, of_middle, for_middle);
+  check("last pointwise's gradient", last, of_last, for_last);
+  for (int64_t o = 0; for_bias && o < layer.out_channels; o++) compare(type, "bias gradient", grad_bias.at(o), of_bias[o], where);
 }
 
 void convolution_case() {
