@@ -30,7 +30,7 @@ lint: setup
 sanitize: build/sanitized
 	for isa in portable avx2 avx512 avx512bf16; do GROSS_KERNELS_ISA=$$isa ./build/sanitized || exit 1; done
 
-SANITIZE := $(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
+SANITIZE := $(CXX) -std=c++17 -Og -g -DGROSS_POISON -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 SANITIZED := $(patsubst csrc/cpu/%.cpp,build/sanitizer/%.o,$(wildcard csrc/cpu/*.cpp)) build/sanitizer/test.o
 
 build/sanitized: $(SANITIZED)

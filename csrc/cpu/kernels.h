@@ -17,7 +17,7 @@ constexpr int64_t set_vectors = 8;
 // Bytes of planes that the weight gradient passes over at once: three quarters of a 32 KB first-level cache.
 constexpr int64_t run_budget = 24 << 10;
 
-// Memory of one thread, kept from call to call and grown as needed; contents are not kept.
+// Memory of one thread, kept from call to call and grown as needed; contents are not kept. Tests define GROSS_POISON: NaN in all of it at first.
 template <class T>
 T* scratch(int64_t count) {
   struct Block {
@@ -34,6 +34,9 @@ T* scratch(int64_t count) {
     if (!block.memory) throw std::bad_alloc();
     block.size = need;
   }
+#ifdef GROSS_POISON
+  std::memset(block.memory, 0xff, block.size);
+#endif
   return static_cast<T*>(block.memory);
 }
 
@@ -43,6 +46,9 @@ class Buffer {
  public:
   explicit Buffer(int64_t count) : memory_(std::aligned_alloc(4096, round_up(std::max<int64_t>(count, 1) * sizeof(T), 4096))) {
     if (!memory_) throw std::bad_alloc();
+#ifdef GROSS_POISON
+    std::memset(memory_, 0xff, std::max<int64_t>(count, 1) * sizeof(T));
+#endif
   }
   ~Buffer() { std::free(memory_); }
   Buffer(const Buffer&) = delete;
