@@ -17,7 +17,7 @@
 
 namespace gross::cpu {
 const Kernels avx2_kernels{
-    "avx2", avx2::forward_entry<>, avx2::input_grad_entry<>, avx2::weight_grad_entry,
+    "avx2", avx2::forward_entry<>, avx2::input_grad_entry<>, avx2::weight_grad_entry<>,
     avx2::packed_size_entry, avx2::pack_entry, avx2::layer_entry, avx2::layer_backward_entry, avx2::sum_entry};
 }
 

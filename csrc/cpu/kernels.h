@@ -845,11 +845,119 @@ void write_gradients(const Series& series, const SeriesGradient& gradient, const
   }
 }
 
+// The weight gradient in pairs of pixels: a multiply–add of bfloat16 numbers takes two, so a lane holds an output channel's gradient at two
+// neighbouring columns, and a source channel's row is read two columns at a time, from any column on.
+
+// Rows of gradients as pairs of columns, each row filled with zeros to whole stretches: [block][row of any image][pair][lane].
+struct PairRows {
+  int64_t pairs;      // of a stretch
+  int64_t stretches;  // of a row
+
+  explicit PairRows(int64_t columns) : pairs(0), stretches(0) {
+    const int64_t count = ceil_div(columns, 2);
+    for (const int64_t size : {7, 4, 2})
+      if (!pairs || round_up(count, size) < pairs * stretches) pairs = size, stretches = ceil_div(count, size);
+  }
+  template <class T>
+  int64_t row_size() const { return pairs * stretches * lanes<T>; }
+};
+
+// Planes of gradients, numbers of bfloat16 precision in float32, as pairs.
+template <class T>
+void pair_columns(const T* planes, const Plan& plan, const Strip& strip, const PairRows& rows, T* to) {
+  for (int64_t i = 0; i < strip.images; i++)
+    for (int64_t r = 0; r < strip.rows; r++) {
+      const T* row = planes + (i * plan.row_pitch + r) * plan.pitch * lanes<T>;
+      for (int64_t k = 0; k < rows.pairs * rows.stretches; k++, to += lanes<T>) {
+        auto column = [&](int64_t at) { return at < plan.cols ? __builtin_bit_cast(Words, load<T>(row + at * lanes<T>)) : Words{}; };
+        store<T>(to, __builtin_bit_cast(Vector<T>, (column(2 * k) >> 16) | column(2 * k + 1)));
+      }
+    }
+}
+
+// A plane of pairs of channels, [position][pair], as a row for each channel: [channel][position], channels `stride` apart.
+template <class T>
+void separate_channels(const T* plane, int64_t positions, uint16_t* to, int64_t stride) {
+  constexpr int n = lanes<T>;
+  for (int64_t p = 0; p < positions; p += n) {
+    Vector<T> square[n];
+#pragma GCC unroll 64
+    for (int i = 0; i < n; i++) square[i] = p + i < positions ? load<T>(plane + (p + i) * n) : Vector<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < n; i++) {
+      const Words words = __builtin_bit_cast(Words, square[i]);
+      const Halves low = __builtin_convertvector(words & 0xffffu, Halves), high = __builtin_convertvector(words >> 16, Halves);
+      __builtin_memcpy(to + 2 * i * stride + p, &low, sizeof low);
+      __builtin_memcpy(to + (2 * i + 1) * stride + p, &high, sizeof high);
+    }
+  }
+}
+
+// D[source][tap][lane] += Σ_pair grads[pair][lane] · (two columns of from[source] at the pair and the tap), for a run of `Length` taps.
+template <class T, int Sources, int Length, int Pairs>
+__attribute__((noinline)) void correlate_pairs(const T* grads, const uint16_t* from, int64_t from_stride, const int64_t* starts, int64_t count, const Run& run,
+                                               T* to, int64_t to_stride) {
+  Vector<T> sum[Sources][Length]{};
+  auto columns = [](const uint16_t* at) {
+    T two;
+    __builtin_memcpy(&two, at, sizeof two);
+    Vector<T> value = broadcast<T>(two);
+    keep_in_register(value);
+    return value;
+  };
+  for (int64_t i = 0; i < count; i++, grads += Pairs * lanes<T>) {
+    const uint16_t* at = from + starts[i];
+    Vector<T> even[Sources];
+#pragma GCC unroll 4
+    for (int j = 0; j < Sources; j++) even[j] = columns(at + j * from_stride);
+#pragma GCC unroll 8
+    for (int k = 0; k < Pairs; k++) {
+      Vector<T> grad = load<T>(grads + k * lanes<T>);
+      keep_in_register(grad);
+#pragma GCC unroll 4
+      for (int j = 0; j < Sources; j++) {
+        const uint16_t* two = at + j * from_stride + 2 * k;
+        multiply_add<Product::pairs, T>(sum[j][0], even[j], grad);
+        if constexpr (Length > 1) multiply_add<Product::pairs, T>(sum[j][1], columns(two + 1), grad);
+        if (k + 1 < Pairs || Length > 2) even[j] = columns(two + 2);
+        if constexpr (Length > 2) multiply_add<Product::pairs, T>(sum[j][2], even[j], grad);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < Sources; j++)
+#pragma GCC unroll 4
+    for (int c = 0; c < Length; c++) {
+      T* at = to + j * to_stride + run.weight[c];
+      store<T>(at, load<T>(at) + sum[j][c]);
+    }
+}
+
+// D of one vector of outputs, all sources and runs; `from` is the first source's row, with the taps' offsets in columns.
+template <class T>
+void correlate_pairs_block(int64_t sources, int64_t taps, const std::vector<Run>& runs, const PairRows& rows, const std::vector<int64_t>& starts, const T* grads,
+                           const uint16_t* from, int64_t from_stride, T* to) {
+  const int64_t count = starts.size(), most = std::max<int64_t>(1, run_budget / (2 * GROSS_VECTOR_BYTES) / rows.pairs);
+  for (int64_t i = 0; i < count; i += most)
+    even_parts(sources, 4, [&](int64_t first, int64_t size) {
+      for (const Run& run : runs)
+        with_constant<4>(size, [&](auto together) {
+          with_constant<max_run>(run.length, [&](auto length) {
+            const auto correlate = rows.pairs == 7   ? correlate_pairs<T, together, length, 7>
+                                   : rows.pairs == 4 ? correlate_pairs<T, together, length, 4>
+                                                     : correlate_pairs<T, together, length, 2>;
+            correlate(grads + i * rows.pairs * lanes<T>, from + first * from_stride + run.offset / lanes<T>, from_stride, starts.data() + i, std::min(most, count - i), run,
+                      to + first * taps * lanes<T>, taps * lanes<T>);
+          });
+        });
+    });
+}
+
 // Where few vectors of outputs would leave threads idle, strips are split into this many slices. Fixed, not the number of threads: the
 // slices are summed in order, so results are the same bits for any number of threads.
 constexpr int64_t grad_tasks = 32;
 
-template <class T, class S>
+template <class T, class S, Product product = Product::numbers>
 void weight_grad(const Image& grad, const Image& input, const Series& series, const SeriesGradient& gradient,
                  const Geometry& g, const Threads& threads) {
   const Plan plan = forward_plan(g, input.height, input.width, grad.height, grad.width);
@@ -859,17 +967,20 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
   grad_plan.source_width = grad.width;
   grad_plan.min_row = grad_plan.max_row = grad_plan.min_col = grad_plan.max_col = 0;
 
-  const Channels<T> channels(g, false);
+  constexpr bool pairs = product == Product::pairs;
+  const Channels<T> channels(g, false), read(g, false, product);
   const std::vector<LaneBlock> sources = vectors_of<T>(channels.sources, channels.sources);
   const int64_t count = channels.blocks.size(), packed = channels.packed;
   const std::vector<Set> sets = sets_of(channels, set_vectors, 1);
-  const int64_t set_count = sets.size(), vectors = source_vectors(channels, sets), blocks = largest(sets);
+  const int64_t set_count = sets.size(), vectors = source_vectors(read, sets), blocks = largest(sets);
   const std::vector<Strip> strips = plan_strips(plan, g.images, (vectors + blocks) * GROSS_VECTOR_BYTES, ceil_div(grad_tasks, set_count));
   const int64_t strip_count = strips.size(), slices = std::clamp<int64_t>(ceil_div(grad_tasks, set_count), 1, strip_count);
+  const PairRows pair_rows(plan.cols);
   int64_t plane_size = 0, grad_size = 0;
   for (const Strip& strip : strips) {
-    plane_size = std::max(plane_size, vectors * Planes::of<T>(plan, strip).vector_stride);
-    grad_size = std::max(grad_size, blocks * Planes::of<T>(grad_plan, strip).vector_stride);
+    // In pairs the planes are needed once more, as rows of channels and of pairs.
+    plane_size = std::max(plane_size, (pairs ? 2 : 1) * vectors * (Planes::of<T>(plan, strip).vector_stride + (pairs ? lanes<T> * lanes<T> * static_cast<int64_t>(plan.sources.size()) : 0)));
+    grad_size = std::max(grad_size, blocks * (Planes::of<T>(grad_plan, strip).vector_stride + (pairs ? strip.images * strip.rows * pair_rows.row_size<T>() : 0)));
   }
   Buffer<T> partial(slices > 1 ? slices * count * packed : 0);
   std::vector<double> shares(gradient.gates ? count * max_terms : 0);
@@ -882,7 +993,10 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
     for (int64_t i = strip_count * slice / slices; i < strip_count * (slice + 1) / slices; i++) {
       const Strip& strip = strips[i];
       const Planes planes = Planes::of<T>(plan, strip), grads = Planes::of<T>(grad_plan, strip);
-      load_sources<T, S>(input, plan, strip, planes, channels, set, planes_at);
+      if constexpr (pairs)
+        load_sources<T, T>(in_pairs(input), plan, strip, planes, read, set, planes_at);
+      else
+        load_sources<T, S>(input, plan, strip, planes, channels, set, planes_at);
       if (outputs == (set.last - set.first) * lanes<T>) {
         load_planes<T, S>(grad, grad_plan, strip, grads, first_output, outputs, grads_at);
       } else {
@@ -891,6 +1005,31 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
                             grads_at + (b - set.first) * grads.vector_stride);
       }
       const Runs runs = runs_of<T>(plan, plan.targets[0], planes);
+      if constexpr (pairs) {
+        const int64_t set_planes = read.clusters(set.first, set.last) * read.vectors, stride = round_up(planes.source_stride / lanes<T>, lanes<T>);
+        const int64_t sources_count = plan.sources.size();
+        auto* const channel_rows = reinterpret_cast<uint16_t*>(planes_at + set_planes * planes.vector_stride);
+        // A channel's row: its phases one after the other, like the planes'.
+        for (int64_t v = 0; v < set_planes; v++)
+          for (int64_t source = 0; source < sources_count; source++)
+            separate_channels(planes_at + v * planes.vector_stride + source * planes.source_stride, planes.positions,
+                              channel_rows + (2 * lanes<T> * v * sources_count + source) * stride, sources_count * stride);
+        T* const pair_rows_at = grads_at + (set.last - set.first) * grads.vector_stride;
+        std::vector<int64_t> starts;
+        for (int64_t i = 0; i < strip.images; i++)
+          for (int64_t r = 0; r < strip.rows; r++)
+            for (int64_t k = 0; k < pair_rows.stretches; k++) starts.push_back((i * plan.row_pitch + r) * plan.pitch + 2 * k * pair_rows.pairs);
+        Planes row_planes = planes;
+        row_planes.source_stride = stride * lanes<T>;
+        const Runs row_runs = runs_of<T>(plan, plan.targets[0], row_planes);
+        for (int64_t b = set.first; b < set.last; b++) {
+          pair_columns(grads_at + (b - set.first) * grads.vector_stride, plan, strip, pair_rows, pair_rows_at);
+          const int64_t channel = 2 * ((read.cluster(b) - read.cluster(set.first)) * read.vectors * lanes<T> + read.first_lane(b));
+          correlate_pairs_block(channels.sources, g.taps(), row_runs.all, pair_rows, starts, pair_rows_at, channel_rows + channel * sources_count * stride,
+                                sources_count * stride, to + (b - set.first) * packed);
+        }
+        continue;
+      }
       const Stretches stretches = Stretches::of<T>(plan, strip);
       const bool pointwise = is_pointwise(g);
       for (int64_t b = set.first, together; b < set.last; b += together) {
@@ -1007,10 +1146,15 @@ void input_grad_entry(Type type, const Image& grad, const Series& series, const 
   convolve_entry<product>(type, input_grad_plan(g, grad_input.height, grad_input.width, grad.height, grad.width), grad, series, grad_input, g, true, threads);
 }
 
-inline void weight_grad_entry(Type type, const Image& grad, const Image& input, const Series& series,
-                              const SeriesGradient& gradient, const Geometry& g, const Threads& threads) {
+template <Product product = Product::numbers>
+void weight_grad_entry(Type type, const Image& grad, const Image& input, const Series& series, const SeriesGradient& gradient, const Geometry& g, const Threads& threads) {
   with_type(type, [&](auto s) {
     using S = decltype(s);
+    if constexpr (product == Product::pairs && std::is_same_v<S, bfloat16>)
+      // Rows of channels are read by broadcasts alone.
+      if (has_pairs(input, Direction(g, false)) && !is_pointwise(g) && Channels<float>(g, false).fetch == Fetch::broadcast &&
+          Channels<float>(g, false, product).fetch == Fetch::broadcast)
+        return weight_grad<float, S, product>(grad, input, series, gradient, g, threads);
     weight_grad<Sum<S>, S>(grad, input, series, gradient, g, threads);
   });
 }
