@@ -274,7 +274,8 @@ def test_values_by_shape(layer: Layer, dtype: torch.dtype) -> None:
     assert_accurate(layer.run(arguments), layer, arguments)
 
 
-ISAS = ["portable", *["avx2"] * (torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))]
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+ISAS = ["portable", *["avx2"] * (CAPABILITY in ("AVX2", "AVX512")), *["avx512"] * (CAPABILITY == "AVX512")]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -558,15 +559,16 @@ def test_opcheck_pack(layer: Layer, dtype: torch.dtype) -> None:
 @every_one
 @float32_and_bfloat16
 def test_same_bits_for_any_number_of_threads(layer: Layer, dtype: torch.dtype) -> None:
-    """Catches outputs that depend on how many threads share the work: on where strips are cut, or on who adds first."""
+    """Catches outputs and gradients that depend on how many threads share the work: on where strips are cut, or on who
+    adds first."""
     arguments = layer.arguments(dtype, torch.float32)
     for keep_inner in (False, True):
         layer = replace(layer, keep_inner=keep_inner)
         torch.set_num_threads(1)
-        expected = layer.call(arguments)
+        expected = layer.run(arguments)
         for count in (2, 3):
             torch.set_num_threads(count)
-            assert all(map(torch.equal, layer.call(arguments), expected))
+            assert_same_bits(layer.run(arguments), expected)
 
 
 @every_dtype

@@ -78,7 +78,31 @@ def test_values(target: Target, case: Case) -> None:
     assert_accurate(target.run(case, *arguments), case, arguments)
 
 
-@pytest.mark.parametrize("isa", ["portable", *["avx2"] * (torch.backends.cpu.get_cpu_capability() != "DEFAULT")])
+#: Vectors of whole groups and parts of groups, with stretches of 2, 4 and 7 pairs of columns, and an odd column over.
+WIDE = [
+    Case(2, 64, 64, (4, 16, 32), (3, 3), (9, 13), padding=(1, 1), active=3, gated=True, channels_last=True),
+    Case(1, 48, 96, (24,), (3, 3), (8, 29), (2, 1), (1, 0), channels_last=True),
+    Case(3, 64, 32, (32, 64), (3, 5), (6, 7), (1, 2), (1, 2), active=1, channels_last=True),
+    Case(2, 80, 80, (8, 40), (1, 3), (5, 16), dilation=(1, 2), active=2, channels_last=True),
+    Case(2, 32, 32, (16,), (2, 2), (4, 4), channels_last=True),
+    Case(2, 32, 32, (16,), (3, 1), (6, 5), channels_last=True),  # no zeros between rows
+]
+
+
+@every_target
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_values_of_wide_groups(target: Target, case: Case) -> None:
+    """Catches a fault of kernels that take whole vectors of one group: pairs of channels or of columns, rows' ends."""
+    arguments = target.arguments(case)
+    assert_accurate(target.run(case, *arguments), case, arguments)
+
+
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+#: Instruction sets below this processor's best, which the rest of the tests run with.
+ISAS = ["portable", *["avx2"] * (CAPABILITY in ("AVX2", "AVX512")), *["avx512"] * (CAPABILITY == "AVX512")]
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_values_for_other_processors(isa: str, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a fault in kernels that a lesser processor than this one would run; the choice is made once a process."""
     monkeypatch.setenv("GROSS_KERNELS_ISA", isa)
