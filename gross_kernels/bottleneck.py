@@ -3,9 +3,9 @@ pointwise → grouped → pointwise, in one pass.
 
 ``y = relu(Q_n · conv(P_n · x, R_n) + bias)`` with ``P_n = Σ gate_i p_i``, ``R_n = Σ gate_i Ψ(r_i)``, ``Q_n = Σ gate_i
 q_i`` over the first n = ``active`` terms (GroSS, Table 1 and equation 5). On the CPU it is one C++ kernel whose inner
-tensors never leave the second-level cache; elsewhere it is :func:`parts`. What a backward pass needs of the inner
-tensors it computes again, so that training keeps the input alone, or the input and the first pointwise's output where
-``keep_inner`` says so.
+tensors never leave the second-level cache, and so are all its gradients; elsewhere it is :func:`parts`. What a backward
+pass needs of the inner tensors it computes again, so that training keeps the input alone, or the input and the first
+pointwise's output where ``keep_inner`` says so.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def _backward(
     relu: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """With dr = Qᵀdy, dp = Rᵀdr: dx = Pᵀdp, dP = dp xᵀ, dR = corr(p, dr), dQ = dy rᵀ, and every gate's share of the
-    three; p (unless kept) and r are computed again."""
+    """By parts: with dr = Qᵀdy, dp = Rᵀdr: dx = Pᵀdp, dP = dp xᵀ, dR = corr(p, dr), dQ = dy rᵀ, and every gate's share
+    of the three; p (unless kept) and r are computed again. On the CPU one C++ kernel does it all."""
     need_input, need_first, need_grouped, need_last, need_bias, need_gates = needs
     need_gates = need_gates and gates is not None
     geometry = (stride, padding, dilation)
@@ -267,9 +267,6 @@ _UNIT = ((1, 1), (0, 0), (1, 1))
 
 
 def _pointwise(input: Tensor, weight: Tensor) -> Tensor:
-    """A pointwise convolution; on the CPU by this package's kernels, which leave torch's behind on small maps."""
-    if input.device.type == "cpu":
-        return torch.ops.gross.series_conv2d(input, [weight], torch.tensor(1), None, *_UNIT)
     return F.conv2d(input, weight).contiguous(memory_format=memory_format(input))
 
 
@@ -278,16 +275,10 @@ def _pointwise_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a pointwise convolution's input and weight, empty where not needed."""
     empty = input.new_empty(0)
-    if input.device.type == "cpu":
-        needs = [need_input, need_weight, False]
-        of_input, of_weight, _ = torch.ops.gross.series_conv2d_backward(
-            grad, input, [weight], torch.tensor(1), None, *_UNIT, needs
-        )
-        return of_input, of_weight[0] if need_weight else empty
     if grad.numel() == 0:
         return torch.zeros_like(input) if need_input else empty, torch.zeros_like(weight) if need_weight else empty
     of_input, of_weight, _ = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, *_UNIT, False, (0, 0), 1, (need_input, need_weight, False)
+        grad, input, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (need_input, need_weight, False)
     )
     if need_input:
         of_input = of_input.contiguous(memory_format=memory_format(input))
