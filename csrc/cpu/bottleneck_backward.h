@@ -164,6 +164,17 @@ struct LayerPlans {
   }
 };
 
+// Slices of all images' rows: as many as have a few tiles of pixels each, and more where weights are wide, for every slice pays for its sums.
+inline int64_t slice_count(const Layer& layer, int64_t pixels_per_image, int64_t sums_bytes) {
+  const Geometry& g = layer.geometry;
+  const int64_t pixels = g.images * pixels_per_image, widest = std::max({layer.in_channels, g.in_channels, g.out_channels, layer.out_channels});
+  int64_t slices = 1;
+  while (slices < most_slices && pixels >= 2 * slices * std::max<int64_t>(64, widest / 4) &&
+         (slices < least_slices || 2 * slices * sums_bytes <= sums_budget))
+    slices *= 2;
+  return slices;
+}
+
 template <class T, class S>
 void run_layer_backward(const Image& grad, const Image& input, const Layer& layer, const Image& inner, const Image& output, const LayerGradient& gradient,
                         const Threads& threads) {
@@ -181,11 +192,7 @@ void run_layer_backward(const Image& grad, const Image& input, const Layer& laye
   Buffer<T> packed(packing.size);
   pack_backward<T, S>(layer, packing, packed.data(), threads);
 
-  const int64_t pixels = g.images * grad.height * grad.width, widest = std::max({layer.in_channels, g.in_channels, g.out_channels, layer.out_channels});
-  int64_t slices = 1;
-  while (slices < most_slices && pixels >= 2 * slices * std::max<int64_t>(64, widest / 4) &&
-         (slices < least_slices || 2 * slices * sums.size * static_cast<int64_t>(sizeof(T)) <= sums_budget))
-    slices *= 2;
+  const int64_t slices = slice_count(layer, grad.height * grad.width, sums.size * sizeof(T));
   const int64_t row_bytes = sizeof(T) * (g.stride_h * input.width * (layer.in_channels + 2 * g.in_channels) + grad.width * (2 * g.out_channels + layer.out_channels));
   const int64_t rows = std::clamp<int64_t>(std::min(strip_budget / row_bytes, ceil_div(strip_pixels, grad.width)), 1, plans.rows);
   const int64_t together = rows < plans.rows ? 1 : std::max<int64_t>(1, std::min(strip_budget / row_bytes, strip_pixels / grad.width) / plans.rows);
