@@ -66,12 +66,18 @@ size_t weight_grad_scratch_bytes(Type type, const Geometry& geometry, const Devi
 int weight_grad(Type type, const Geometry& geometry, const Series& series, const void* grad, const void* input,
                 const SeriesGradient& gradient, void* scratch, const Device& device, Stream stream);
 
+// terms.cu. Σ gate_i t_i over the active of terms that have `count` elements each, whatever their shape.
+int series_sum(const Series& series, int64_t count, void* result, Stream stream);
+// The active terms' elements from any strides (in elements, of [out_channels][group size][3][3]) to contiguous memory, all in one launch.
+int arrange(int64_t out_channels, const Series& from, const int64_t (*strides)[4], const Series& to, Stream stream);
+
 // plain.cu: slow and obvious, every channel count and type; the second reference on a GPU.
 namespace plain {
 int forward(Type type, const Geometry& geometry, const Series& series, const void* input, void* output, Stream stream);
 int input_grad(Type type, const Geometry& geometry, const Series& series, const void* grad, void* grad_input, Stream stream);
+size_t weight_grad_scratch_bytes(const Geometry& geometry);
 int weight_grad(Type type, const Geometry& geometry, const Series& series, const void* grad, const void* input,
-                const SeriesGradient& gradient, Stream stream);
+                const SeriesGradient& gradient, void* scratch, Stream stream);
 }  // namespace plain
 
 }  // namespace gross::cuda
