@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "call.h"
 
@@ -557,6 +558,41 @@ inline void warpgroup_multiply(float (&d)[7][4], const uint32_t (&a)[4], uint64_
 }
 
 #endif
+#endif
+
+// ---- Launching ----
+
+#define GROSS_PRAGMA(text) _Pragma(#text)
+#if defined(__CUDACC__)
+#define GROSS_UNROLL_BY(count) GROSS_PRAGMA(unroll count)
+
+// Returns a cudaError_t. The current device is the stream's.
+template <class... Parameters>
+int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes, Stream stream,
+           const std::common_type_t<Parameters>&... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, stream>>>(arguments...);
+  return cudaGetLastError();
+}
+#else
+#define GROSS_UNROLL_BY(count)
+
+namespace emulator {
+inline Schedule schedule;               // of the launches that follow
+inline std::vector<Counters> launched;  // what they counted, one for each
+}  // namespace emulator
+
+// What the kernel touches has been told to the emulator before.
+template <class... Parameters>
+int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes, Stream,
+           const std::common_type_t<Parameters>&... arguments) {
+  emulator::launched.push_back(
+      emulator::launch(grid_x, grid_y, threads, shared_bytes, [&] { kernel(arguments...); }, emulator::schedule));
+  return 0;
+}
 #endif
 
 }  // namespace gross::cuda
