@@ -15,6 +15,9 @@
 namespace gross::cuda {
 
 #if defined(__CUDACC__)
+// By name: torch's builds switch the operators off.
+GROSS_HOST_DEVICE inline float float_of(__half value) { return __half2float(value); }
+GROSS_HOST_DEVICE inline __half half_of(float value) { return __float2half_rn(value); }
 using Half = __half;
 
 template <class Body>
@@ -24,6 +27,8 @@ __global__ void each_kernel(Body body, int64_t count) {
 }
 #else
 using Half = _Float16;
+inline float float_of(Half value) { return static_cast<float>(value); }
+inline Half half_of(float value) { return static_cast<Half>(value); }
 #endif
 
 // body(i) for 0 ≤ i < count, in any order.
@@ -62,7 +67,7 @@ GROSS_HOST_DEVICE inline double load(const void* data, int64_t i, Type type) {
     case Type::float64: return static_cast<const double*>(data)[i];
     case Type::float32: return static_cast<const float*>(data)[i];
     case Type::bfloat16: return float_of(static_cast<const uint16_t*>(data)[i]);
-    default: return static_cast<float>(static_cast<const Half*>(data)[i]);
+    default: return float_of(static_cast<const Half*>(data)[i]);
   }
 }
 
@@ -72,7 +77,7 @@ GROSS_HOST_DEVICE inline void store(void* data, int64_t i, Type type, double val
     case Type::float64: static_cast<double*>(data)[i] = value; return;
     case Type::float32: static_cast<float*>(data)[i] = narrow; return;
     case Type::bfloat16: static_cast<uint16_t*>(data)[i] = bfloat16_of(narrow); return;
-    default: static_cast<Half*>(data)[i] = static_cast<Half>(narrow);
+    default: static_cast<Half*>(data)[i] = half_of(narrow);
   }
 }
 

@@ -18,6 +18,8 @@
 #if defined(GROSS_ON_HOST)
 #define GROSS_NAMESPACE gross_cuda_on_host
 #define GROSS_KEY CPU
+#define GROSS_CUDA_ARCHITECTURES "the host"
+#define CUDART_VERSION 0
 #else
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -309,14 +311,25 @@ Tensor series_sum_operator(const std::vector<Tensor>& terms, int64_t active, con
   return result;
 }
 
-// Whether there are kernels for an operation ("forward", "input_grad", "weight_grad") at a group size on a device.
+// How the library was built: torch's version, CUDA's (1000 × major + 10 × minor), the architectures it has code for.
+std::tuple<std::string, int64_t, std::string> build_operator() { return {TORCH_VERSION, CUDART_VERSION, GROSS_CUDA_ARCHITECTURES}; }
+
+// What kernels depend on: compute capability (10 × major + minor), multiprocessors, opt-in limit of shared memory per block.
+Ints device_operator(int64_t index) {
+  const Device device = device_of(index);
+  return {device.capability, device.multiprocessors, device.shared_bytes};
+}
+
+// Whether there are kernels for an operation ("forward", "input_grad", "weight_grad") at a group size on such a device.
 bool supports_operator(const std::string& operation, ScalarType dtype, ScalarType terms_dtype, int64_t in_channels, int64_t out_channels,
-                       int64_t group_size, int64_t stride, int64_t device) {
+                       int64_t group_size, int64_t stride, const Ints& numbers) {
   const Type type = type_of(dtype, "dtype"), terms_type = type_of(terms_dtype, "terms_dtype");
   const Geometry g{1, in_channels, out_channels, 1, 1, 1, 1, static_cast<int>(group_size), static_cast<int>(stride)};
-  if (operation == "weight_grad") return supports_weight_grad(type, terms_type, g, device_of(device));
+  STD_TORCH_CHECK(numbers.size() == 3, "device: accepted is what gross_cuda::device returns");
+  const Device device{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2])};
+  if (operation == "weight_grad") return supports_weight_grad(type, terms_type, g, device);
   STD_TORCH_CHECK(operation == "forward" || operation == "input_grad", "operation: got ", operation.c_str());
-  return supports_convolution(operation == "forward" ? Operation::forward : Operation::input_grad, type, terms_type, g, device_of(device));
+  return supports_convolution(operation == "forward" ? Operation::forward : Operation::input_grad, type, terms_type, g, device);
 }
 
 }  // namespace
@@ -328,8 +341,10 @@ STABLE_TORCH_LIBRARY(GROSS_NAMESPACE, m) {
     m.def((prefix + "weight_grad(Tensor grad, Tensor input, Tensor[] terms, int active, Tensor? gates, int stride) -> (Tensor[], Tensor)").c_str());
   }
   m.def("series_sum(Tensor[] terms, int active, Tensor? gates) -> Tensor");
+  m.def("build() -> (str, int, str)");
+  m.def("device(int index) -> int[]");
   m.def("supports(str operation, ScalarType dtype, ScalarType terms_dtype, int in_channels, int out_channels, int group_size, int stride, "
-        "int device) -> bool");
+        "int[] device) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, GROSS_KEY, m) {
@@ -342,13 +357,8 @@ STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, GROSS_KEY, m) {
   m.impl("series_sum", TORCH_BOX(&series_sum_operator));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, CompositeExplicitAutograd, m) { m.impl("supports", TORCH_BOX(&supports_operator)); }
-
-#if !defined(GROSS_ON_HOST)
-#define GROSS_TEXT(value) #value
-#define GROSS_NUMBER(value) GROSS_TEXT(value)
-// For gross_kernels/environment.py: how the library was built.
-extern "C" __attribute__((visibility("default"))) const char* gross_cuda_build() {
-  return "torch " TORCH_VERSION ", CUDA " GROSS_NUMBER(CUDART_VERSION) ", for " GROSS_CUDA_ARCHITECTURES;
+STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("build", TORCH_BOX(&build_operator));
+  m.impl("device", TORCH_BOX(&device_operator));
+  m.impl("supports", TORCH_BOX(&supports_operator));
 }
-#endif

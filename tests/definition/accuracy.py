@@ -43,7 +43,8 @@ class Target:
         """Whether the backend says so."""
         widths = (case.in_channels, case.out_channels)
         geometry = (case.group_sizes, case.kernel_size, *case.geometry)
-        return BACKENDS[self.backend].supports(Call(self.device, self.dtype, self.terms_dtype, *widths, *geometry))
+        call = Call(self.device, self.dtype, self.terms_dtype, *widths, *geometry, case.active)
+        return BACKENDS[self.backend].supports(call)
 
     def arguments(self, case: Case) -> Arguments:
         """Input, terms, gates and an output gradient of the right dtypes, on the right device."""
