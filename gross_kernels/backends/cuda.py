@@ -75,14 +75,14 @@ def refusal(call: Call) -> str | None:
             return "serves dense channels-last memory"
         if call.dtype == torch.float32 and call.float32 != "tf32":
             return "multiplies float32 as TF32, which torch.backends.cudnn.conv.fp32_precision does not allow"
-    architectures, device = torch.ops.gross_cuda.build()[2], properties(call.index or 0)
+    architectures, device = _operators().build()[2], properties(call.index or 0)
     if not runs_on(device[0], architectures):
         return f"was built for {architectures}, not for compute capability {device[0] / 10}"
     if call.operation == "series_sum":
         return None
     size = call.group_sizes[call.active - 1]
     shape = (call.in_channels, call.out_channels, size, call.stride[0])
-    if not torch.ops.gross_cuda.supports(call.operation, call.dtype, call.terms_dtype, *shape, device):
+    if not _operators().supports(call.operation, call.dtype, call.terms_dtype, *shape, device):
         return f"has no {call.operation} kernel for groups of {size} in {shape[0]} → {shape[1]} channels on this device"
     return None
 
@@ -90,7 +90,7 @@ def refusal(call: Call) -> str | None:
 @cache
 def properties(index: int) -> list[int]:
     """Compute capability (10 × major + minor), multiprocessors and shared memory per block of a device."""
-    return list(torch.ops.gross_cuda.device(index))
+    return list(_operators().device(index))
 
 
 def runs_on(capability: int, architectures: str) -> bool:
