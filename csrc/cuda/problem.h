@@ -14,10 +14,10 @@ constexpr int tile_channels = 16;  // of the destination: the rows of one warp's
 constexpr int most_steps = 4;      // matrix products in k that a warp's weights may take: 9 · 4 · most_steps registers of a thread
 constexpr int most_active = 7;     // nested group sizes from 1 to 64
 
-GROSS_HOST_DEVICE_INLINE int round_up(int value, int to) { return (value + to - 1) / to * to; }
-GROSS_HOST_DEVICE_INLINE int divide_up(int value, int by) { return (value + by - 1) / by; }
-GROSS_HOST_DEVICE_INLINE int smaller(int a, int b) { return a < b ? a : b; }
-GROSS_HOST_DEVICE_INLINE int larger(int a, int b) { return a > b ? a : b; }
+GROSS_HOST_DEVICE_INLINE constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
+GROSS_HOST_DEVICE_INLINE constexpr int divide_up(int value, int by) { return (value + by - 1) / by; }
+GROSS_HOST_DEVICE_INLINE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+GROSS_HOST_DEVICE_INLINE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // Channels of one kind: a chunk is 16 bytes of a pixel, a step the 32 bytes of k in one product.
 GROSS_HOST_DEVICE_INLINE constexpr int chunk_channels(Type type) { return 16 / bytes_of(type); }
@@ -71,15 +71,20 @@ inline int steps_needed(const Channels& channels) {
 // The series as kernels take it: the active terms.
 struct Terms {
   const void* data[most_active];
-  int group_sizes[most_active];
+  int group_sizes[most_active];  // in input channels
+  int out_sizes[most_active];    // in output channels
   int active;
   bool wide;  // float32 terms of 16-bit images
   const float* gates;
 };
 
-inline Terms active_terms(const Series& series, Type type) {
+inline Terms active_terms(const Series& series, const Geometry& geometry, Type type) {
   Terms terms{};
-  for (int i = 0; i < series.active; i++) terms.data[i] = series.terms[i], terms.group_sizes[i] = series.group_sizes[i];
+  for (int i = 0; i < series.active; i++) {
+    terms.data[i] = series.terms[i];
+    terms.group_sizes[i] = series.group_sizes[i];
+    terms.out_sizes[i] = static_cast<int>(geometry.out_channels * series.group_sizes[i] / geometry.in_channels);
+  }
   terms.active = series.active;
   terms.wide = series.type == Type::float32 && type != Type::float32;
   terms.gates = series.gates;

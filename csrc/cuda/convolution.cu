@@ -1,0 +1,187 @@
+// Plans and launches the forward and the input gradient. The plan is plain C++: tests on the host run what a GPU would.
+#include <algorithm>
+#include <cmath>
+
+#include "convolution.h"
+
+namespace gross::cuda {
+
+namespace {
+
+struct Plan {
+  Problem problem;
+  int steps, atoms;
+  bool many;
+  int grid_x, grid_y;
+};
+
+// A share of the device's shared memory and registers that holds `atoms` and `tiles`, and how it does.
+struct Choice {
+  int steps, atoms, tiles;
+  int chunks;  // of the widest slab
+};
+
+int most_teams(int steps, int atoms) { return 9 * steps + 3 * atoms <= 21 ? 4 : 9 * steps + 3 * atoms <= 30 ? 3 : 2; }
+int pixels_of(int atoms, int tiles) { return atoms * 8 * (team_warps / tiles); }
+int steps_class(int needed) { return needed <= 1 ? 1 : needed <= 2 ? 2 : 4; }
+
+int widest_slab(const Channels& channels, int tiles, int columns) {
+  int chunks = 0;
+  for (int first = 0; first < channels.destination; first += tiles * tile_channels)
+    chunks = larger(chunks, channels.slab(first, tiles, columns).size() / channels.chunk);
+  return chunks;
+}
+
+// Sizes in shared memory; false where they exceed it. `raw`: bytes of all terms' weights of one output channel.
+bool lay_out(Tile& t, const Choice& choice, Type type, bool many, int raw, int outputs, int limit) {
+  t.tiles = choice.tiles;
+  t.lanes = 1;
+  while (t.lanes < choice.chunks) t.lanes *= 2;
+  t.pitch = (choice.chunks | 1) * 16;
+  t.gap = many ? round_up(t.pitch, 128) : t.pitch;
+  const int pixels = pixels_of(choice.atoms, choice.tiles);
+  t.row_bytes = pixels * t.pitch + (t.images + 1) * t.gap;
+  t.staging_pitch = (choice.tiles * tile_channels / chunk_channels(type) | 1) * 16;
+  t.staging_bytes = pixels * t.staging_pitch;
+  const int matrix = 9 * choice.tiles * tile_channels * (choice.steps * 32 + 16);
+  const int left = limit - early_rows * t.teams * static_cast<int>(t.row_bytes) - matrix;
+  if (left < 8 * raw) return false;
+  t.piece = smaller(left / raw / 8 * 8, round_up(outputs, 8));
+  for (t.stages = 8; t.stages >= 4; t.stages -= 2) {
+    const int marching = t.teams * (t.stages * t.row_bytes + 2 * t.staging_bytes);
+    if (marching > limit) continue;
+    t.shared_bytes = larger(marching, limit - left + t.piece * raw);
+    return true;
+  }
+  return false;
+}
+
+// Clocks that a multiprocessor needs, by a model of an H200 (not measured): memory delivers 18.6 bytes a clock to each, a product of
+// 16 × 8 × 32 bytes takes 1.7, and the two overlap in part.
+double estimate(const Plan& plan, Type type, const Device& device) {
+  const Tile& t = plan.problem.tile;
+  const Problem& p = plan.problem;
+  const double rows = static_cast<double>(t.bundles) * p.destination.height, shares = static_cast<double>(plan.grid_x) * t.teams;
+  const double rows_each = std::ceil(rows / shares), waves = std::ceil(static_cast<double>(plan.grid_x) * plan.grid_y / device.multiprocessors);
+  const double products = waves * t.teams * team_warps * (rows_each + 1) * 9 * plan.steps * plan.atoms * 1.7;
+  const double read = plan.grid_y * (rows + 2 * smaller(static_cast<int>(shares), static_cast<int>(rows))) * (t.columns * t.images + (plan.many ? 0 : 2)) * t.pitch;
+  const double written = static_cast<double>(p.images) * p.destination.height * p.destination.width * p.channels.destination * bytes_of(type);
+  // A line of memory is 128 bytes; half and quarter lines cost more than their share.
+  const double segments = t.tiles * tile_channels * bytes_of(type) >= 128 ? 1 : t.tiles * tile_channels * bytes_of(type) >= 64 ? 1.1 : 1.4;
+  const double moved = (read + written) * segments / device.multiprocessors / 18.6;
+  const double latency = t.teams == 1 ? 1.5 : t.teams == 2 ? 1.1 : 1;
+  return std::pow(std::pow(products, 4) + std::pow(moved, 4), 0.25) * latency + waves * 2000 + (8 - t.stages) * 50;
+}
+
+// The least estimate among the tiles that fit and that `accept` takes (tests choose); false where there is none.
+template <class Accept>
+bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Terms& terms, bool transposed, const Device& device,
+                      const Accept& accept) {
+  Plan plan{};
+  Problem& p = plan.problem;
+  p.channels = channels_of(geometry, transposed, type);
+  p.terms = terms;
+  p.transposed = transposed;
+  p.images = static_cast<int>(geometry.images);
+  const auto view = [&](int64_t height, int64_t width, int channels) {
+    const uint32_t pixel = channels / p.channels.chunk, row = static_cast<uint32_t>(width) * pixel;
+    return View{nullptr, static_cast<int>(height), static_cast<int>(width), pixel, row, static_cast<uint32_t>(height) * row};
+  };
+  const View in = view(geometry.in_h, geometry.in_w, static_cast<int>(geometry.in_channels));
+  const View out = view(geometry.out_h, geometry.out_w, static_cast<int>(geometry.out_channels));
+  p.source = transposed ? out : in;
+  p.destination = transposed ? in : out;
+
+  int raw = 0;
+  for (int i = 0; i < terms.active; i++) raw += terms.group_sizes[i] * 9 * (type == Type::float32 || terms.wide ? 4 : 2);
+  plan.steps = steps_class(steps_needed(p.channels));
+  const int columns = plan.steps * step_channels(type), width = p.destination.width;
+  double least = 0;
+  Tile& t = p.tile;
+  for (int atoms : {7, 4})
+    for (int tiles : {4, 2, 1}) {
+      if (plan.steps == 4 && atoms == 7) continue;
+      if (tiles > 1 && tiles / 2 * tile_channels >= p.channels.destination) continue;
+      const Choice choice{plan.steps, atoms, tiles, widest_slab(p.channels, tiles, columns)};
+      const int outputs = transposed ? choice.chunks * p.channels.chunk : tiles * tile_channels, pixels = pixels_of(atoms, tiles);
+      plan.atoms = atoms;
+      for (t.teams = most_teams(plan.steps, atoms); t.teams > 0; t.teams--) {
+        t.column_tiles = divide_up(width, pixels);
+        t.columns = divide_up(width, t.column_tiles);
+        for (t.images = t.column_tiles > 1 ? 1 : smaller(pixels / width, p.images); t.images > 0; t.images--) {
+          plan.many = t.images > 1;
+          if (lay_out(t, choice, type, plan.many, raw, outputs, device.shared_bytes)) break;
+        }
+        if (t.images == 0) continue;
+        t.bundles = divide_up(p.images, t.images);
+        plan.grid_y = divide_up(p.channels.destination, tiles * tile_channels) * t.column_tiles;
+        plan.grid_x = larger(1, device.multiprocessors / plan.grid_y);
+        if (!accept(plan)) continue;
+        const double cost = estimate(plan, type, device);
+        if (least == 0 || cost < least) least = cost, best = plan;
+      }
+    }
+  return least > 0;
+}
+
+template <class S>
+int launch_march(const Plan& plan, Stream stream) {
+  return launch(&march<S>, plan.grid_x, plan.grid_y, plan.problem.tile.teams * team_threads, static_cast<int>(plan.problem.tile.shared_bytes),
+                stream, plan.problem);
+}
+template <Type type, bool many>
+int launch_shape(const Plan& plan, Stream stream) {
+  if (plan.steps == 1) return plan.atoms == 7 ? launch_march<Shape<type, 1, 7, many>>(plan, stream) : launch_march<Shape<type, 1, 4, many>>(plan, stream);
+  if (plan.steps == 2) return plan.atoms == 7 ? launch_march<Shape<type, 2, 7, many>>(plan, stream) : launch_march<Shape<type, 2, 4, many>>(plan, stream);
+  return launch_march<Shape<type, 4, 4, many>>(plan, stream);
+}
+template <Type type>
+int launch_type(const Plan& plan, Stream stream) {
+  return plan.many ? launch_shape<type, true>(plan, stream) : launch_shape<type, false>(plan, stream);
+}
+
+int run(Type type, Plan plan, const void* source, void* destination, Stream stream) {
+  plan.problem.source.data = const_cast<void*>(source);
+  plan.problem.destination.data = destination;
+  if (type == Type::float16) return launch_type<Type::float16>(plan, stream);
+  if (type == Type::bfloat16) return launch_type<Type::bfloat16>(plan, stream);
+  return launch_type<Type::float32>(plan, stream);
+}
+
+const auto any_plan = [](const Plan&) { return true; };
+
+int convolve(Type type, const Geometry& geometry, const Series& series, bool transposed, const void* source, void* destination,
+             const Device& device, Stream stream) {
+  constexpr int invalid_value = 1;  // cudaErrorInvalidValue
+  Plan plan;
+  if (!plan_convolution(plan, type, geometry, active_terms(series, geometry, type), transposed, device, any_plan)) return invalid_value;
+  return run(type, plan, source, destination, stream);
+}
+
+}  // namespace
+
+bool supports_convolution(Operation operation, Type type, Type terms_type, const Geometry& geometry, const Device& device) {
+  if (operation == Operation::weight_grad || type == Type::float64 || (terms_type != type && terms_type != Type::float32)) return false;
+  if (device.capability < 80 || geometry.group_size > 64 || geometry.stride != 1) return false;
+  const bool transposed = operation == Operation::input_grad;
+  const Channels channels = channels_of(geometry, transposed, type);
+  if (channels.source % channels.chunk || channels.destination % channels.chunk || steps_needed(channels) > most_steps) return false;
+  // The most that the nested terms can be, and a tile of one image: every plan may fall back on that.
+  Geometry smallest = geometry;
+  smallest.images = smallest.in_h = smallest.in_w = smallest.out_h = smallest.out_w = 1;
+  Terms terms{};
+  for (int size = geometry.group_size; size > 0; size /= 2) terms.group_sizes[terms.active++] = size;
+  terms.wide = terms_type == Type::float32 && type != Type::float32;
+  Plan plan;
+  return plan_convolution(plan, type, smallest, terms, transposed, device, any_plan);
+}
+
+int forward(Type type, const Geometry& geometry, const Series& series, const void* input, void* output, const Device& device, Stream stream) {
+  return convolve(type, geometry, series, false, input, output, device, stream);
+}
+int input_grad(Type type, const Geometry& geometry, const Series& series, const void* grad, void* grad_input, const Device& device,
+               Stream stream) {
+  return convolve(type, geometry, series, true, grad, grad_input, device, stream);
+}
+
+}  // namespace gross::cuda

@@ -1,0 +1,195 @@
+// The forward and the input gradient on the host's emulator, against plain loops in double precision.
+//   test_convolution numerics|traffic
+#include "../../csrc/cuda/convolution.cu"
+
+#include <cmath>
+
+using namespace gross::cuda;
+
+namespace {
+
+std::mt19937 generator(7);
+double random_value() { return static_cast<double>(generator() % 20001) / 10000 - 1; }
+
+template <class T>
+struct Aligned {  // as memory of a device, and of exactly the size that is needed
+  using value_type = T;
+  Aligned() = default;
+  template <class U>
+  explicit Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{16})); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{16}); }
+  friend bool operator==(const Aligned&, const Aligned&) { return true; }
+  friend bool operator!=(const Aligned&, const Aligned&) { return false; }
+};
+
+// Numbers of a type; they go in rounded to it.
+struct Numbers {
+  Type type;
+  std::vector<uint8_t, Aligned<uint8_t>> bytes;
+  Numbers(Type type, size_t count) : type(type), bytes(count * bytes_of(type), 0xff) {}
+  size_t size() const { return bytes.size() / bytes_of(type); }
+  void put(size_t i, double value) {
+    const float narrow = static_cast<float>(value);
+    if (type == Type::float32) {
+      std::memcpy(&bytes[4 * i], &narrow, 4);
+    } else {
+      const uint16_t half = static_cast<uint16_t>(type == Type::float16 ? round_half<Type::float16>(narrow) : round_half<Type::bfloat16>(narrow));
+      std::memcpy(&bytes[2 * i], &half, 2);
+    }
+  }
+  double at(size_t i) const {
+    if (type == Type::float32) {
+      float value;
+      std::memcpy(&value, &bytes[4 * i], 4);
+      return value;
+    }
+    uint16_t half;
+    std::memcpy(&half, &bytes[2 * i], 2);
+    return type == Type::float16 ? low_half<Type::float16>(half) : low_half<Type::bfloat16>(half);
+  }
+};
+
+struct Case {
+  Type type, terms_type;
+  int images, in_channels, out_channels, height, width, stride;
+  std::vector<int> sizes;
+  bool transposed;
+  Device device{90, 2, 227 * 1024};
+};
+
+std::string label(const Case& c) {
+  std::string sizes;
+  for (int s : c.sizes) sizes += (sizes.empty() ? "" : ",") + std::to_string(s);
+  const char* names[] = {"float16", "bfloat16", "float32"};
+  return std::string(names[static_cast<int>(c.type)]) + " terms " + names[static_cast<int>(c.terms_type)] + " " + std::to_string(c.images) + "x" +
+         std::to_string(c.in_channels) + "->" + std::to_string(c.out_channels) + "@" + std::to_string(c.height) + "x" + std::to_string(c.width) + "/" +
+         std::to_string(c.stride) + " sizes " + sizes + (c.transposed ? " input gradient" : "");
+}
+
+struct Result {
+  Plan plan;
+  emulator::Counters counted;
+  double compulsory;  // bytes: source, destination and active terms, once each
+};
+
+int failures = 0;
+void expect(bool condition, const std::string& what) {
+  if (condition) return;
+  failures++;
+  printf("FAILED %s\n", what.c_str());
+}
+
+// Runs a case under the plan that the launcher would choose among those that `accept` takes, and checks every value.
+template <class Accept>
+Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = {}) {
+  Geometry g{c.images, c.in_channels, c.out_channels, c.height, c.width, (c.height - 1) / c.stride + 1, (c.width - 1) / c.stride + 1, c.sizes.back(), c.stride};
+  const size_t in_count = static_cast<size_t>(c.images) * c.height * c.width * c.in_channels;
+  const size_t out_count = static_cast<size_t>(c.images * g.out_h * g.out_w * c.out_channels);
+  Numbers source(c.type, c.transposed ? out_count : in_count), destination(c.type, c.transposed ? in_count : out_count);
+  for (size_t i = 0; i < source.size(); i++) source.put(i, random_value());
+  std::vector<Numbers> terms;
+  std::vector<float> gates;
+  Series series{};
+  series.count = series.active = static_cast<int>(c.sizes.size());
+  series.type = c.terms_type;
+  for (int s : c.sizes) {
+    terms.emplace_back(c.terms_type, static_cast<size_t>(c.out_channels) * s * 9);
+    for (size_t i = 0; i < terms.back().size(); i++) terms.back().put(i, random_value());
+    gates.push_back(static_cast<float>(random_value()));
+  }
+  emulator::forget_allocations();
+  emulator::allow(source.bytes.data(), source.bytes.size(), false);
+  emulator::allow(destination.bytes.data(), destination.bytes.size(), true);
+  double compulsory = static_cast<double>(source.bytes.size() + destination.bytes.size());
+  for (size_t i = 0; i < terms.size(); i++) {
+    series.terms[i] = terms[i].bytes.data();
+    series.group_sizes[i] = c.sizes[i];
+    emulator::allow(terms[i].bytes.data(), terms[i].bytes.size(), false);
+    compulsory += static_cast<double>(terms[i].bytes.size());
+  }
+  emulator::allow(gates.data(), gates.size() * sizeof(float), false);
+  series.gates = gates.data();
+
+  Result result{};
+  result.compulsory = compulsory;
+  expect(supports_convolution(c.transposed ? Operation::input_grad : Operation::forward, c.type, c.terms_type, g, c.device), label(c) + ": not supported");
+  if (!plan_convolution(result.plan, c.type, g, active_terms(series, g, c.type), c.transposed, c.device, accept)) {
+    expect(false, label(c) + ": no plan");
+    return result;
+  }
+  const Plan& plan = result.plan;
+  const std::string text = label(c) + " [steps " + std::to_string(plan.steps) + " atoms " + std::to_string(plan.atoms) + " tiles " +
+                           std::to_string(plan.problem.tile.tiles) + " teams " + std::to_string(plan.problem.tile.teams) + " stages " +
+                           std::to_string(plan.problem.tile.stages) + " columns " + std::to_string(plan.problem.tile.columns) + " images " +
+                           std::to_string(plan.problem.tile.images) + " grid " + std::to_string(plan.grid_x) + "x" + std::to_string(plan.grid_y) + "]";
+  expect(static_cast<int>(plan.problem.tile.shared_bytes) <= c.device.shared_bytes, text + ": too much shared memory");
+  emulator::schedule = schedule;
+  try {
+    run(c.type, plan, source.bytes.data(), destination.bytes.data(), nullptr);
+  } catch (const emulator::Error& e) {
+    expect(false, text + ": " + e.what());
+    return result;
+  }
+  result.counted = emulator::launched.back();
+
+  // The weight at the last size, in double precision.
+  const int top = c.sizes.back(), group_outputs = c.out_channels * top / c.in_channels;
+  std::vector<double> weight(static_cast<size_t>(c.out_channels) * top * 9);
+  for (int o = 0; o < c.out_channels; o++)
+    for (size_t i = 0; i < c.sizes.size(); i++) {
+      const int s = c.sizes[i], from = o / (c.out_channels * s / c.in_channels) * s - o / group_outputs * top;
+      for (int k = 0; k < s * 9; k++)
+        weight[(static_cast<size_t>(o) * top + from) * 9 + k] += static_cast<double>(gates[i]) * terms[i].at(static_cast<size_t>(o) * s * 9 + k);
+    }
+  std::vector<double> sum(destination.size()), magnitude(destination.size());
+  for (int n = 0; n < c.images; n++)
+    for (int p = 0; p < g.out_h; p++)
+      for (int q = 0; q < g.out_w; q++)
+        for (int kh = 0; kh < 3; kh++)
+          for (int kw = 0; kw < 3; kw++) {
+            const int h = p * c.stride + kh - 1, w = q * c.stride + kw - 1;
+            if (h < 0 || w < 0 || h >= c.height || w >= c.width) continue;
+            for (int o = 0; o < c.out_channels; o++) {
+              const size_t out = ((static_cast<size_t>(n) * g.out_h + p) * g.out_w + q) * c.out_channels + o;
+              for (int k = 0; k < top; k++) {
+                const size_t in = ((static_cast<size_t>(n) * c.height + h) * c.width + w) * c.in_channels + o / group_outputs * top + k;
+                const double product = source.at(c.transposed ? out : in) * weight[(static_cast<size_t>(o) * top + k) * 9 + kh * 3 + kw];
+                sum[c.transposed ? in : out] += product;
+                magnitude[c.transposed ? in : out] += std::fabs(product);
+              }
+            }
+          }
+  // One rounding of each weight and one of the result; TF32 also cuts the source's last bits off. Sums are float32: 2⁻²⁴ a product.
+  const double unit = c.type == Type::float16 ? 0x1p-11 : c.type == Type::bfloat16 ? 0x1p-8 : 0x1p-24;
+  const double factor = c.type == Type::float32 ? 0x1p-11 + 0x1p-10 : unit;
+  size_t wrong = 0;
+  double worst = 0;
+  for (size_t i = 0; i < sum.size(); i++) {
+    const double accepted = unit * std::fabs(sum[i]) + (1.01 * factor + 9 * 128 * 0x1p-24) * magnitude[i] + 1e-7;
+    const double error = std::fabs(destination.at(i) - sum[i]);
+    if (!(error <= accepted)) wrong++;
+    if (!(error / accepted <= worst)) worst = error / accepted;
+  }
+  expect(wrong == 0, text + ": " + std::to_string(wrong) + " of " + std::to_string(sum.size()) + " values wrong, worst " + std::to_string(worst));
+  expect(result.counted.of[emulator::global_write].bytes == destination.bytes.size(), text + ": not every value written once");
+  printf("%s: %.2f of the accepted error, %.2f x compulsory traffic\n", text.c_str(), worst, static_cast<double>(result.counted.global_bytes()) / compulsory);
+  return result;
+}
+
+void numerics() {
+  for (Type type : {Type::bfloat16, Type::float16, Type::float32})
+    for (bool transposed : {false, true})
+      for (Type terms_type : {type, Type::float32}) {
+        if (type == Type::float32 && terms_type != type) continue;
+        check({type, terms_type, 1, 64, 64, 5, 56, 1, {1, 4, 8}, transposed}, any_plan);
+      }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "";
+  if (what == "numerics") numerics();
+  return failures > 0;
+}
