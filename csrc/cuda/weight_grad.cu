@@ -90,6 +90,8 @@ void divide_rows(WeightGradPlan& plan, int stride, const Device& device) {
         p.teams = teams;
         p.unit = unit;
       }
+  p.share = p.rows / p.unit / (plan.blocks * p.teams);
+  p.longer_shares = p.rows / p.unit % (plan.blocks * p.teams);
   p.threads = p.teams * p.tiles * p.windows * 32;
   plan.shared_bytes = p.stages_at + p.teams * team_bytes;
 }
@@ -112,6 +114,11 @@ WeightGradPlan plan_of(Type type, const Geometry& geometry, const Device& device
   const int last = weight_grad_products(stride) - 1;
   const int slots = p.grad_tile[last] + (p.half_last ? 0 : p.half_slots) + step_channels(type) / 2;
   divide_channels(plan, type, stride, slots, input_slots(slots, stride), device.shared_bytes);
+  const int64_t in_strip = static_cast<int64_t>(stride) * p.columns * p.in_pixel, grad_strip = static_cast<int64_t>(p.columns) * p.grad_pixel;
+  p.in_next_strip = in_strip - (p.last_step + 1) * static_cast<int64_t>(stride) * p.in_row;
+  p.grad_next_strip = grad_strip - (p.last_step + 1) * static_cast<int64_t>(p.grad_row);
+  p.in_next_line = p.line_images * p.in_image - p.column_tiles * in_strip;
+  p.grad_next_line = p.line_images * p.grad_image - p.column_tiles * grad_strip;
   const int64_t rows = divide_up(p.images, p.line_images) * static_cast<int64_t>(p.column_tiles) * p.out_h;
   p.rows = static_cast<int>(rows);
   divide_rows(plan, stride, device);

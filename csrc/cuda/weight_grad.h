@@ -26,9 +26,12 @@ struct WeightGradProblem {
   int images, in_h, in_w, out_h, out_w;
   int64_t in_image, grad_image;             // bytes from one image to the next; rows and pixels likewise
   int in_row, grad_row, in_pixel, grad_pixel;
+  int64_t in_next_strip, grad_next_strip;   // from a strip's end to the next one's beginning, and then to the next line's
+  int64_t in_next_line, grad_next_line;
   // Strips: `line_images` images × `columns` output columns each.
   int columns, line_images, column_tiles, period;  // slots from one image of a line to the next
-  int rows, unit;                           // output rows of all strips; shares of them are multiples of `unit`
+  int rows, unit;                           // output rows of all strips; they are shared in units of so many rows
+  int share, longer_shares;                 // units of each share; so many shares have one more
   int last_step;                            // of a strip that ends at the image's last row
   // Channels: a team has `tiles` × `windows` warps, for 16 outputs and `atoms` × 8 of the inputs that they see each.
   int tiles, windows, teams, threads;
@@ -80,6 +83,7 @@ GROSS_DEVICE int spread(int row, int column, int width) { return column ^ (width
 template <Type type, int stride, int atoms>
 GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad_partial(const WeightGradProblem p) {
   constexpr bool halves = stride == 1 && type != Type::float32;  // the last product of a row may be half a one: 56 = 3 ½ · 16 columns
+  constexpr int never = 255;  // the image of pieces that are zeros throughout
   constexpr int products = weight_grad_products(stride), live = stride == 1 ? 3 : 2, chunk = chunk_channels(type);
   const int thread = thread_index(), lane = thread % 32, block_warp = uniform(thread / 32);
   const int team_warps = p.tiles * p.windows, team_threads = team_warps * 32;
@@ -108,7 +112,7 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
       const int to = (of_input ? slot * p.in_pitch : stride * p.in_bytes + slot * p.grad_pitch) + piece * 16;
       store_shared_64(table + item * 8, ever ? static_cast<uint32_t>(static_cast<int32_t>(source / 16)) : 0,
                       static_cast<uint32_t>(to / 16) | static_cast<uint32_t>(ever ? column + 1 : 0) << 16 |
-                          static_cast<uint32_t>(ever ? image : 255) << 24,
+                          static_cast<uint32_t>(ever ? image : never) << 24,
                       item < items);
     }
   }
@@ -122,26 +126,20 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
   barrier(0, p.threads);
 
   // The team's share of the output rows of all strips. At step t of a strip gradient row t arrives, and the input rows stride · t - 1 and,
-  // for stride 2, 2 · t.
-  const int64_t units = p.rows / p.unit, share = block_x() * p.teams + team, shares = static_cast<int64_t>(grid_x()) * p.teams;
-  const int begin = static_cast<int>(units * share / shares) * p.unit, end = static_cast<int>(units * (share + 1) / shares) * p.unit;
-  int strip = begin / p.out_h, t = begin % p.out_h, now = t;  // of the next request; `now` of the current products
-  const int last_strip = (end - 1) / p.out_h;
-  const int last = smaller(end - last_strip * p.out_h + (stride == 1 ? 1 : 0), p.last_step);
-  int left = end > begin ? (last_strip - strip) * (p.last_step + 1) + last + 1 - t : 0, unread = left;
-
-  const char *in_row = nullptr, *grad_row = nullptr;  // rows stride · t - 1 and t of the line
-  int line_images = 0, column0 = 0;
-  const auto enter_strip = [&] {
-    const int line = strip / p.column_tiles;
-    column0 = strip % p.column_tiles * p.columns;
-    line_images = smaller(p.images - line * p.line_images, p.line_images);
-    in_row = static_cast<const char*>(p.input) + line * p.line_images * p.in_image + (stride * t - 1) * static_cast<int64_t>(p.in_row) +
-             stride * column0 * p.in_pixel + slab_begin * bytes_of(type);
-    grad_row = static_cast<const char*>(p.grad) + line * p.line_images * p.grad_image + t * static_cast<int64_t>(p.grad_row) +
-               column0 * p.grad_pixel + output0 * bytes_of(type);
-  };
-  enter_strip();
+  // for stride 2, 2 · t. Values that a warp's lanes share are said to be so: they then leave the vector registers, which are full.
+  const int share = block_x() * p.teams + team, begin = (share * p.share + smaller(share, p.longer_shares)) * p.unit;
+  const int end = begin + (p.share + (share < p.longer_shares ? 1 : 0)) * p.unit;
+  const int strip = uniform(begin / p.out_h), last_strip = uniform((end - 1) / p.out_h), line = uniform(strip / p.column_tiles);
+  const int last_rows = end - last_strip * p.out_h, last = smaller(last_rows + (stride == 1 ? 1 : 0), p.last_step);
+  const int absent = last + 1 - last_rows;  // steps at the share's end whose gradient row is not the team's
+  int t = begin - strip * p.out_h, now = t;  // of the next request; `now` of the current products
+  int left = end > begin ? (last_strip - strip) * (p.last_step + 1) + last + 1 - t : 0;  // steps
+  int column0 = (strip - line * p.column_tiles) * p.columns, images_left = p.images - line * p.line_images;
+  // Rows stride · t - 1 and t of the line, from column stride · column0 and column0 on.
+  const char* in_row = static_cast<const char*>(p.input) + line * p.line_images * p.in_image + (stride * t - 1) * static_cast<int64_t>(p.in_row) +
+                       stride * column0 * p.in_pixel + slab_begin * bytes_of(type);
+  const char* grad_row = static_cast<const char*>(p.grad) + line * p.line_images * p.grad_image + t * static_cast<int64_t>(p.grad_row) +
+                         column0 * p.grad_pixel + output0 * bytes_of(type);
   const uint32_t stages = shared + p.stages_at + team * weight_grad_stages * p.stage_bytes;
   const auto copy_row = [&](uint32_t to, const char* row, int first, int count, int column, int width, bool present) {
     GROSS_NO_UNROLL
@@ -150,29 +148,35 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
       uint32_t item[2];
       load_shared_64(item, table + (first + k + member) * 8, on);
       const int image = static_cast<int>(item[1] >> 24), x = column + static_cast<int>(item[1] >> 16 & 255) - 1;
-      const bool valid = present && image < line_images && static_cast<unsigned>(x) < static_cast<unsigned>(width);
+      const bool valid = present && image < smaller(images_left, never) && static_cast<unsigned>(x) < static_cast<unsigned>(width);
       copy_async_16(to + (item[1] & 0xffff) * 16, row + static_cast<int64_t>(static_cast<int32_t>(item[0])) * 16, valid, on);
     }
   };
-  const auto request = [&](uint32_t to) {
-    if (unread > 0) {
-      copy_row(to, grad_row, in_items, items - in_items, column0, p.out_w, t < p.out_h && strip * p.out_h + t < end);
+  const auto request = [&](uint32_t to, int steps) {  // the next step's rows, of `steps` that are left then
+    if (steps > 0) {
+      copy_row(to, grad_row, in_items, items - in_items, column0, p.out_w, t < p.out_h && steps > absent);
       GROSS_UNROLL
       for (int j = 0; j < stride; j++)
         if (static_cast<unsigned>(stride * t - 1 + j) < static_cast<unsigned>(p.in_h))
           copy_row(to + j * p.in_bytes, in_row + j * p.in_row, 0, in_items, stride * column0, p.in_w, true);
-      unread--;
       in_row += stride * p.in_row;
       grad_row += p.grad_row;
       if (t++ == p.last_step) {
         t = 0;
-        strip++;
-        enter_strip();
+        column0 += p.columns;
+        in_row += p.in_next_strip;
+        grad_row += p.grad_next_strip;
+        if (column0 >= p.out_w) {
+          column0 = 0;
+          images_left -= p.line_images;
+          in_row += p.in_next_line;
+          grad_row += p.grad_next_line;
+        }
       }
     }
     copy_async_commit();
   };
-  for (int i = 0; i < weight_grad_stages - 1; i++) request(stages + i * p.stage_bytes);
+  for (int i = 0; i < weight_grad_stages - 1; i++) request(stages + i * p.stage_bytes, left - i);
 
   const int window = tile_begin(p.channels, tile0 + warp / p.windows) - slab_begin + warp % p.windows * atoms * 8;
   const uint32_t grad_at =
@@ -240,7 +244,7 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
     constexpr int phase = decltype(phase_tag)::value;
     copy_async_wait<weight_grad_stages - 2>();
     barrier(1 + team, team_threads);
-    request(stage == stages ? stages_end - p.stage_bytes : stage - p.stage_bytes);
+    request(stage == stages ? stages_end - p.stage_bytes : stage - p.stage_bytes, left - (weight_grad_stages - 1));
     GROSS_UNROLL
     for (int i = 0; i < products; i++) {
       const uint32_t from = stage + grad_at + p.grad_tile[i];

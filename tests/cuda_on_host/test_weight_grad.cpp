@@ -19,13 +19,13 @@ namespace {
 std::mt19937 generator(3);
 int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 
-struct Buffer {
+struct Buffer {  // aligned as a device allocator would, so that sectors are counted as they are there
   struct Free {
-    void operator()(char* p) const { ::operator delete[](p, std::align_val_t{16}); }
+    void operator()(char* p) const { ::operator delete[](p, std::align_val_t{256}); }
   };
   size_t bytes;
   std::unique_ptr<char, Free> memory;
-  explicit Buffer(size_t bytes) : bytes(bytes), memory(static_cast<char*>(::operator new[](bytes, std::align_val_t{16}))) { poison(); }
+  explicit Buffer(size_t bytes) : bytes(bytes), memory(static_cast<char*>(::operator new[](bytes, std::align_val_t{256}))) { poison(); }
   void poison() { std::memset(memory.get(), 0xff, bytes); }  // NaN in every type
 };
 
