@@ -23,7 +23,8 @@ struct Choice {
 
 int most_teams(int steps, int atoms) { return 9 * steps + 3 * atoms <= 21 ? 4 : 9 * steps + 3 * atoms <= 30 ? 3 : 2; }
 int pixels_of(int atoms, int tiles) { return atoms * 8 * (team_warps / tiles); }
-int steps_class(int needed) { return needed <= 1 ? 1 : needed <= 2 ? 2 : 4; }
+// The kernel's number of steps. 16 channels of TF32 are two already.
+int steps_class(Type type, int needed) { return needed <= 1 && type != Type::float32 ? 1 : needed <= 2 ? 2 : 4; }
 
 int widest_slab(const Channels& channels, int tiles, int columns) {
   int chunks = 0;
@@ -56,6 +57,23 @@ bool lay_out(Tile& t, const Choice& choice, Type type, bool many, int raw, int o
   return false;
 }
 
+// What follows from the rest of a problem, so that no thread computes it.
+void finish(Problem& p) {
+  Tile& t = p.tile;
+  t.columns_magic = static_cast<uint32_t>(divide_up(1 << 16, t.columns));
+  t.read_pixels = team_threads / t.lanes;
+  t.read_rounds = divide_up(t.images > 1 ? t.columns * t.images : t.columns + 2, t.read_pixels);
+  t.read_bytes = t.read_pixels * t.pitch;
+  t.read_step = t.read_pixels * p.source.pixel_step;
+  t.write_pixels = team_threads * p.channels.chunk / (t.tiles * tile_channels);
+  t.write_bytes = t.write_pixels * t.staging_pitch;
+  t.write_step = t.write_pixels * p.destination.pixel_step;
+  for (View* view : {&p.source, &p.destination}) {
+    view->image_gap = view->image_step - view->row_step;
+    view->bundle_gap = (t.images - 1) * view->image_step;
+  }
+}
+
 // Clocks that a multiprocessor needs, by a model of an H200 (not measured): memory delivers 18.6 bytes a clock to each, a product of
 // 16 × 8 × 32 bytes takes 1.7, and the two overlap in part.
 double estimate(const Plan& plan, Type type, const Device& device) {
@@ -85,7 +103,7 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
   p.images = static_cast<int>(geometry.images);
   const auto view = [&](int64_t height, int64_t width, int channels) {
     const uint32_t pixel = channels / p.channels.chunk, row = static_cast<uint32_t>(width) * pixel;
-    return View{nullptr, static_cast<int>(height), static_cast<int>(width), pixel, row, static_cast<uint32_t>(height) * row};
+    return View{nullptr, static_cast<int>(height), static_cast<int>(width), pixel, row, static_cast<uint32_t>(height) * row, 0, 0};
   };
   const View in = view(geometry.in_h, geometry.in_w, static_cast<int>(geometry.in_channels));
   const View out = view(geometry.out_h, geometry.out_w, static_cast<int>(geometry.out_channels));
@@ -94,7 +112,8 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
 
   int raw = 0;
   for (int i = 0; i < terms.active; i++) raw += terms.group_sizes[i] * 9 * (type == Type::float32 || terms.wide ? 4 : 2);
-  plan.steps = steps_class(steps_needed(p.channels));
+  if (steps_needed(p.channels) > most_steps) return false;
+  plan.steps = steps_class(type, steps_needed(p.channels));
   const int columns = plan.steps * step_channels(type), width = p.destination.width;
   double least = 0;
   Tile& t = p.tile;
@@ -114,6 +133,7 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
         }
         if (t.images == 0) continue;
         t.bundles = divide_up(p.images, t.images);
+        finish(p);
         plan.grid_y = divide_up(p.channels.destination, tiles * tile_channels) * t.column_tiles;
         plan.grid_x = larger(1, device.multiprocessors / plan.grid_y);
         if (!accept(plan)) continue;
@@ -131,7 +151,8 @@ int launch_march(const Plan& plan, Stream stream) {
 }
 template <Type type, bool many>
 int launch_shape(const Plan& plan, Stream stream) {
-  if (plan.steps == 1) return plan.atoms == 7 ? launch_march<Shape<type, 1, 7, many>>(plan, stream) : launch_march<Shape<type, 1, 4, many>>(plan, stream);
+  if constexpr (type != Type::float32)
+    if (plan.steps == 1) return plan.atoms == 7 ? launch_march<Shape<type, 1, 7, many>>(plan, stream) : launch_march<Shape<type, 1, 4, many>>(plan, stream);
   if (plan.steps == 2) return plan.atoms == 7 ? launch_march<Shape<type, 2, 7, many>>(plan, stream) : launch_march<Shape<type, 2, 4, many>>(plan, stream);
   return launch_march<Shape<type, 4, 4, many>>(plan, stream);
 }
@@ -140,9 +161,21 @@ int launch_type(const Plan& plan, Stream stream) {
   return plan.many ? launch_shape<type, true>(plan, stream) : launch_shape<type, false>(plan, stream);
 }
 
-int run(Type type, Plan plan, const void* source, void* destination, Stream stream) {
+int run(Type type, Plan plan, const Geometry& geometry, const void* source, void* destination, Stream stream) {
   plan.problem.source.data = const_cast<void*>(source);
   plan.problem.destination.data = destination;
+#if !defined(__CUDACC__)
+  const Problem& p = plan.problem;
+  emulator::forget_allocations();
+  const auto bytes = [&](const View& view) { return static_cast<size_t>(p.images) * view.image_step * 16; };
+  emulator::allow(source, bytes(p.source), false);
+  emulator::allow(destination, bytes(p.destination), true);
+  for (int i = 0; i < p.terms.active; i++)
+    emulator::allow(p.terms.data[i], static_cast<size_t>(geometry.out_channels) * p.terms.group_sizes[i] * 9 * (p.terms.wide ? 4 : bytes_of(type)), false);
+  if (p.terms.gates) emulator::allow(p.terms.gates, p.terms.active * sizeof(float), false);
+#else
+  static_cast<void>(geometry);
+#endif
   if (type == Type::float16) return launch_type<Type::float16>(plan, stream);
   if (type == Type::bfloat16) return launch_type<Type::bfloat16>(plan, stream);
   return launch_type<Type::float32>(plan, stream);
@@ -155,7 +188,7 @@ int convolve(Type type, const Geometry& geometry, const Series& series, bool tra
   constexpr int invalid_value = 1;  // cudaErrorInvalidValue
   Plan plan;
   if (!plan_convolution(plan, type, geometry, active_terms(series, geometry, type), transposed, device, any_plan)) return invalid_value;
-  return run(type, plan, source, destination, stream);
+  return run(type, plan, geometry, source, destination, stream);
 }
 
 }  // namespace
@@ -165,7 +198,7 @@ bool supports_convolution(Operation operation, Type type, Type terms_type, const
   if (device.capability < 80 || geometry.group_size > 64 || geometry.stride != 1) return false;
   const bool transposed = operation == Operation::input_grad;
   const Channels channels = channels_of(geometry, transposed, type);
-  if (channels.source % channels.chunk || channels.destination % channels.chunk || steps_needed(channels) > most_steps) return false;
+  if (channels.source % channels.chunk || channels.destination % channels.chunk) return false;
   // The most that the nested terms can be, and a tile of one image: every plan may fall back on that.
   Geometry smallest = geometry;
   smallest.images = smallest.in_h = smallest.in_w = smallest.out_h = smallest.out_w = 1;

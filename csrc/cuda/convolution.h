@@ -24,12 +24,18 @@ struct Tile {
   int columns, images;
   int column_tiles, bundles;  // bundles: of `images` images
   int lanes;                  // threads side by side on one source pixel, a power of two
+  uint32_t columns_magic;     // divides a pixel of the row by `columns`: exact for fewer than 256
   int piece;                  // output channels whose terms are in shared memory at a time, while weights are assembled
   uint32_t pitch;             // bytes from a source pixel to the next: an odd number of pieces of 16
   uint32_t gap;               // bytes before, between and after the images of a row: the zero padding
   uint32_t row_bytes;
   uint32_t staging_pitch, staging_bytes;
   uint32_t shared_bytes;
+  // From a thread's piece of a row to its next, in pixels, in shared and in global memory; and how many there are.
+  int read_pixels, read_rounds;
+  uint32_t read_bytes, read_step;
+  int write_pixels;
+  uint32_t write_bytes, write_step;
 };
 
 // A dense channels-last image, in pieces of 16 bytes: 32 bits reach 64 GB.
@@ -37,6 +43,8 @@ struct View {
   void* data;
   int height, width;
   uint32_t pixel_step, row_step, image_step;
+  uint32_t image_gap;   // from the end of a row to the same row of the next image
+  uint32_t bundle_gap;  // from the end of an image to the next bundle
 };
 
 struct Problem {
@@ -58,35 +66,29 @@ struct Shape {
   static constexpr int most_teams = 9 * steps + 3 * atoms <= 21 ? 4 : 9 * steps + 3 * atoms <= 30 ? 3 : 2;
 };
 
-// The image that pixel m of a row of images side by side belongs to.
-struct Images {
-  uint32_t magic;  // exact for fewer than 256 pixels
-  GROSS_DEVICE explicit Images(int columns) : magic((65536 + columns - 1) / columns) {}
-  GROSS_DEVICE int operator()(int pixel) const { return static_cast<int>(pixel * magic >> 16); }
-};
+// The image that a pixel of a row of images side by side belongs to.
+GROSS_DEVICE int image_of(const Tile& t, int pixel) { return static_cast<int>(pixel * t.columns_magic >> 16); }
 
 // Rows of source pixels on their way to shared memory, 16 bytes per thread and copy.
 template <class S>
 struct Reader {
   const Problem& p;
   const Tile& t;
-  uint32_t to;         // where this thread's first piece goes within a stage
-  uint32_t from;       // its piece of the next row
-  int slot;            // its first pixel
-  int slots;           // pixels of a row; 0 for threads beyond the slab's channels
-  int column, width;   // the image's column at `slot`; columns from `width` on are zeros, and all beyond the last channel
-  int row, images;     // the next row; images left from its bundle on
-  Images image_of;
+  uint32_t to;      // where this thread's first piece goes within a stage
+  uint32_t from;    // its piece of the next row
+  int slot;         // its first pixel
+  uint32_t pieces;  // two bits for each of its pieces: there is one; and it is of the image, else zeros
+  int row, images;  // the next row; images left from its bundle on
 
   GROSS_DEVICE Reader(const Problem& problem, const Slab& slab, int member, int column0, int bundle, int first_row, uint32_t rows_at)
-      : p(problem), t(problem.tile), image_of(problem.tile.columns) {
+      : p(problem), t(problem.tile), slot(member / problem.tile.lanes), pieces(0), row(first_row), images(problem.images - bundle * problem.tile.images) {
     const int piece = member % t.lanes, channel = slab.source.begin + piece * p.channels.chunk;
-    slot = member / t.lanes;
-    slots = channel >= slab.source.end ? 0 : S::many ? t.columns * t.images : t.columns + 2;
-    column = column0 + slot - 1;
-    width = channel < p.channels.source ? p.source.width : 0;
-    row = first_row;
-    images = p.images - bundle * t.images;
+    const int column = S::many ? 0 : column0 + slot - 1, slots = S::many ? t.columns * t.images : t.columns + 2;
+    for (int j = 0; j < t.read_rounds; j++) {
+      const bool there = channel < slab.source.end && slot + j * t.read_pixels < slots;
+      const bool in_image = channel < p.channels.source && (S::many || static_cast<unsigned>(column + j * t.read_pixels) < static_cast<unsigned>(p.source.width));
+      pieces |= (there ? 1u : 0u) << 2 * j | (in_image ? 2u : 0u) << 2 * j;
+    }
     to = rows_at + piece * 16 + slot * t.pitch + (S::many ? t.gap : 0);
     from = static_cast<uint32_t>(bundle * t.images) * p.source.image_step + row * p.source.row_step + channel / p.channels.chunk +
            (S::many ? slot : column) * p.source.pixel_step;
@@ -95,45 +97,46 @@ struct Reader {
   // Requests the next row into the stage at this offset, then moves on: after an image's last row comes one that is not read.
   GROSS_DEVICE void request(bool wanted, uint32_t stage) {
     if (wanted && row < p.source.height) {
-      const int round = team_threads / t.lanes, rounds = divide_up(S::many ? t.columns * t.images : t.columns + 2, round);
+      uint32_t left = pieces;
       GROSS_NO_UNROLL
-      for (int first = 0; first < rounds; first += 4)
+      for (int first = 0; first < t.read_rounds; first += 4) {
         GROSS_UNROLL
-        for (int j = first; j < first + 4; j++) {
-          const int at = slot + j * round;
-          uint32_t offset = from + j * round * p.source.pixel_step, destination = to + stage + j * round * t.pitch;
+        for (int j = 0; j < 4; j++) {
+          uint32_t offset = from + (first + j) * t.read_step, destination = to + stage + (first + j) * t.read_bytes;
+          bool on = left & 1u << 2 * j;
           if constexpr (S::many) {
-            const int image = image_of(at);
-            offset += image * (p.source.image_step - p.source.row_step);
-            copy_async_16(destination + image * t.gap, static_cast<const char*>(p.source.data) + 16ull * offset, width > 0,
-                          at < slots && image < images);
-          } else {
-            copy_async_16(destination, static_cast<const char*>(p.source.data) + 16ull * offset,
-                          static_cast<unsigned>(column + j * round) < static_cast<unsigned>(width), at < slots);
+            const int image = image_of(t, slot + (first + j) * t.read_pixels);
+            offset += image * p.source.image_gap;
+            destination += image * t.gap;
+            on = on && image < images;
           }
+          copy_async_16(destination, static_cast<const char*>(p.source.data) + 16ull * offset, left & 2u << 2 * j, on);
         }
+        left >>= 8;
+      }
     }
     copy_async_commit();
     from += p.source.row_step;
     if (++row > p.source.height) {
       row = 0;
       images -= t.images;
-      from += t.images * p.source.image_step - (p.source.height + 1) * p.source.row_step;
+      from += p.source.bundle_gap - p.source.row_step;
     }
   }
 
   // Zeros around the images: copies bring pixels alone.
   GROSS_DEVICE void clear_gaps(int member, uint32_t rows_at, uint32_t stage_step) const {
-    const int pieces = (t.images + 1) * (t.gap / 16), rounds = divide_up(pieces, team_threads);
+    const int count = (t.images + 1) * (t.gap / 16), rounds = divide_up(count, team_threads);
     for (int stage = 0; stage < t.stages; stage++)
       for (int r = 0; r < rounds; r++) {
         const int k = r * team_threads + member, image = k / (t.gap / 16);
-        store_shared_128(rows_at + stage * stage_step + image * t.columns * t.pitch + k * 16, {0, 0, 0, 0}, k < pieces);
+        store_shared_128(rows_at + stage * stage_step + image * t.columns * t.pitch + k * 16, {0, 0, 0, 0}, k < count);
       }
   }
 };
 
-// Finished rows: sums are rounded into shared memory, [pixel][channel], and leave it one step later in pieces of 16 bytes.
+// Finished rows: sums are rounded into shared memory, [pixel][channel], one of two halves at a time, and leave it one step later in
+// pieces of 16 bytes.
 template <class S>
 struct Writer {
   static constexpr int channel_bytes = bytes_of(S::type);
@@ -144,29 +147,26 @@ struct Writer {
   uint32_t staged;      // where this lane's sums go
   uint32_t piece_from;  // this thread's first piece in shared memory
   uint32_t to;          // and in the row to be stored next
-  uint32_t half = 0, half_step;
-  int pixel, round, pixels;  // its first pixel, those from one piece to the next, and how many the tile has
-  int row, images;
-  bool pending = false;
-  Images image_of;
+  int pixel;            // its first pixel
+  uint32_t pieces;      // a bit for each of its pieces: there is one
 
   GROSS_DEVICE Writer(const Problem& problem, const Slab& slab, int member, int tile, int first_pixel, int column0, int bundle, int first_row,
-                      uint32_t staging, uint32_t half_step)
-      : p(problem), t(problem.tile), half_step(half_step), image_of(problem.tile.columns) {
-    const int lane = member % 32, pieces = t.tiles * tile_channels * channel_bytes / 16, piece = member % pieces;
+                      uint32_t staging)
+      : p(problem), t(problem.tile), pieces(0) {
+    const int lane = member % 32, row_pieces = t.tiles * tile_channels * channel_bytes / 16, piece = member % row_pieces;
     const int channel = slab.first + piece * p.channels.chunk;
     staged = staging + (first_pixel + lane % 4 * 2) * t.staging_pitch + (tile * tile_channels + lane / 4 * 2) * channel_bytes;
-    pixel = member / pieces;
-    round = team_threads / pieces;
-    pixels = channel >= p.channels.destination ? 0 : S::many ? t.columns * t.images : smaller(t.columns, p.destination.width - column0);
+    pixel = member / row_pieces;
+    const int pixels = S::many ? t.columns * t.images : smaller(t.columns, p.destination.width - column0);
+    GROSS_UNROLL
+    for (int j = 0; j < rounds; j++)
+      pieces |= (channel < p.channels.destination && pixel + j * t.write_pixels < pixels ? 1u : 0u) << j;
     piece_from = staging + pixel * t.staging_pitch + piece * 16;
-    row = first_row;
-    images = p.images - bundle * t.images;
-    to = static_cast<uint32_t>(bundle * t.images) * p.destination.image_step + row * p.destination.row_step + channel / p.channels.chunk +
+    to = static_cast<uint32_t>(bundle * t.images) * p.destination.image_step + first_row * p.destination.row_step + channel / p.channels.chunk +
          (column0 + pixel) * p.destination.pixel_step;
   }
 
-  GROSS_DEVICE void stage(const float (&sum)[S::atoms][4]) {
+  GROSS_DEVICE void stage(const float (&sum)[S::atoms][4], uint32_t half) const {
     GROSS_UNROLL
     for (int a = 0; a < S::atoms; a++) {
       const uint32_t even = staged + half + a * 8 * t.staging_pitch, odd = even + t.staging_pitch;
@@ -178,32 +178,28 @@ struct Writer {
         store_shared_32(odd, pack<S::type>(sum[a][1], sum[a][3]), true);
       }
     }
-    pending = true;
   }
 
-  GROSS_DEVICE void store() {
-    if (!pending) return;
+  // `images`: left from the row's bundle on.
+  GROSS_DEVICE void store(uint32_t half, int images, bool last_of_image) {
+    Words4 v[rounds];
+    bool on[rounds];
+    uint32_t offset[rounds];
     GROSS_UNROLL
     for (int j = 0; j < rounds; j++) {
-      const int m = pixel + j * round;
-      uint32_t offset = to + j * round * p.destination.pixel_step;
-      bool on = m < pixels;
+      offset[j] = to + j * t.write_step;
+      on[j] = pieces & 1u << j;
       if constexpr (S::many) {
-        const int image = image_of(m);
-        offset += image * (p.destination.image_step - p.destination.row_step);
-        on = on && image < images;
+        const int image = image_of(t, pixel + j * t.write_pixels);
+        offset[j] += image * p.destination.image_gap;
+        on[j] = on[j] && image < images;
       }
-      const Words4 v = load_shared_128(piece_from + half + j * round * t.staging_pitch, on);
-      store_global_128(static_cast<char*>(p.destination.data) + 16ull * offset, v, on);
+      v[j] = load_shared_128(piece_from + half + j * t.write_bytes, on[j]);
     }
+    GROSS_UNROLL
+    for (int j = 0; j < rounds; j++) store_global_128(static_cast<char*>(p.destination.data) + 16ull * offset[j], v[j], on[j]);
     to += p.destination.row_step;
-    if (++row == p.destination.height) {
-      row = 0;
-      images -= t.images;
-      to += t.images * p.destination.image_step - p.destination.height * p.destination.row_step;
-    }
-    half = half_step - half;
-    pending = false;
+    if (last_of_image) to += p.destination.bundle_gap;
   }
 };
 
@@ -243,7 +239,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
   const uint32_t stage_step = t.teams * t.row_bytes, stages_end = t.stages * stage_step;
   const uint32_t rows_at = shared + team * t.row_bytes, staging = shared + stages_end + team * t.staging_bytes;
   Reader<S> reader(p, slab, member, column0, bundle, start, rows_at);
-  Writer<S> writer(p, slab, member, tile, first_pixel, column0, bundle, first_row, staging, t.teams * t.staging_bytes);
+  Writer<S> writer(p, slab, member, tile, first_pixel, column0, bundle, first_row, staging);
 
   uint32_t weight[9][S::steps][4];
   {
@@ -280,23 +276,27 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
     const int source = p.channels.tile_begin(slab.source, first + tile * tile_channels, Weights::columns) - slab.source.begin;
     fragment = rows_at + pixel * t.pitch + t.gap - t.pitch + (source / p.channels.chunk + lane / 8 % 2) * 16;
     if (S::many) {  // one byte for each pair of atoms; pixels past the last read the last image's rows: never stored
-      const Images image_of(t.columns);
       GROSS_UNROLL
       for (int pair = 0; pair < atom_pairs; pair++)
-        image_of_pair |= static_cast<uint32_t>(smaller(image_of(pixel + pair * 16), t.images - 1)) << 8 * pair;
+        image_of_pair |= static_cast<uint32_t>(smaller(image_of(t, pixel + pair * 16), t.images - 1)) << 8 * pair;
       image_of_pair = keep(image_of_pair);
     }
   }
 
   float sum[3][S::atoms][4];
   uint32_t stage = 0;
-  int row = start;  // of the source, at this step
+  int row = start, images = p.images - bundle * t.images;  // of the source, at this step; images left from its bundle on
+  const auto half_of = [&](int step) { return (step & 1) * t.teams * t.staging_bytes; };
+  const auto store_previous = [&](int step) {  // what the step before has finished
+    if (row == 1 || step <= 2) return;
+    writer.store(half_of(step - 1), row == 0 ? images + t.images : images, row == 0);
+  };
   const auto take_step = [&](auto phase_tag, int step) {
     constexpr int phase = decltype(phase_tag)::value;
     constexpr int finished = (phase + 2) % 3, middle = phase, fresh = (phase + 1) % 3;
     wait_for_row(t.stages);
     barrier(1 + team, team_threads);
-    if (S::many) writer.store();
+    if (S::many) store_previous(step);
     reader.request(step + t.stages - 1 < last_step, stage == 0 ? stages_end - stage_step : stage - stage_step);
     if (row < height) {
       GROSS_UNROLL
@@ -324,8 +324,8 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
               }
           }
     }
-    if (!S::many) writer.store();  // here the fragments' registers are free and the matrix units still busy
-    if (row > 0 && step >= 2) writer.stage(sum[finished]);
+    if (!S::many) store_previous(step);  // here the fragments' registers are free and the matrix units still busy
+    if (row > 0 && step >= 2) writer.stage(sum[finished], half_of(step));
     stage = stage == stages_end - stage_step ? 0 : stage + stage_step;
   };
   int step = first_step;
@@ -349,10 +349,11 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
       if (ends(std::integral_constant<int, 2>{})) break;
     }
     row = 0;
+    images -= t.images;
   }
   copy_async_wait<0>();
   barrier(1 + team, team_threads);
-  writer.store();
+  store_previous(last_step);
 }
 
 }  // namespace gross::cuda

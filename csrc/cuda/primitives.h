@@ -19,7 +19,7 @@
 #define GROSS_NO_UNROLL _Pragma("unroll 1")
 #else
 #include "emulator.h"
-#define GROSS_DEVICE inline __attribute__((always_inline))
+#define GROSS_DEVICE inline
 #define GROSS_HOST_DEVICE_INLINE inline
 #define GROSS_KERNEL inline void
 #define GROSS_BOUNDS(threads)

@@ -17,8 +17,8 @@ struct Aligned {  // as memory of a device, and of exactly the size that is need
   Aligned() = default;
   template <class U>
   explicit Aligned(const Aligned<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{16})); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{16}); }
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{256})); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{256}); }
   friend bool operator==(const Aligned&, const Aligned&) { return true; }
   friend bool operator!=(const Aligned&, const Aligned&) { return false; }
 };
@@ -98,17 +98,12 @@ Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = 
     for (size_t i = 0; i < terms.back().size(); i++) terms.back().put(i, random_value());
     gates.push_back(static_cast<float>(random_value()));
   }
-  emulator::forget_allocations();
-  emulator::allow(source.bytes.data(), source.bytes.size(), false);
-  emulator::allow(destination.bytes.data(), destination.bytes.size(), true);
   double compulsory = static_cast<double>(source.bytes.size() + destination.bytes.size());
   for (size_t i = 0; i < terms.size(); i++) {
     series.terms[i] = terms[i].bytes.data();
     series.group_sizes[i] = c.sizes[i];
-    emulator::allow(terms[i].bytes.data(), terms[i].bytes.size(), false);
     compulsory += static_cast<double>(terms[i].bytes.size());
   }
-  emulator::allow(gates.data(), gates.size() * sizeof(float), false);
   series.gates = gates.data();
 
   Result result{};
@@ -126,7 +121,7 @@ Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = 
   expect(static_cast<int>(plan.problem.tile.shared_bytes) <= c.device.shared_bytes, text + ": too much shared memory");
   emulator::schedule = schedule;
   try {
-    run(c.type, plan, source.bytes.data(), destination.bytes.data(), nullptr);
+    run(c.type, plan, g, source.bytes.data(), destination.bytes.data(), nullptr);
   } catch (const emulator::Error& e) {
     expect(false, text + ": " + e.what());
     return result;
@@ -177,13 +172,82 @@ Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = 
   return result;
 }
 
+// A plan of exactly this shape; 0 leaves a number open.
+struct Wanted {
+  int steps, atoms, tiles, teams, images;
+  bool operator()(const Plan& plan) const {
+    const Tile& t = plan.problem.tile;
+    const auto is = [](int wanted, int got) { return wanted == 0 || wanted == got; };
+    return is(steps, plan.steps) && is(atoms, plan.atoms) && is(tiles, t.tiles) && is(teams, t.teams) && is(images, t.images);
+  }
+};
+
+// Both ways for copies to land, and two orders of warps.
+void check_all(Case c, const Wanted& wanted) {
+  for (bool transposed : {false, true}) {
+    c.transposed = transposed;
+    check(c, wanted, {1, true});
+    check(c, wanted, {2, false});
+  }
+}
+
 void numerics() {
-  for (Type type : {Type::bfloat16, Type::float16, Type::float32})
-    for (bool transposed : {false, true})
-      for (Type terms_type : {type, Type::float32}) {
-        if (type == Type::float32 && terms_type != type) continue;
-        check({type, terms_type, 1, 64, 64, 5, 56, 1, {1, 4, 8}, transposed}, any_plan);
-      }
+  constexpr Type f16 = Type::float16, bf16 = Type::bfloat16, f32 = Type::float32;
+  const std::vector<int> to8{2, 8}, to16{1, 2, 4, 8, 16}, to32{1, 4, 8, 16, 32}, to64{4, 16, 32, 64};
+  // Every kernel: steps, atoms, one image or several; types of images and terms by turns.
+  check_all({bf16, bf16, 1, 64, 64, 5, 56, 1, to16, false}, {1, 7, 4, 2, 1});
+  check_all({f16, f32, 9, 64, 64, 3, 14, 1, to16, false}, {1, 7, 4, 3, 4});
+  check_all({f16, f16, 1, 64, 64, 4, 32, 1, to8, false}, {1, 4, 4, 4, 1});
+  check_all({bf16, f32, 9, 64, 64, 7, 7, 1, to16, false}, {1, 4, 4, 2, 4});
+  check_all({bf16, f32, 1, 64, 64, 4, 56, 1, to32, false}, {2, 7, 4, 2, 1});
+  check_all({f16, f16, 5, 64, 64, 4, 14, 1, to32, false}, {2, 7, 4, 2, 4});
+  check_all({f16, f16, 1, 64, 64, 4, 28, 1, to32, false}, {2, 4, 4, 3, 1});
+  check_all({bf16, bf16, 5, 64, 64, 4, 8, 1, to32, false}, {2, 4, 4, 2, 4});
+  check_all({f16, f16, 1, 64, 64, 4, 28, 1, to64, false}, {4, 4, 4, 2, 1});
+  check_all({bf16, bf16, 5, 128, 128, 4, 8, 1, to64, false}, {4, 4, 4, 2, 4});
+  check_all({bf16, f32, 2, 64, 64, 4, 9, 1, to64, false}, {4, 4, 4, 1, 0});
+  check_all({f32, f32, 1, 32, 32, 3, 112, 1, {2, 4, 8}, false}, {2, 7, 2, 0, 1});
+  check_all({f32, f32, 5, 64, 64, 3, 8, 1, {1, 8}, false}, {2, 4, 4, 0, 4});
+  check_all({f32, f32, 2, 64, 64, 3, 20, 1, to16, false}, {2, 7, 4, 0, 2});
+  check_all({f32, f32, 1, 64, 64, 3, 32, 1, to16, false}, {2, 4, 4, 0, 1});
+  check_all({f32, f32, 3, 64, 64, 3, 16, 1, to32, false}, {4, 4, 2, 0, 3});
+  check_all({f32, f32, 1, 64, 64, 3, 30, 1, to32, false}, {4, 4, 4, 0, 1});
+  // Slabs of 32 and 16 channels, warps side by side along the pixels.
+  check_all({bf16, bf16, 1, 32, 32, 4, 100, 1, to16, false}, {1, 7, 2, 3, 1});
+  check_all({f16, f16, 9, 32, 32, 3, 16, 1, to8, false}, {1, 4, 2, 4, 4});
+  check_all({bf16, bf16, 1, 16, 16, 3, 200, 1, to8, false}, {1, 7, 1, 3, 1});
+  check_all({bf16, f32, 30, 16, 16, 2, 7, 1, {1}, false}, {1, 4, 1, 2, 18});
+  check_all({bf16, bf16, 1, 8, 8, 3, 9, 1, {1, 2, 4, 8}, false}, {});
+  check_all({f32, f32, 2, 4, 4, 3, 9, 1, {1, 2, 4}, false}, {});
+  // Widths that are no multiple of a slab, wide images in several tiles, maps of one column, of one row, fewer rows than teams.
+  check_all({bf16, bf16, 1, 96, 96, 3, 61, 1, to16, false}, {});
+  check_all({bf16, bf16, 1, 64, 64, 3, 150, 1, to16, false}, {1, 7, 4, 3, 1});
+  check_all({bf16, bf16, 30, 64, 64, 3, 1, 1, to16, false}, {1, 7, 4, 0, 30});
+  check_all({f16, f16, 3, 64, 64, 1, 9, 1, to16, false}, {1, 7, 4, 3, 0});
+  check_all({f16, f16, 1, 64, 64, 1, 1, 1, to16, false}, {1, 7, 4, 3, 1});
+  check_all({bf16, bf16, 60, 64, 64, 2, 2, 1, {1}, false}, {1, 7, 4, 0, 28});
+  // Odd group sizes, groups that lie across tiles, unequal widths.
+  check_all({bf16, bf16, 1, 48, 48, 3, 20, 1, {3}, false}, {});
+  check_all({f16, f32, 1, 120, 120, 3, 20, 1, {1, 3, 15}, false}, {});
+  check_all({bf16, bf16, 2, 80, 80, 3, 20, 1, {5}, false}, {});
+  check_all({f16, f16, 1, 112, 112, 3, 15, 1, {7, 14, 28}, false}, {});
+  check_all({bf16, f32, 1, 72, 72, 3, 20, 1, {3, 9}, false}, {});
+  check_all({bf16, bf16, 1, 88, 88, 3, 20, 1, {11}, false}, {});
+  check_all({f32, f32, 1, 24, 24, 3, 20, 1, {1, 3}, false}, {});
+  check_all({bf16, bf16, 1, 96, 96, 3, 20, 1, {6, 12, 48}, false}, {});
+  check_all({bf16, bf16, 1, 32, 64, 3, 30, 1, {1, 4, 8}, false}, {});
+  check_all({f16, f16, 1, 64, 32, 3, 30, 1, {2, 8, 16}, false}, {});
+  check_all({f16, f32, 2, 24, 72, 3, 10, 1, {1, 3}, false}, {});
+  check_all({f32, f32, 2, 16, 8, 3, 10, 1, {2}, false}, {});
+  check({bf16, bf16, 1, 64, 256, 3, 30, 1, {16, 64}, false}, any_plan);
+  check_all({bf16, bf16, 1, 256, 64, 3, 30, 1, {4, 32}, false}, {});
+  // Devices with less shared memory, and less than one team a multiprocessor needs.
+  check_all({bf16, f32, 2, 64, 64, 4, 56, 1, to16, false, {80, 2, 163 * 1024}}, {});
+  check_all({bf16, f32, 2, 64, 64, 4, 56, 1, to16, false, {89, 2, 99 * 1024}}, {});
+  check_all({bf16, f32, 2, 64, 64, 4, 28, 1, to32, false, {89, 2, 99 * 1024}}, {});
+  check_all({bf16, bf16, 9, 64, 64, 4, 7, 1, to64, false, {89, 2, 99 * 1024}}, {});
+  // Many blocks, whose shares begin and end inside images.
+  check_all({bf16, bf16, 2, 128, 128, 9, 20, 1, to16, false, {90, 8, 227 * 1024}}, {});
 }
 
 }  // namespace
