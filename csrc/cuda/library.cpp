@@ -178,6 +178,10 @@ struct Call : Gated {
     }
     STD_TORCH_CHECK(input.size(2) >= 1 && input.size(3) >= 1, "input: accepted is at least one pixel");
     const int64_t out_h = (input.size(2) - 1) / stride + 1, out_w = (input.size(3) - 1) / stride + 1;
+    // Kernels count pieces of 16 bytes in 32 bits.
+    const int64_t pixels = input.size(0) * input.size(2) * input.size(3), most = int64_t{1} << 36;
+    STD_TORCH_CHECK(pixels * in_channels * bytes_of(type) < most && pixels * out_channels * bytes_of(type) < most,
+                    "input: accepted are inputs and outputs of less than 64 GiB");
     geometry = {input.size(0), in_channels, out_channels, input.size(2), input.size(3), out_h, out_w,
                 series.group_sizes[series.active - 1], static_cast<int>(stride)};
     if (reads_terms) read(terms);
