@@ -10,6 +10,7 @@ namespace {
 
 struct Plan {
   Problem problem;
+  Walk walk;
   int steps, atoms;
   bool many;
   int grid_x, grid_y;
@@ -17,6 +18,7 @@ struct Plan {
 
 // A share of the device's shared memory and registers that holds `atoms` and `tiles`, and how it does.
 struct Choice {
+  Walk walk;
   int steps, atoms, tiles;
   int chunks;  // of the widest slab
 };
@@ -41,15 +43,16 @@ bool lay_out(Tile& t, const Choice& choice, Type type, bool many, int raw, int o
   t.pitch = (choice.chunks | 1) * 16;
   t.gap = many ? round_up(t.pitch, 128) : t.pitch;
   const int pixels = pixels_of(choice.atoms, choice.tiles);
-  t.row_bytes = pixels * t.pitch + (t.images + 1) * t.gap;
+  t.plane_bytes = pixels * t.pitch + (t.images + 1) * t.gap;
+  t.stage_bytes = (choice.walk == Walk::halving ? 4 : 1) * t.plane_bytes;
   t.staging_pitch = (choice.tiles * tile_channels / chunk_channels(type) | 1) * 16;
-  t.staging_bytes = pixels * t.staging_pitch;
+  t.staging_bytes = pixels * (choice.walk == Walk::doubling ? 2 : 1) * t.staging_pitch;
   const int matrix = 9 * choice.tiles * tile_channels * (choice.steps * 32 + 16);
-  const int left = limit - early_rows * t.teams * static_cast<int>(t.row_bytes) - matrix;
+  const int left = limit - early_rows * t.teams * static_cast<int>(t.stage_bytes) - matrix;
   if (left < 8 * raw) return false;
   t.piece = smaller(left / raw / 8 * 8, round_up(outputs, 8));
   for (t.stages = 8; t.stages >= 4; t.stages -= 2) {
-    const int marching = t.teams * (t.stages * t.row_bytes + 2 * t.staging_bytes);
+    const int marching = t.teams * (t.stages * t.stage_bytes + (choice.walk == Walk::doubling ? 4 : 2) * t.staging_bytes);
     if (marching > limit) continue;
     t.shared_bytes = larger(marching, limit - left + t.piece * raw);
     return true;
@@ -58,20 +61,24 @@ bool lay_out(Tile& t, const Choice& choice, Type type, bool many, int raw, int o
 }
 
 // What follows from the rest of a problem, so that no thread computes it.
-void finish(Problem& p) {
+void finish(Problem& p, Walk walk) {
   Tile& t = p.tile;
-  t.columns_magic = static_cast<uint32_t>(divide_up(1 << 16, t.columns));
+  const bool many = t.images > 1, halving = walk == Walk::halving;
+  const int written = t.columns * (walk == Walk::doubling ? 2 : 1);  // columns of the destination in the tile
+  const auto magic = [](int columns) { return static_cast<uint32_t>(divide_up(1 << 16, columns)); };
+  t.columns_magic = magic(t.columns);
+  t.read_magic = magic(p.source.width);
+  t.write_magic = magic(written);
   t.read_pixels = team_threads / t.lanes;
-  t.read_rounds = divide_up(t.images > 1 ? t.columns * t.images : t.columns + 2, t.read_pixels);
-  t.read_bytes = t.read_pixels * t.pitch;
+  t.read_rounds = divide_up(many ? p.source.width * t.images : halving ? 2 * t.columns + 1 : t.columns + 2, t.read_pixels);
+  t.read_bytes = t.read_pixels * t.pitch / (halving ? 2 : 1);
   t.read_step = t.read_pixels * p.source.pixel_step;
   t.write_pixels = team_threads * p.channels.chunk / (t.tiles * tile_channels);
   t.write_bytes = t.write_pixels * t.staging_pitch;
   t.write_step = t.write_pixels * p.destination.pixel_step;
-  for (View* view : {&p.source, &p.destination}) {
-    view->image_gap = view->image_step - view->row_step;
-    view->bundle_gap = (t.images - 1) * view->image_step;
-  }
+  p.source.image_gap = p.source.image_step - p.source.row_step;
+  p.destination.image_gap = p.destination.image_step - written * p.destination.pixel_step;
+  for (View* view : {&p.source, &p.destination}) view->bundle_gap = (t.images - 1) * view->image_step;
 }
 
 // Clocks that a multiprocessor needs, by a model of an H200 (not measured): memory delivers 18.6 bytes a clock to each, a product of
@@ -79,10 +86,11 @@ void finish(Problem& p) {
 double estimate(const Plan& plan, Type type, const Device& device) {
   const Tile& t = plan.problem.tile;
   const Problem& p = plan.problem;
-  const double rows = static_cast<double>(t.bundles) * p.destination.height, shares = static_cast<double>(plan.grid_x) * t.teams;
+  const bool halving = plan.walk == Walk::halving, doubling = plan.walk == Walk::doubling;
+  const double rows = static_cast<double>(t.bundles) * (doubling ? p.source : p.destination).height, shares = static_cast<double>(plan.grid_x) * t.teams;
   const double rows_each = std::ceil(rows / shares), waves = std::ceil(static_cast<double>(plan.grid_x) * plan.grid_y / device.multiprocessors);
   const double products = waves * t.teams * team_warps * (rows_each + 1) * 9 * plan.steps * plan.atoms * 1.7;
-  const double read = plan.grid_y * (rows + 2 * smaller(static_cast<int>(shares), static_cast<int>(rows))) * (t.columns * t.images + (plan.many ? 0 : 2)) * t.pitch;
+  const double read = plan.grid_y * (rows + 2 * smaller(static_cast<int>(shares), static_cast<int>(rows))) * (halving ? 4 : 1) * (t.columns * t.images + (plan.many ? 0 : 2)) * t.pitch;
   const double written = static_cast<double>(p.images) * p.destination.height * p.destination.width * p.channels.destination * bytes_of(type);
   // A line of memory is 128 bytes; half and quarter lines cost more than their share.
   const double segments = t.tiles * tile_channels * bytes_of(type) >= 128 ? 1 : t.tiles * tile_channels * bytes_of(type) >= 64 ? 1.1 : 1.4;
@@ -114,14 +122,15 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
   for (int i = 0; i < terms.active; i++) raw += terms.group_sizes[i] * 9 * (type == Type::float32 || terms.wide ? 4 : 2);
   if (steps_needed(p.channels) > most_steps) return false;
   plan.steps = steps_class(type, steps_needed(p.channels));
-  const int columns = plan.steps * step_channels(type), width = p.destination.width;
+  plan.walk = geometry.stride == 1 ? Walk::same : transposed ? Walk::doubling : Walk::halving;
+  const int columns = plan.steps * step_channels(type), width = static_cast<int>(geometry.out_w);
   double least = 0;
   Tile& t = p.tile;
   for (int atoms : {7, 4})
     for (int tiles : {4, 2, 1}) {
-      if (plan.steps == 4 && atoms == 7) continue;
+      if (atoms == 7 && (plan.steps == 4 || plan.walk != Walk::same)) continue;
       if (tiles > 1 && tiles / 2 * tile_channels >= p.channels.destination) continue;
-      const Choice choice{plan.steps, atoms, tiles, widest_slab(p.channels, tiles, columns)};
+      const Choice choice{plan.walk, plan.steps, atoms, tiles, widest_slab(p.channels, tiles, columns)};
       const int outputs = transposed ? choice.chunks * p.channels.chunk : tiles * tile_channels, pixels = pixels_of(atoms, tiles);
       plan.atoms = atoms;
       for (t.teams = most_teams(plan.steps, atoms); t.teams > 0; t.teams--) {
@@ -133,7 +142,8 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
         }
         if (t.images == 0) continue;
         t.bundles = divide_up(p.images, t.images);
-        finish(p);
+        finish(p, plan.walk);
+        if (t.read_rounds > most_rounds) continue;
         plan.grid_y = divide_up(p.channels.destination, tiles * tile_channels) * t.column_tiles;
         plan.grid_x = larger(1, device.multiprocessors / plan.grid_y);
         if (!accept(plan)) continue;
@@ -144,21 +154,36 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
   return least > 0;
 }
 
-template <class S>
-int launch_march(const Plan& plan, Stream stream) {
-  return launch(&march<S>, plan.grid_x, plan.grid_y, plan.problem.tile.teams * team_threads, static_cast<int>(plan.problem.tile.shared_bytes),
-                stream, plan.problem);
+template <Walk walk, Type type, int steps, int atoms, bool many>
+int launch_shape(const Plan& plan, Stream stream) {
+  using S = Shape<walk, type, steps, atoms, many>;
+  void (*kernel)(Problem);
+  if constexpr (walk == Walk::same)
+    kernel = &march<S>;
+  else if constexpr (walk == Walk::halving)
+    kernel = &march_halving<S>;
+  else
+    kernel = &march_doubling<S>;
+  return launch(kernel, plan.grid_x, plan.grid_y, plan.problem.tile.teams * team_threads, static_cast<int>(plan.problem.tile.shared_bytes), stream,
+                plan.problem);
+}
+template <Walk walk, Type type, bool many>
+int launch_walk(const Plan& plan, Stream stream) {
+  constexpr int wide = walk == Walk::same ? 7 : 4;
+  if constexpr (type != Type::float32)
+    if (plan.steps == 1) return plan.atoms == wide ? launch_shape<walk, type, 1, wide, many>(plan, stream) : launch_shape<walk, type, 1, 4, many>(plan, stream);
+  if (plan.steps == 2) return plan.atoms == wide ? launch_shape<walk, type, 2, wide, many>(plan, stream) : launch_shape<walk, type, 2, 4, many>(plan, stream);
+  return launch_shape<walk, type, 4, 4, many>(plan, stream);
 }
 template <Type type, bool many>
-int launch_shape(const Plan& plan, Stream stream) {
-  if constexpr (type != Type::float32)
-    if (plan.steps == 1) return plan.atoms == 7 ? launch_march<Shape<type, 1, 7, many>>(plan, stream) : launch_march<Shape<type, 1, 4, many>>(plan, stream);
-  if (plan.steps == 2) return plan.atoms == 7 ? launch_march<Shape<type, 2, 7, many>>(plan, stream) : launch_march<Shape<type, 2, 4, many>>(plan, stream);
-  return launch_march<Shape<type, 4, 4, many>>(plan, stream);
+int launch_type(const Plan& plan, Stream stream) {
+  if (plan.walk == Walk::same) return launch_walk<Walk::same, type, many>(plan, stream);
+  if (plan.walk == Walk::halving) return launch_walk<Walk::halving, type, many>(plan, stream);
+  return launch_walk<Walk::doubling, type, many>(plan, stream);
 }
 template <Type type>
 int launch_type(const Plan& plan, Stream stream) {
-  return plan.many ? launch_shape<type, true>(plan, stream) : launch_shape<type, false>(plan, stream);
+  return plan.many ? launch_type<type, true>(plan, stream) : launch_type<type, false>(plan, stream);
 }
 
 int run(Type type, Plan plan, const Geometry& geometry, const void* source, void* destination, Stream stream) {
@@ -195,7 +220,7 @@ int convolve(Type type, const Geometry& geometry, const Series& series, bool tra
 
 bool supports_convolution(Operation operation, Type type, Type terms_type, const Geometry& geometry, const Device& device) {
   if (operation == Operation::weight_grad || type == Type::float64 || (terms_type != type && terms_type != Type::float32)) return false;
-  if (device.capability < 80 || geometry.group_size > 64 || geometry.stride != 1) return false;
+  if (device.capability < 80 || geometry.group_size > 64 || (geometry.stride != 1 && geometry.stride != 2)) return false;
   const bool transposed = operation == Operation::input_grad;
   const Channels channels = channels_of(geometry, transposed, type);
   if (channels.source % channels.chunk || channels.destination % channels.chunk) return false;

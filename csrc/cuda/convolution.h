@@ -2,9 +2,13 @@
 //
 // A team of four warps marches down the rows of a tile: some columns of one image, or whole rows of several images side by side, times a
 // slab of 16 to 64 destination channels. Source rows travel to shared memory by asynchronous copies, several rows ahead of
-// their use; each is read from global memory once and from shared memory three times, once per kernel column, and each fragment feeds
-// the three destination rows that see it, whose sums rotate. Weights stay in registers as the A operand of products (16
+// their use; each is read from global memory once and from shared memory once per kernel column, and each fragment feeds
+// all the destination rows that see it, whose sums rotate. Weights stay in registers as the A operand of products (16
 // destination channels × 32 bytes of source channels per tap); pixels are the columns of B and D, in atoms of eight.
+//
+// Three walks: `march` for stride 1 in both directions; `march_halving`, the forward of stride 2, takes two source rows a step and keeps
+// odd and even columns apart, so that fragments read neighbouring pixels again; `march_doubling`, its input gradient, turns
+// a source row into two destination rows of twice as many columns.
 #pragma once
 
 #include <type_traits>
@@ -14,21 +18,25 @@
 namespace gross::cuda {
 
 constexpr int team_warps = 4, team_threads = 32 * team_warps;
-constexpr int early_rows = 2;  // requested before the weights are assembled
+constexpr int early_rows = 2;    // requested before the weights are assembled
+constexpr int most_rounds = 16;  // pieces of a source row that one thread copies
 
-// How a launch cuts its work. `columns` pixels of each of `images` images lie side by side in a tile's row.
+enum class Walk { same, halving, doubling };  // of columns and rows, from source to destination
+
+// How a launch cuts its work. `columns` pixels of each of `images` images lie side by side in a tile's row; they are pixels of the
+// destination, of the source where that has fewer.
 struct Tile {
   int tiles;   // of 16 destination channels: 1, 2 or 4; the warps of a team share them and lie side by side along the pixels
   int teams;   // of a thread block: each marches through its own rows
-  int stages;  // rows of source in shared memory: 4, 6 or 8
+  int stages;  // steps' source rows in shared memory: 4, 6 or 8
   int columns, images;
   int column_tiles, bundles;  // bundles: of `images` images
   int lanes;                  // threads side by side on one source pixel, a power of two
-  uint32_t columns_magic;     // divides a pixel of the row by `columns`: exact for fewer than 256
   int piece;                  // output channels whose terms are in shared memory at a time, while weights are assembled
   uint32_t pitch;             // bytes from a source pixel to the next: an odd number of pieces of 16
   uint32_t gap;               // bytes before, between and after the images of a row: the zero padding
-  uint32_t row_bytes;
+  uint32_t plane_bytes;       // a source row; halving: its odd or its even columns
+  uint32_t stage_bytes;       // halving: odd and even columns of an even row, then of an odd row
   uint32_t staging_pitch, staging_bytes;
   uint32_t shared_bytes;
   // From a thread's piece of a row to its next, in pixels, in shared and in global memory; and how many there are.
@@ -36,6 +44,8 @@ struct Tile {
   uint32_t read_bytes, read_step;
   int write_pixels;
   uint32_t write_bytes, write_step;
+  // They divide a pixel by the columns of an image, in the tile, in source and in destination: exact for fewer than 256 pixels.
+  uint32_t columns_magic, read_magic, write_magic;
 };
 
 // A dense channels-last image, in pieces of 16 bytes: 32 bits reach 64 GB.
@@ -56,18 +66,69 @@ struct Problem {
   Tile tile;
 };
 
-template <Type type_, int steps_, int atoms_, bool many_>
+template <Walk walk_, Type type_, int steps_, int atoms_, bool many_>
 struct Shape {
+  static constexpr Walk walk = walk_;
   static constexpr Type type = type_;
-  static constexpr int steps = steps_;   // products in k per tap
-  static constexpr int atoms = atoms_;   // eight pixels each, of one warp
-  static constexpr bool many = many_;    // several images side by side
-  // 4 · (9 · steps + 3 · atoms) registers hold weights and sums: what is left of 64 K for each thread decides how many teams fit.
+  static constexpr int steps = steps_;  // products in k per tap
+  static constexpr int atoms = atoms_;  // eight pixels each, of one warp
+  static constexpr bool many = many_;   // several images side by side
+  static constexpr int spread = walk == Walk::doubling ? 2 : 1;  // destination columns of a pixel of the tile
+  // Registers for weights and sums are 4 · (9 · steps + 3 · atoms): what is left of 64 K for each thread decides how many teams fit.
   static constexpr int most_teams = 9 * steps + 3 * atoms <= 21 ? 4 : 9 * steps + 3 * atoms <= 30 ? 3 : 2;
 };
 
-// The image that a pixel of a row of images side by side belongs to.
-GROSS_DEVICE int image_of(const Tile& t, int pixel) { return static_cast<int>(pixel * t.columns_magic >> 16); }
+// Which image a pixel of a row of images side by side belongs to.
+GROSS_DEVICE int image_of(int pixel, uint32_t magic) { return static_cast<int>(pixel * magic >> 16); }
+
+// Where a thread works.
+struct Place {
+  int thread, threads, lane;
+  int team, member;       // of the block; of the team
+  int tile, first_pixel;  // of its warp
+  Slab slab;
+  int column0;  // the tile's first, as `Tile::columns` counts
+  uint32_t stage_step, stages_end;  // from a stage to the next, and past the last
+  uint32_t rows_at, staging;        // this team's, in shared memory
+
+  template <class S>
+  static GROSS_DEVICE Place of(const Problem& p, S) {
+    const Tile& t = p.tile;
+    Place o;
+    o.thread = thread_index();
+    o.threads = t.teams * team_threads;
+    o.lane = o.thread % 32;
+    const int block_warp = uniform(o.thread / 32), warp = block_warp % team_warps;
+    o.team = block_warp / team_warps;
+    o.member = o.thread % team_threads;
+    o.tile = warp % t.tiles;
+    o.first_pixel = warp / t.tiles * S::atoms * 8;
+    const int slab_index = block_y() / t.column_tiles, first = slab_index * t.tiles * tile_channels;
+    o.column0 = (block_y() - slab_index * t.column_tiles) * t.columns;
+    o.slab = {first, t.tiles, p.channels.slab(first, t.tiles, Assembly<S::type, S::steps>::columns)};
+    o.stage_step = t.teams * t.stage_bytes;
+    o.stages_end = t.stages * o.stage_step;
+    o.rows_at = shared_base() + o.team * t.stage_bytes;
+    o.staging = shared_base() + o.stages_end + o.team * t.staging_bytes;
+    return o;
+  }
+};
+
+// A team's share of the stream of rows of all bundles.
+struct Share {
+  int bundle, row;            // of the first row
+  int last_bundle, last_row;  // of the last
+  bool empty;
+  GROSS_DEVICE Share(const Tile& t, int team, int height) {
+    const long long rows = static_cast<long long>(t.bundles) * height, shares = grid_x() * t.teams, share = block_x() * t.teams + team;
+    const int begin = static_cast<int>(rows * share / shares), end = static_cast<int>(rows * (share + 1) / shares);
+    empty = begin >= end;
+    bundle = begin / height;
+    row = begin - bundle * height;
+    last_bundle = (end - 1) / height;
+    last_row = end - 1 - last_bundle * height;
+  }
+};
 
 // Rows of source pixels on their way to shared memory, 16 bytes per thread and copy.
 template <class S>
@@ -78,69 +139,103 @@ struct Reader {
   uint32_t from;    // its piece of the next row
   int slot;         // its first pixel
   uint32_t pieces;  // two bits for each of its pieces: there is one; and it is of the image, else zeros
-  int row, images;  // the next row; images left from its bundle on
+  int row, images;  // the next step's row; images left from its bundle on
 
-  GROSS_DEVICE Reader(const Problem& problem, const Slab& slab, int member, int column0, int bundle, int first_row, uint32_t rows_at)
-      : p(problem), t(problem.tile), slot(member / problem.tile.lanes), pieces(0), row(first_row), images(problem.images - bundle * problem.tile.images) {
-    const int piece = member % t.lanes, channel = slab.source.begin + piece * p.channels.chunk;
-    const int column = S::many ? 0 : column0 + slot - 1, slots = S::many ? t.columns * t.images : t.columns + 2;
+  GROSS_DEVICE Reader(const Problem& problem, const Place& place, int bundle, int first_row)
+      : p(problem), t(problem.tile), slot(place.member / t.lanes), pieces(0), row(first_row), images(p.images - bundle * t.images) {
+    constexpr bool halving = S::walk == Walk::halving;
+    const int piece = place.member % t.lanes, channel = place.slab.source.begin + piece * p.channels.chunk;
+    const int column = S::many ? slot : place.column0 * (halving ? 2 : 1) + slot - 1;
+    const int slots = S::many ? p.source.width * t.images : halving ? 2 * t.columns + 1 : t.columns + 2;
+    GROSS_NO_UNROLL
     for (int j = 0; j < t.read_rounds; j++) {
-      const bool there = channel < slab.source.end && slot + j * t.read_pixels < slots;
+      const bool there = channel < place.slab.source.end && slot + j * t.read_pixels < slots;
       const bool in_image = channel < p.channels.source && (S::many || static_cast<unsigned>(column + j * t.read_pixels) < static_cast<unsigned>(p.source.width));
       pieces |= (there ? 1u : 0u) << 2 * j | (in_image ? 2u : 0u) << 2 * j;
     }
-    to = rows_at + piece * 16 + slot * t.pitch + (S::many ? t.gap : 0);
-    from = static_cast<uint32_t>(bundle * t.images) * p.source.image_step + row * p.source.row_step + channel / p.channels.chunk +
-           (S::many ? slot : column) * p.source.pixel_step;
+    to = place.rows_at + piece * 16 + (S::many ? t.gap : 0);
+    // Of one image, halving: odd and even columns by turns, each thread one of them.
+    if (!halving) to += slot * t.pitch;
+    if (halving && !S::many) to += (slot + 1) / 2 * t.pitch + slot % 2 * t.plane_bytes;
+    from = static_cast<uint32_t>(bundle * t.images) * p.source.image_step + row * (halving ? 2 : 1) * p.source.row_step +
+           channel / p.channels.chunk + column * p.source.pixel_step;
   }
 
-  // Requests the next row into the stage at this offset, then moves on: after an image's last row comes one that is not read.
-  GROSS_DEVICE void request(bool wanted, uint32_t stage) {
-    if (wanted && row < p.source.height) {
+  // Requests the next step's rows into the stage at this offset, then moves on. Except for halving, one more row follows an image's
+  // last, which is not read. `both`: the even row, too, of halving's two.
+  GROSS_DEVICE void request(bool wanted, uint32_t stage, bool both = true) {
+    constexpr bool halving = S::walk == Walk::halving;
+    if (wanted && (halving || row < p.source.height)) {
       uint32_t left = pieces;
       GROSS_NO_UNROLL
       for (int first = 0; first < t.read_rounds; first += 4) {
         GROSS_UNROLL
         for (int j = 0; j < 4; j++) {
-          uint32_t offset = from + (first + j) * t.read_step, destination = to + stage + (first + j) * t.read_bytes;
+          const int pixel = slot + (first + j) * t.read_pixels;
+          uint32_t offset = from + (first + j) * t.read_step, destination = to + stage;
           bool on = left & 1u << 2 * j;
-          if constexpr (S::many) {
-            const int image = image_of(t, slot + (first + j) * t.read_pixels);
+          const bool valid = left & 2u << 2 * j;
+          if (S::many) {
+            const int image = image_of(pixel, t.read_magic);
             offset += image * p.source.image_gap;
-            destination += image * t.gap;
             on = on && image < images;
+            if (halving) {
+              const int column = pixel - image * p.source.width;
+              destination += image * (t.columns * t.pitch + t.gap) + column / 2 * t.pitch + (column % 2 == 0 ? t.plane_bytes : 0);
+            } else {
+              destination += image * t.gap;
+            }
           }
-          copy_async_16(destination, static_cast<const char*>(p.source.data) + 16ull * offset, left & 2u << 2 * j, on);
+          if (!halving || !S::many) destination += (first + j) * t.read_bytes;
+          const char* source = static_cast<const char*>(p.source.data) + 16ull * offset;
+          copy_async_16(destination, source, valid, on && both);
+          if (halving)
+            copy_async_16(destination + 2 * t.plane_bytes, source + 16ull * p.source.row_step, valid && 2 * row + 1 < p.source.height, on);
         }
         left >>= 8;
       }
     }
     copy_async_commit();
-    from += p.source.row_step;
-    if (++row > p.source.height) {
-      row = 0;
-      images -= t.images;
-      from += p.source.bundle_gap - p.source.row_step;
+    if (halving) {
+      from += 2 * p.source.row_step;
+      if (++row == p.destination.height) {
+        row = 0;
+        images -= t.images;
+        from += p.source.bundle_gap + (p.source.height - 2 * p.destination.height) * p.source.row_step;
+      }
+    } else {
+      from += p.source.row_step;
+      if (++row > p.source.height) {
+        row = 0;
+        images -= t.images;
+        from += p.source.bundle_gap - p.source.row_step;
+      }
     }
   }
 
-  // Zeros around the images: copies bring pixels alone.
-  GROSS_DEVICE void clear_gaps(int member, uint32_t rows_at, uint32_t stage_step) const {
-    const int count = (t.images + 1) * (t.gap / 16), rounds = divide_up(count, team_threads);
+  // Zeros around the images: copies bring pixels alone. Halving needs them left of odd columns, and right where the image's last
+  // column is even.
+  GROSS_DEVICE void clear_gaps(const Place& place) const {
+    constexpr bool halving = S::walk == Walk::halving;
+    const int of_gap = t.gap / 16, of_pixel = halving && p.source.width % 2 ? t.pitch / 16 : 0, each = of_gap + of_pixel;
+    const int count = (t.images + 1) * each;
+    GROSS_NO_UNROLL
     for (int stage = 0; stage < t.stages; stage++)
-      for (int r = 0; r < rounds; r++) {
-        const int k = r * team_threads + member, image = k / (t.gap / 16);
-        store_shared_128(rows_at + stage * stage_step + image * t.columns * t.pitch + k * 16, {0, 0, 0, 0}, k < count);
-      }
+      for (int plane = 0; plane < (halving ? 2 : 1); plane++)
+        for (int first = 0; first < count; first += team_threads) {
+          const int k = first + place.member, image = k / each, piece = k - image * each - of_pixel;
+          store_shared_128(place.rows_at + stage * place.stage_step + plane * 2 * t.plane_bytes + image * (t.columns * t.pitch + t.gap) + piece * 16,
+                           {0, 0, 0, 0}, k < count && (image > 0 || piece >= 0));
+        }
   }
 };
 
-// Finished rows: sums are rounded into shared memory, [pixel][channel], one of two halves at a time, and leave it one step later in
+// Finished rows: sums are rounded into shared memory, [pixel][channel], in one of two halves, and leave it one step later in
 // pieces of 16 bytes.
 template <class S>
 struct Writer {
   static constexpr int channel_bytes = bytes_of(S::type);
-  static constexpr int rounds = divide_up(S::atoms * 8 * team_warps * tile_channels * channel_bytes / 16, team_threads);
+  static constexpr int rounds = divide_up(S::spread * S::atoms * 8 * team_warps * tile_channels * channel_bytes / 16, team_threads);
 
   const Problem& p;
   const Tile& t;
@@ -150,32 +245,34 @@ struct Writer {
   int pixel;            // its first pixel
   uint32_t pieces;      // a bit for each of its pieces: there is one
 
-  GROSS_DEVICE Writer(const Problem& problem, const Slab& slab, int member, int tile, int first_pixel, int column0, int bundle, int first_row,
-                      uint32_t staging)
-      : p(problem), t(problem.tile), pieces(0) {
-    const int lane = member % 32, row_pieces = t.tiles * tile_channels * channel_bytes / 16, piece = member % row_pieces;
-    const int channel = slab.first + piece * p.channels.chunk;
-    staged = staging + (first_pixel + lane % 4 * 2) * t.staging_pitch + (tile * tile_channels + lane / 4 * 2) * channel_bytes;
-    pixel = member / row_pieces;
-    const int pixels = S::many ? t.columns * t.images : smaller(t.columns, p.destination.width - column0);
+  GROSS_DEVICE Writer(const Problem& problem, const Place& place, int bundle, int first_row) : p(problem), t(problem.tile), pieces(0) {
+    const int row_pieces = t.tiles * tile_channels * channel_bytes / 16, piece = place.member % row_pieces;
+    const int channel = place.slab.first + piece * p.channels.chunk, columns = S::spread * t.columns, column0 = S::spread * place.column0;
+    staged = place.staging + S::spread * (place.first_pixel + place.lane % 4 * 2) * t.staging_pitch +
+             (place.tile * tile_channels + place.lane / 4 * 2) * channel_bytes;
+    pixel = place.member / row_pieces;
     GROSS_UNROLL
-    for (int j = 0; j < rounds; j++)
-      pieces |= (channel < p.channels.destination && pixel + j * t.write_pixels < pixels ? 1u : 0u) << j;
-    piece_from = staging + pixel * t.staging_pitch + piece * 16;
+    for (int j = 0; j < rounds; j++) {
+      const int m = pixel + j * t.write_pixels, image = S::many ? image_of(m, t.write_magic) : 0;
+      const bool on = channel < p.channels.destination && image < t.images && m - image * columns < smaller(columns, p.destination.width - column0);
+      pieces |= (on ? 1u : 0u) << j;
+    }
+    piece_from = place.staging + pixel * t.staging_pitch + piece * 16;
     to = static_cast<uint32_t>(bundle * t.images) * p.destination.image_step + first_row * p.destination.row_step + channel / p.channels.chunk +
          (column0 + pixel) * p.destination.pixel_step;
   }
 
-  GROSS_DEVICE void stage(const float (&sum)[S::atoms][4], uint32_t half) const {
+  // `parity`: of doubling's columns.
+  GROSS_DEVICE void stage(const float (&sum)[S::atoms][4], uint32_t half, int parity = 0) const {
     GROSS_UNROLL
     for (int a = 0; a < S::atoms; a++) {
-      const uint32_t even = staged + half + a * 8 * t.staging_pitch, odd = even + t.staging_pitch;
+      const uint32_t first = staged + half + (S::spread * a * 8 + parity) * t.staging_pitch, second = first + S::spread * t.staging_pitch;
       if constexpr (S::type == Type::float32) {
-        store_shared_64(even, as_word(sum[a][0]), as_word(sum[a][2]), true);
-        store_shared_64(odd, as_word(sum[a][1]), as_word(sum[a][3]), true);
+        store_shared_64(first, as_word(sum[a][0]), as_word(sum[a][2]), true);
+        store_shared_64(second, as_word(sum[a][1]), as_word(sum[a][3]), true);
       } else {
-        store_shared_32(even, pack<S::type>(sum[a][0], sum[a][2]), true);
-        store_shared_32(odd, pack<S::type>(sum[a][1], sum[a][3]), true);
+        store_shared_32(first, pack<S::type>(sum[a][0], sum[a][2]), true);
+        store_shared_32(second, pack<S::type>(sum[a][1], sum[a][3]), true);
       }
     }
   }
@@ -190,7 +287,7 @@ struct Writer {
       offset[j] = to + j * t.write_step;
       on[j] = pieces & 1u << j;
       if constexpr (S::many) {
-        const int image = image_of(t, pixel + j * t.write_pixels);
+        const int image = image_of(pixel + j * t.write_pixels, t.write_magic);
         offset[j] += image * p.destination.image_gap;
         on[j] = on[j] && image < images;
       }
@@ -203,7 +300,7 @@ struct Writer {
   }
 };
 
-GROSS_DEVICE void wait_for_row(int stages) {
+GROSS_DEVICE void wait_for_stage(int stages) {
   if (stages == 4)
     copy_async_wait<2>();
   else if (stages == 6)
@@ -212,80 +309,112 @@ GROSS_DEVICE void wait_for_row(int stages) {
     copy_async_wait<6>();
 }
 
-// Stride 1. The input gradient is the same on the transposed, turned weight.
-template <class S>
-GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
+// Requests the terms, then `early_rows` steps' rows, and assembles the weights while those travel; then requests the rest.
+// request(i): the rows of the i-th step.
+template <class S, class Request>
+GROSS_DEVICE void assemble(uint32_t (&weight)[9][S::steps][4], const Problem& p, const Place& place, const Reader<S>& reader, const Request& request) {
   using Weights = Assembly<S::type, S::steps>;
   const Tile& t = p.tile;
-  const int thread = thread_index(), threads = t.teams * team_threads, lane = thread % 32, block_warp = uniform(thread / 32);
-  const int team = block_warp / team_warps, warp = block_warp % team_warps, member = thread % team_threads;
-  const int tile = warp % t.tiles, first_pixel = warp / t.tiles * S::atoms * 8;
-  const int slab_index = block_y() / t.column_tiles, column0 = (block_y() - slab_index * t.column_tiles) * t.columns;
-  const int first = slab_index * t.tiles * tile_channels;
-  const Slab slab{first, t.tiles, p.channels.slab(first, t.tiles, Weights::columns)};
-  const uint32_t shared = shared_base();
-
-  // This team's share of the stream of destination rows. The stream of source rows has one more per bundle of images, at which
-  // the bundle's last destination row leaves.
-  const int height = p.source.height;
-  const long long rows = static_cast<long long>(t.bundles) * height, shares = grid_x() * t.teams, share = block_x() * t.teams + team;
-  const int begin = static_cast<int>(rows * share / shares), end = static_cast<int>(rows * (share + 1) / shares);
-  const int bundle = begin / height, last_bundle = (end - 1) / height, first_row = begin - bundle * height;
-  const int start = larger(first_row - 1, 0);
-  // Steps are counted so that those from the second on finish rows of this share.
-  const int first_step = first_row > 0 ? 0 : 1;
-  const int last_step = end > begin ? first_step + (last_bundle - bundle) * (height + 1) + (end - 1 - last_bundle * height) + 2 - start : first_step;
-
-  const uint32_t stage_step = t.teams * t.row_bytes, stages_end = t.stages * stage_step;
-  const uint32_t rows_at = shared + team * t.row_bytes, staging = shared + stages_end + team * t.staging_bytes;
-  Reader<S> reader(p, slab, member, column0, bundle, start, rows_at);
-  Writer<S> writer(p, slab, member, tile, first_pixel, column0, bundle, first_row, staging);
-
-  uint32_t weight[9][S::steps][4];
-  {
-    const uint32_t matrix = shared + early_rows * stage_step, raw = matrix + Weights::matrix_bytes(t.tiles);
-    const Range outputs = Weights::outputs(p.channels, p.transposed, slab);
-    Range piece{outputs.begin, smaller(outputs.begin + t.piece, outputs.end)};
-    Weights::request(p.terms, piece, raw, thread, threads);
-    GROSS_UNROLL
-    for (int i = 0; i < early_rows; i++) reader.request(first_step + i < last_step, i * stage_step);
-    Weights::clear(t.tiles, matrix, thread, threads);
-    copy_async_wait<early_rows>();
-    GROSS_NO_UNROLL
-    for (;;) {
-      barrier(0, threads);
-      Weights::combine(p.terms, p.channels, p.transposed, slab, piece, matrix, raw, thread, threads);
-      piece = {piece.end, smaller(piece.end + t.piece, outputs.end)};
-      barrier(0, threads);
-      if (piece.size() <= 0) break;
-      Weights::request(p.terms, piece, raw, thread, threads);
-      copy_async_wait<0>();
-    }
-    Weights::load(weight, tile, t.tiles, matrix, lane);
-    barrier(0, threads);
-    if (S::many) reader.clear_gaps(member, rows_at, stage_step);
-    GROSS_NO_UNROLL
-    for (int i = early_rows; i < t.stages - 1; i++) reader.request(first_step + i < last_step, i * stage_step);
+  const uint32_t matrix = shared_base() + early_rows * place.stage_step, raw = matrix + Weights::matrix_bytes(t.tiles);
+  const Range outputs = Weights::outputs(p.channels, p.transposed, place.slab);
+  Range piece{outputs.begin, smaller(outputs.begin + t.piece, outputs.end)};
+  Weights::request(p.terms, piece, raw, place.thread, place.threads);
+  GROSS_UNROLL
+  for (int i = 0; i < early_rows; i++) request(i);
+  Weights::clear(t.tiles, matrix, place.thread, place.threads);
+  copy_async_wait<early_rows>();
+  GROSS_NO_UNROLL
+  for (;;) {
+    barrier(0, place.threads);
+    Weights::combine(p.terms, p.channels, p.transposed, place.slab, piece, matrix, raw, place.thread, place.threads);
+    piece = {piece.end, smaller(piece.end + t.piece, outputs.end)};
+    barrier(0, place.threads);
+    if (piece.size() <= 0) break;
+    Weights::request(p.terms, piece, raw, place.thread, place.threads);
+    copy_async_wait<0>();
   }
+  Weights::load(weight, place.tile, t.tiles, matrix, place.lane);
+  barrier(0, place.threads);
+  if (S::many) reader.clear_gaps(place);
+  GROSS_NO_UNROLL
+  for (int i = early_rows; i < t.stages - 1; i++) request(i);
+}
 
-  // Where this lane's row of an 8×8 matrix lies within a stage.
-  uint32_t fragment, image_of_pair = 0;
-  constexpr int atom_pairs = (S::atoms + 1) / 2;
-  {
-    const int pixel = first_pixel + lane / 16 * 8 + lane % 8;
-    const int source = p.channels.tile_begin(slab.source, first + tile * tile_channels, Weights::columns) - slab.source.begin;
-    fragment = rows_at + pixel * t.pitch + t.gap - t.pitch + (source / p.channels.chunk + lane / 8 % 2) * 16;
+// A team's place in its ring of stages.
+struct Ring {
+  uint32_t stage = 0;
+  GROSS_DEVICE uint32_t last(const Place& place) const { return (stage == 0 ? place.stages_end : stage) - place.stage_step; }
+  GROSS_DEVICE void advance(const Place& place) { stage = stage == place.stages_end - place.stage_step ? 0 : stage + place.stage_step; }
+};
+
+// B fragments: this lane's row of the 8×8 matrices of the warp's pixels within a stage, at the pixels themselves.
+template <class S>
+struct Fragments {
+  static constexpr int pairs = (S::atoms + 1) / 2;
+  const Tile& t;
+  uint32_t at, image_of_pair = 0;
+
+  GROSS_DEVICE Fragments(const Problem& p, const Place& place) : t(p.tile) {
+    const int pixel = place.first_pixel + place.lane / 16 * 8 + place.lane % 8;
+    const int source = p.channels.tile_begin(place.slab.source, place.slab.first + place.tile * tile_channels, Assembly<S::type, S::steps>::columns);
+    at = place.rows_at + pixel * t.pitch + t.gap + ((source - place.slab.source.begin) / p.channels.chunk + place.lane / 8 % 2) * 16;
     if (S::many) {  // one byte for each pair of atoms; pixels past the last read the last image's rows: never stored
       GROSS_UNROLL
-      for (int pair = 0; pair < atom_pairs; pair++)
-        image_of_pair |= static_cast<uint32_t>(smaller(image_of(t, pixel + pair * 16), t.images - 1)) << 8 * pair;
+      for (int pair = 0; pair < pairs; pair++)
+        image_of_pair |= static_cast<uint32_t>(smaller(image_of(pixel + pair * 16, t.columns_magic), t.images - 1)) << 8 * pair;
       image_of_pair = keep(image_of_pair);
     }
   }
 
+  // use(a, b0, b1) for every atom; `from`: the stage and what is added to the pixels' places.
+  template <class Use>
+  GROSS_DEVICE void each(uint32_t from, int k, const Use& use) const {
+    GROSS_UNROLL
+    for (int pair = 0; pair < pairs; pair++) {
+      uint32_t x[4];
+      const uint32_t address = at + from + pair * 16 * t.pitch + k * 32 + (S::many ? (image_of_pair >> 8 * pair & 255) * t.gap : 0);
+      if (pair * 2 + 1 < S::atoms)
+        load_matrix_x4(x, address);
+      else
+        load_matrix_x2(x, address);
+      GROSS_UNROLL
+      for (int u = 0; u < 2; u++)
+        if (pair * 2 + u < S::atoms) use(pair * 2 + u < S::atoms ? pair * 2 + u : 0, x[2 * u], x[2 * u + 1]);
+    }
+  }
+};
+
+template <int rows, int atoms>
+GROSS_DEVICE void clear(float (&sum)[rows][atoms][4]) {
+  GROSS_UNROLL
+  for (int i = 0; i < rows; i++)
+    GROSS_UNROLL
+    for (int a = 0; a < atoms; a++)
+      GROSS_UNROLL
+      for (int j = 0; j < 4; j++) sum[i][a][j] = 0.f;
+}
+
+// Stride 1. The input gradient is the same on the transposed, turned weight.
+template <class S>
+GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
+  const Tile& t = p.tile;
+  const Place place = Place::of(p, S{});
+  const int height = p.source.height;
+  // The stream of source rows has one row more per bundle than the destination's, at which the bundle's last destination row
+  // leaves. Steps are counted so that those from the second on finish rows of this share.
+  const Share share(t, place.team, height);
+  const int start = larger(share.row - 1, 0), first_step = share.row > 0 ? 0 : 1;
+  const int last_step = share.empty ? first_step : first_step + (share.last_bundle - share.bundle) * (height + 1) + share.last_row + 2 - start;
+
+  Reader<S> reader(p, place, share.bundle, start);
+  Writer<S> writer(p, place, share.bundle, share.row);
+  uint32_t weight[9][S::steps][4];
+  assemble<S>(weight, p, place, reader, [&](int i) { reader.request(first_step + i < last_step, i * place.stage_step); });
+  const Fragments<S> fragments(p, place);
+
   float sum[3][S::atoms][4];
-  uint32_t stage = 0;
-  int row = start, images = p.images - bundle * t.images;  // of the source, at this step; images left from its bundle on
+  Ring ring;
+  int row = start, images = p.images - share.bundle * t.images;  // of the source, at this step; images left from its bundle on
   const auto half_of = [&](int step) { return (step & 1) * t.teams * t.staging_bytes; };
   const auto store_previous = [&](int step) {  // what the step before has finished
     if (row == 1 || step <= 2) return;
@@ -294,39 +423,27 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
   const auto take_step = [&](auto phase_tag, int step) {
     constexpr int phase = decltype(phase_tag)::value;
     constexpr int finished = (phase + 2) % 3, middle = phase, fresh = (phase + 1) % 3;
-    wait_for_row(t.stages);
-    barrier(1 + team, team_threads);
+    wait_for_stage(t.stages);
+    barrier(1 + place.team, team_threads);
     if (S::many) store_previous(step);
-    reader.request(step + t.stages - 1 < last_step, stage == 0 ? stages_end - stage_step : stage - stage_step);
+    reader.request(step + t.stages - 1 < last_step, ring.last(place));
     if (row < height) {
       GROSS_UNROLL
       for (int kw = 0; kw < 3; kw++)
         GROSS_UNROLL
         for (int k = 0; k < S::steps; k++)
-          GROSS_UNROLL
-          for (int pair = 0; pair < atom_pairs; pair++) {
-            uint32_t x[4];
-            const uint32_t at = fragment + stage + (kw + pair * 16) * t.pitch + k * 32 + (S::many ? (image_of_pair >> 8 * pair & 255) * t.gap : 0);
-            if (pair * 2 + 1 < S::atoms)
-              load_matrix_x4(x, at);
+          fragments.each(ring.stage + (kw - 1) * t.pitch, k, [&](int a, uint32_t b0, uint32_t b1) {
+            multiply<S::type>(sum[finished][a], weight[6 + kw][k], b0, b1);
+            multiply<S::type>(sum[middle][a], weight[3 + kw][k], b0, b1);
+            if (kw == 0 && k == 0)
+              multiply_first<S::type>(sum[fresh][a], weight[kw][k], b0, b1);
             else
-              load_matrix_x2(x, at);
-            GROSS_UNROLL
-            for (int u = 0; u < 2; u++)
-              if (pair * 2 + u < S::atoms) {
-                const int a = pair * 2 + u < S::atoms ? pair * 2 + u : 0;
-                multiply<S::type>(sum[finished][a], weight[6 + kw][k], x[2 * u], x[2 * u + 1]);
-                multiply<S::type>(sum[middle][a], weight[3 + kw][k], x[2 * u], x[2 * u + 1]);
-                if (kw == 0 && k == 0)
-                  multiply_first<S::type>(sum[fresh][a], weight[kw][k], x[2 * u], x[2 * u + 1]);
-                else
-                  multiply<S::type>(sum[fresh][a], weight[kw][k], x[2 * u], x[2 * u + 1]);
-              }
-          }
+              multiply<S::type>(sum[fresh][a], weight[kw][k], b0, b1);
+          });
     }
     if (!S::many) store_previous(step);  // here the fragments' registers are free and the matrix units still busy
     if (row > 0 && step >= 2) writer.stage(sum[finished], half_of(step));
-    stage = stage == stages_end - stage_step ? 0 : stage + stage_step;
+    ring.advance(place);
   };
   int step = first_step;
   const auto ends = [&](auto phase_tag) {
@@ -335,13 +452,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
   };
   GROSS_NO_UNROLL
   while (step < last_step) {
-    // Once per bundle: clearing inside the loop costs 28 selects a step.
-    GROSS_UNROLL
-    for (int i = 0; i < 3; i++)
-      GROSS_UNROLL
-      for (int a = 0; a < S::atoms; a++)
-        GROSS_UNROLL
-        for (int j = 0; j < 4; j++) sum[i][a][j] = 0.f;
+    clear(sum);  // once per bundle: inside the loop it costs 28 selects a step
     GROSS_NO_UNROLL
     for (;;) {
       if (ends(std::integral_constant<int, 0>{})) break;
@@ -352,7 +463,152 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
     images -= t.images;
   }
   copy_async_wait<0>();
-  barrier(1 + team, team_threads);
+  barrier(1 + place.team, team_threads);
+  store_previous(last_step);
+}
+
+// The forward of stride 2. Step p takes source rows 2p, the middle row of destination row p, and 2p + 1, its last and the next's first.
+template <class S>
+GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march_halving(const Problem p) {
+  const Tile& t = p.tile;
+  const Place place = Place::of(p, S{});
+  const int height = p.destination.height;
+  // A share that begins inside an image first takes source row 2p - 1 alone, at step -1.
+  const Share share(t, place.team, height);
+  const int start = larger(share.row - 1, 0), first_step = share.row > 0 ? -1 : 0;
+  const int last_step = share.empty ? first_step : (share.last_bundle - share.bundle) * height + share.last_row + 1 - share.row;
+
+  Reader<S> reader(p, place, share.bundle, start);
+  Writer<S> writer(p, place, share.bundle, share.row);
+  uint32_t weight[9][S::steps][4];
+  assemble<S>(weight, p, place, reader,
+              [&](int i) { reader.request(first_step + i < last_step, i * place.stage_step, first_step + i >= 0); });
+  const Fragments<S> fragments(p, place);
+
+  float sum[2][S::atoms][4];
+  Ring ring;
+  int row = start, images = p.images - share.bundle * t.images;
+  const auto half_of = [&](int step) { return (step & 1) * t.teams * t.staging_bytes; };
+  const auto store_previous = [&](int step) {
+    if (step > 0) writer.store(half_of(step - 1), row == 0 ? images + t.images : images, row == 0);
+  };
+  const auto take_step = [&](auto phase_tag, int step) {
+    constexpr int now = decltype(phase_tag)::value, next = 1 - now;
+    wait_for_stage(t.stages);
+    barrier(1 + place.team, team_threads);
+    store_previous(step);
+    reader.request(step + t.stages - 1 < last_step, ring.last(place));
+    GROSS_UNROLL
+    for (int kw = 0; kw < 3; kw++)
+      GROSS_UNROLL
+      for (int k = 0; k < S::steps; k++) {
+        // Odd columns lie one pixel to the left and at the pixel, even ones at the pixel of the second plane.
+        const uint32_t column = kw == 0 ? 0 - t.pitch : kw == 1 ? t.plane_bytes : 0;
+        fragments.each(ring.stage + column, k, [&](int a, uint32_t b0, uint32_t b1) { multiply<S::type>(sum[now][a], weight[3 + kw][k], b0, b1); });
+        fragments.each(ring.stage + column + 2 * t.plane_bytes, k, [&](int a, uint32_t b0, uint32_t b1) {
+          multiply<S::type>(sum[now][a], weight[6 + kw][k], b0, b1);
+          if (kw == 0 && k == 0)
+            multiply_first<S::type>(sum[next][a], weight[kw][k], b0, b1);
+          else
+            multiply<S::type>(sum[next][a], weight[kw][k], b0, b1);
+        });
+      }
+    if (step >= 0) writer.stage(sum[now], half_of(step));
+    ring.advance(place);
+  };
+  int step = first_step;
+  const auto ends = [&](auto phase_tag) {
+    take_step(phase_tag, step);
+    return (++step == last_step) | (++row == height);
+  };
+  GROSS_NO_UNROLL
+  while (step < last_step) {
+    clear(sum);
+    GROSS_NO_UNROLL
+    for (;;) {
+      if (ends(std::integral_constant<int, 0>{})) break;
+      if (ends(std::integral_constant<int, 1>{})) break;
+    }
+    if (row == height) row = 0, images -= t.images;
+  }
+  copy_async_wait<0>();
+  barrier(1 + place.team, team_threads);
+  store_previous(last_step);
+}
+
+// The input gradient of stride 2. Step p takes source row p: destination row 2p (kernel row 1) and a part of 2p - 1 (row 0) and of 2p + 1
+// (row 2). Even columns see kernel column 1 of their pixel, odd ones column 2 of it and column 0 of the next. One more step per
+// bundle finishes its last odd row.
+template <class S>
+GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march_doubling(const Problem p) {
+  const Tile& t = p.tile;
+  const Place place = Place::of(p, S{});
+  const int height = p.source.height;
+  const Share share(t, place.team, height);
+  const int last_step = share.empty ? 0 : (share.last_bundle - share.bundle) * (height + 1) + share.last_row + 2 - share.row;
+
+  Reader<S> reader(p, place, share.bundle, share.row);
+  Writer<S> writer(p, place, share.bundle, 2 * share.row);
+  uint32_t weight[9][S::steps][4];
+  assemble<S>(weight, p, place, reader, [&](int i) { reader.request(i < last_step, i * place.stage_step); });
+  const Fragments<S> fragments(p, place);
+
+  float odd_row[2][S::atoms][4], even_row[2][S::atoms][4];  // [even columns, odd columns]
+  Ring ring;
+  int row = share.row, images = p.images - share.bundle * t.images;
+  bool odd_staged = false, even_staged = false;  // by the step before
+  const auto half_of = [&](int step, int parity) { return ((step & 1) * 2 + parity) * t.teams * t.staging_bytes; };
+  const auto store_previous = [&](int step) {
+    const int before = row == 0 ? height : row - 1, left = row == 0 ? images + t.images : images;
+    if (odd_staged) writer.store(half_of(step - 1, 1), left, 2 * before == p.destination.height);
+    if (even_staged) writer.store(half_of(step - 1, 0), left, 2 * before + 1 == p.destination.height);
+    odd_staged = even_staged = false;
+  };
+  // The weight is turned by 180 degrees: tap (kh, kw) lies at 8 - (3 kh + kw).
+  const auto add_row = [&](float (&sum)[2][S::atoms][4], auto kernel_row, auto first_tag) {
+    constexpr int tap = 8 - 3 * decltype(kernel_row)::value;
+    constexpr bool first = decltype(first_tag)::value;
+    GROSS_UNROLL
+    for (int k = 0; k < S::steps; k++) {
+      fragments.each(ring.stage, k, [&](int a, uint32_t b0, uint32_t b1) {
+        if (first && k == 0) {
+          multiply_first<S::type>(sum[0][a], weight[tap - 1][k], b0, b1);
+          multiply_first<S::type>(sum[1][a], weight[tap - 2][k], b0, b1);
+        } else {
+          multiply<S::type>(sum[0][a], weight[tap - 1][k], b0, b1);
+          multiply<S::type>(sum[1][a], weight[tap - 2][k], b0, b1);
+        }
+      });
+      fragments.each(ring.stage + t.pitch, k, [&](int a, uint32_t b0, uint32_t b1) { multiply<S::type>(sum[1][a], weight[tap][k], b0, b1); });
+    }
+  };
+  const auto stage_row = [&](const float (&sum)[2][S::atoms][4], uint32_t half) {
+    writer.stage(sum[0], half, 0);
+    writer.stage(sum[1], half, 1);
+  };
+  clear(odd_row);
+  GROSS_NO_UNROLL
+  for (int step = 0; step < last_step; step++) {
+    wait_for_stage(t.stages);
+    barrier(1 + place.team, team_threads);
+    store_previous(step);
+    reader.request(step + t.stages - 1 < last_step, ring.last(place));
+    if (step > 0 && row > 0) {
+      if (row < height) add_row(odd_row, std::integral_constant<int, 0>{}, std::false_type{});
+      odd_staged = 2 * row - 1 < p.destination.height;
+      if (odd_staged) stage_row(odd_row, half_of(step, 1));
+    }
+    if (row < height && step < last_step - 1) {
+      add_row(even_row, std::integral_constant<int, 1>{}, std::true_type{});
+      even_staged = true;
+      stage_row(even_row, half_of(step, 0));
+      add_row(odd_row, std::integral_constant<int, 2>{}, std::true_type{});
+    }
+    ring.advance(place);
+    if (row++ == height) row = 0, images -= t.images;
+  }
+  copy_async_wait<0>();
+  barrier(1 + place.team, team_threads);
   store_previous(last_step);
 }
 

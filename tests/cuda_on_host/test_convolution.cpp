@@ -241,6 +241,29 @@ void numerics() {
   check_all({f32, f32, 2, 16, 8, 3, 10, 1, {2}, false}, {});
   check({bf16, bf16, 1, 64, 256, 3, 30, 1, {16, 64}, false}, any_plan);
   check_all({bf16, bf16, 1, 256, 64, 3, 30, 1, {4, 32}, false}, {});
+  // Stride 2: even and odd heights and widths, one image and several, every number of steps, shares that begin inside images.
+  check_all({bf16, bf16, 1, 64, 64, 9, 56, 2, to16, false}, {1, 4, 4, 0, 1});
+  check_all({f16, f32, 2, 64, 64, 8, 111, 2, to8, false, {90, 4, 227 * 1024}}, {1, 4, 4, 2, 1});
+  check_all({bf16, bf16, 9, 64, 64, 7, 7, 2, to16, false}, {1, 4, 4, 0, 0});
+  check_all({f16, f16, 5, 64, 64, 6, 16, 2, to8, false}, {1, 4, 4, 0, 4});
+  check_all({bf16, bf16, 1, 32, 32, 5, 90, 2, to16, false}, {1, 4, 2, 0, 1});
+  check_all({bf16, bf16, 9, 16, 16, 4, 30, 2, to16, false}, {1, 4, 1, 0, 0});
+  check_all({bf16, f32, 1, 64, 64, 6, 20, 2, to32, false}, {2, 4, 4, 0, 1});
+  check_all({f16, f16, 6, 64, 64, 5, 9, 2, to32, false}, {2, 4, 4, 0, 0});
+  check_all({bf16, bf16, 1, 64, 64, 6, 21, 2, to64, false}, {4, 4, 0, 0, 1});
+  check_all({f16, f16, 5, 64, 64, 5, 8, 2, to64, false}, {4, 4, 0, 0, 0});
+  check_all({f32, f32, 1, 32, 32, 5, 30, 2, to16, false}, {2, 4, 0, 0, 1});
+  check_all({f32, f32, 5, 32, 32, 5, 7, 2, {2, 4}, false}, {2, 4, 0, 0, 0});
+  check_all({f32, f32, 1, 32, 32, 4, 19, 2, to32, false}, {4, 4, 0, 0, 1});
+  check_all({f32, f32, 4, 32, 32, 4, 6, 2, to32, false}, {4, 4, 0, 0, 0});
+  check_all({bf16, bf16, 5, 64, 64, 1, 1, 2, to16, false}, {});
+  check_all({bf16, bf16, 5, 64, 64, 2, 2, 2, to16, false}, {});
+  check_all({f16, f16, 3, 64, 64, 3, 1, 2, to16, false}, {});
+  check_all({bf16, bf16, 1, 96, 96, 5, 80, 2, {3, 6}, false}, {});
+  check_all({bf16, bf16, 2, 32, 64, 5, 30, 2, {1, 4, 8}, false}, {});
+  check_all({f16, f16, 2, 64, 32, 5, 30, 2, {2, 8, 16}, false}, {});
+  check_all({bf16, f32, 2, 64, 64, 9, 28, 2, to32, false, {89, 2, 99 * 1024}}, {});
+  check_all({bf16, bf16, 3, 128, 128, 9, 20, 2, to16, false, {90, 16, 227 * 1024}}, {});
   // Devices with less shared memory, and less than one team a multiprocessor needs.
   check_all({bf16, f32, 2, 64, 64, 4, 56, 1, to16, false, {80, 2, 163 * 1024}}, {});
   check_all({bf16, f32, 2, 64, 64, 4, 56, 1, to16, false, {89, 2, 99 * 1024}}, {});
