@@ -8,6 +8,7 @@ namespace {
 struct WeightGradPlan {
   WeightGradProblem problem;
   int atoms, blocks, slabs, shared_bytes;
+  bool half_last;
 };
 
 // How channels are divided among warps, blocks and shared memory, with `slots` on a line of gradients and `in_slots` of input.
@@ -38,9 +39,16 @@ bool divide_channels(WeightGradPlan& plan, Type type, int stride, int slots, int
     p.grad_slots = slots;
     p.in_bytes = in_slots * p.in_pitch;
     p.stage_bytes = stride * p.in_bytes + slots * p.grad_pitch;
-    p.stages_at = 256 + round_up(8 * (in_slots * p.in_chunks + slots * p.grad_chunks), 16);
+    p.team_threads = p.tiles * p.windows * 32;
+    p.in_pieces = in_slots * p.in_chunks;
+    p.grad_pieces = slots * p.grad_chunks;
+    p.in_rounds = divide_up(p.in_pieces, p.team_threads);
+    p.rounds = p.in_rounds + divide_up(p.grad_pieces, p.team_threads);
+    p.first_grad = p.in_rounds * p.team_threads;
+    p.stages_at = 256 + 8 * p.rounds * p.team_threads;
     const int sums = 3 * p.tiles * tile_channels * p.windows * plan.atoms * 8 * 4;
     const int of_team = larger(weight_grad_stages * p.stage_bytes, sums);
+    if (p.rounds > 32 || p.stage_bytes > 1 << 16) continue;  // what a piece's description holds
     p.teams = smaller(most_warps / (p.tiles * p.windows), (shared_limit - p.stages_at) / of_team);
     plan.shared_bytes = p.stages_at + p.teams * of_team;
     if (p.teams > 0) return true;
@@ -65,7 +73,7 @@ void divide_columns(WeightGradPlan& plan, Type type, int stride) {
   p.period = p.line_images > 1 ? p.columns + 1 : 1 << 15;
   p.half_slots = step / 2 + (gaps && p.columns == step / 2 ? 1 : 0);
   for (int i = 0; i < products; i++) p.grad_tile[i] = i * step + (gaps ? i * step / p.columns : 0);
-  p.half_last = type != Type::float32 && stride == 1 && !gaps && p.line_images * (p.columns + 1) - 1 <= line - step / 2;
+  plan.half_last = type != Type::float32 && stride == 1 && !gaps && p.line_images * (p.columns + 1) - 1 <= line - step / 2;
 }
 
 // How many blocks share a slab's rows, and whether they share whole strips: more blocks finish the first pass sooner, and leave the
@@ -92,31 +100,31 @@ void divide_rows(WeightGradPlan& plan, int stride, const Device& device) {
       }
   p.share = p.rows / p.unit / (plan.blocks * p.teams);
   p.longer_shares = p.rows / p.unit % (plan.blocks * p.teams);
-  p.threads = p.teams * p.tiles * p.windows * 32;
+  p.threads = p.teams * p.team_threads;
   plan.shared_bytes = p.stages_at + p.teams * team_bytes;
 }
 
 WeightGradPlan plan_of(Type type, const Geometry& geometry, const Device& device) {
   WeightGradPlan plan{};
   WeightGradProblem& p = plan.problem;
-  const int stride = geometry.stride, bytes = bytes_of(type);
+  const int stride = geometry.stride;
   p.channels = channels_of(geometry, false, type);
   p.images = static_cast<int>(geometry.images);
   p.in_h = static_cast<int>(geometry.in_h), p.in_w = static_cast<int>(geometry.in_w);
   p.out_h = static_cast<int>(geometry.out_h), p.out_w = static_cast<int>(geometry.out_w);
-  p.in_pixel = p.channels.source * bytes, p.grad_pixel = p.channels.destination * bytes;
+  p.in_pixel = p.channels.source / p.channels.chunk, p.grad_pixel = p.channels.destination / p.channels.chunk;
   p.in_row = p.in_w * p.in_pixel, p.grad_row = p.out_w * p.grad_pixel;
-  p.in_image = static_cast<int64_t>(p.in_h) * p.in_row, p.grad_image = static_cast<int64_t>(p.out_h) * p.grad_row;
+  p.in_image = p.in_h * p.in_row, p.grad_image = p.out_h * p.grad_row;
   p.group_magic = ((1u << 31) + p.channels.source_group - 1) / p.channels.source_group;
   p.last_step = stride == 1 ? p.out_h : p.in_h / 2;
 
   divide_columns(plan, type, stride);
   const int last = weight_grad_products(stride) - 1;
-  const int slots = p.grad_tile[last] + (p.half_last ? 0 : p.half_slots) + step_channels(type) / 2;
+  const int slots = p.grad_tile[last] + (plan.half_last ? 0 : p.half_slots) + step_channels(type) / 2;
   divide_channels(plan, type, stride, slots, input_slots(slots, stride), device.shared_bytes);
-  const int64_t in_strip = static_cast<int64_t>(stride) * p.columns * p.in_pixel, grad_strip = static_cast<int64_t>(p.columns) * p.grad_pixel;
-  p.in_next_strip = in_strip - (p.last_step + 1) * static_cast<int64_t>(stride) * p.in_row;
-  p.grad_next_strip = grad_strip - (p.last_step + 1) * static_cast<int64_t>(p.grad_row);
+  const unsigned in_strip = stride * p.columns * p.in_pixel, grad_strip = p.columns * p.grad_pixel;
+  p.in_next_strip = in_strip - (p.last_step + 1) * stride * p.in_row;
+  p.grad_next_strip = grad_strip - (p.last_step + 1) * p.grad_row;
   p.in_next_line = p.line_images * p.in_image - p.column_tiles * in_strip;
   p.grad_next_line = p.line_images * p.grad_image - p.column_tiles * grad_strip;
   const int64_t rows = divide_up(p.images, p.line_images) * static_cast<int64_t>(p.column_tiles) * p.out_h;
@@ -135,14 +143,21 @@ size_t sums_of(const WeightGradPlan& plan) {
   return static_cast<size_t>(plan.blocks) * 9 * plan.problem.channels.destination * plan.problem.channels.source_group;
 }
 
-template <Type type, int stride, int atoms>
+template <Type type, int stride, int atoms, bool half_last = false>
 int first_pass(const WeightGradPlan& plan, Stream stream) {
-  return launch(&weight_grad_partial<type, stride, atoms>, plan.blocks, plan.slabs, plan.problem.threads, plan.shared_bytes, stream, plan.problem);
+  return launch(&weight_grad_partial<type, stride, atoms, half_last>, plan.blocks, plan.slabs, plan.problem.threads, plan.shared_bytes, stream,
+                plan.problem);
+}
+template <Type type, int atoms>
+int first_pass(const WeightGradPlan& plan, int stride, Stream stream) {
+  if (stride == 2) return first_pass<type, 2, atoms>(plan, stream);
+  if constexpr (type != Type::float32)
+    if (plan.half_last) return first_pass<type, 1, atoms, true>(plan, stream);
+  return first_pass<type, 1, atoms>(plan, stream);
 }
 template <Type type>
 int first_pass(const WeightGradPlan& plan, int stride, Stream stream) {
-  if (stride == 1) return plan.atoms == 2 ? first_pass<type, 1, 2>(plan, stream) : first_pass<type, 1, 4>(plan, stream);
-  return plan.atoms == 2 ? first_pass<type, 2, 2>(plan, stream) : first_pass<type, 2, 4>(plan, stream);
+  return plan.atoms == 2 ? first_pass<type, 2>(plan, stride, stream) : first_pass<type, 4>(plan, stride, stream);
 }
 
 }  // namespace
@@ -173,8 +188,8 @@ int weight_grad(Type type, const Geometry& geometry, const Series& series, const
   float* gate_parts = gradient.gates == nullptr ? nullptr : plan.problem.partial + sums_of(plan);
 #if !defined(__CUDACC__)
   emulator::forget_allocations();
-  emulator::allow(input, geometry.images * plan.problem.in_image, false);
-  emulator::allow(grad, geometry.images * plan.problem.grad_image, false);
+  emulator::allow(input, geometry.images * geometry.in_h * geometry.in_w * geometry.in_channels * bytes_of(type), false);
+  emulator::allow(grad, geometry.images * geometry.out_h * geometry.out_w * geometry.out_channels * bytes_of(type), false);
   emulator::allow(scratch, weight_grad_scratch_bytes(type, geometry, device), true);
   for (int i = 0; i < series.count; i++) {
     const size_t bytes = geometry.out_channels * series.group_sizes[i] * 9 * bytes_of(series.type);

@@ -24,24 +24,24 @@ struct WeightGradProblem {
   float* partial;  // [blocks][9][output channels][group size]
   Channels channels;  // the output's see the input's
   int images, in_h, in_w, out_h, out_w;
-  int64_t in_image, grad_image;             // bytes from one image to the next; rows and pixels likewise
-  int in_row, grad_row, in_pixel, grad_pixel;
-  int64_t in_next_strip, grad_next_strip;   // from a strip's end to the next one's beginning, and then to the next line's
-  int64_t in_next_line, grad_next_line;
+  // Steps through global memory, in pieces of 16 bytes: 32 bits, which wrap around, reach 64 GB and save the kernel registers.
+  unsigned in_image, grad_image, in_row, grad_row, in_pixel, grad_pixel;
+  unsigned in_next_strip, grad_next_strip;  // from a strip's end to the next one's beginning
+  unsigned in_next_line, grad_next_line;    // and, where the next one is of other images, from there
   // Strips: `line_images` images × `columns` output columns each.
   int columns, line_images, column_tiles, period;  // slots from one image of a line to the next
   int rows, unit;                           // output rows of all strips; they are shared in units of so many rows
   int share, longer_shares;                 // units of each share; so many shares have one more
   int last_step;                            // of a strip that ends at the image's last row
   // Channels: a team has `tiles` × `windows` warps, for 16 outputs and `atoms` × 8 of the inputs that they see each.
-  int tiles, windows, teams, threads;
+  int tiles, windows, teams, team_threads, threads;
   unsigned group_magic;                     // ⌈2³¹ / group size⌉
-  // Shared memory, in bytes.
+  // Shared memory, in bytes. A row comes in pieces of 16 bytes, thread after thread; gradients' pieces begin after whole rounds of input's.
+  int in_pieces, grad_pieces, in_rounds, rounds, first_grad;
   int in_slots, grad_slots, in_chunks, grad_chunks, in_pitch, grad_pitch, stage_bytes, stages_at, in_bytes;
   int in_tile[4], grad_tile[4];             // where the slots of each product of a row begin
   int in_tap[3];                            // where a kernel column begins
   int half_slots;                           // from the first to the second half of a product's slots
-  bool half_last;                           // of the last product of a row, the second half is never a pixel
 };
 
 // Both constants suit 12 warps of 168 registers: with 3 stages of at most 24 KB for each of 3 teams, some 100 KB are on their way to a
@@ -80,40 +80,40 @@ GROSS_DEVICE void load_slots(uint32_t (&words)[4], uint32_t address, int half_by
 // Columns of the sums in shared memory are permuted so that a quarter of a warp's stores meets every bank once.
 GROSS_DEVICE int spread(int row, int column, int width) { return column ^ (width == 16 ? row & 2 : row & 3) * (width == 16 ? 4 : 8); }
 
-template <Type type, int stride, int atoms>
+// half_last: of the last product of a row the second half is never a pixel, as in 56 = 3 ½ · 16 columns, and is left out.
+template <Type type, int stride, int atoms, bool half_last>
 GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad_partial(const WeightGradProblem p) {
-  constexpr bool halves = stride == 1 && type != Type::float32;  // the last product of a row may be half a one: 56 = 3 ½ · 16 columns
   constexpr int never = 255;  // the image of pieces that are zeros throughout
-  constexpr int products = weight_grad_products(stride), live = stride == 1 ? 3 : 2, chunk = chunk_channels(type);
+  constexpr int products = weight_grad_products(stride), live = 3, chunk = chunk_channels(type);
   const int thread = thread_index(), lane = thread % 32, block_warp = uniform(thread / 32);
-  const int team_warps = p.tiles * p.windows, team_threads = team_warps * 32;
-  const int team = block_warp / team_warps, warp = block_warp % team_warps, member = warp * 32 + lane;
+  const int team_warps = p.tiles * p.windows, team = uniform(block_warp / team_warps), warp = block_warp - team * team_warps;
+  const int member = warp * 32 + lane;
   const int tile0 = block_y() * p.tiles, output0 = tile0 * tile_channels, outputs = p.tiles * tile_channels;
   const uint32_t shared = shared_base(), table = shared + 256;
 
-  // Of every 16-byte piece of an input row and of a gradient row: its place in global memory (from the line's first pixel on) and in the
-  // stage, its image and its column, so that the march neither divides nor knows how lines are made.
+  // Of every 16-byte piece of an input row, and then of a gradient row: its place in global memory, from the line's first pixel on, its
+  // place in the stage, its column and its image. The march then neither divides nor knows how lines are made.
   const int slab_begin = tile_begin(p.channels, tile0);
-  const int in_items = p.in_slots * p.in_chunks, items = in_items + p.grad_slots * p.grad_chunks;
   {
     const int seen = smaller(p.channels.seen_by(output0, smaller(output0 + outputs, p.channels.destination) - 1).end, p.channels.source);
     GROSS_NO_UNROLL
-    for (int first = 0; first < items; first += p.threads) {
-      const int item = first + thread, k = item < in_items ? item : item - in_items;
-      const bool of_input = item < in_items;
-      const int chunks = of_input ? p.in_chunks : p.grad_chunks, slot = k / chunks, piece = k % chunks;
+    for (int first = 0; first < p.rounds * p.team_threads; first += p.threads) {
+      const int piece = first + thread;
+      const bool of_input = piece < p.first_grad;
+      const int k = of_input ? piece : piece - p.first_grad;
+      const int chunks = of_input ? p.in_chunks : p.grad_chunks, slot = k / chunks, of_slot = k % chunks;
       const bool odd = stride == 2 && slot >= p.grad_slots;  // for stride 2 the odd columns follow the even ones
       const int at = of_input && odd ? slot - p.grad_slots : slot, image = at / p.period, x = at % p.period;
       const int column = !of_input ? x : stride == 1 ? x - 1 : odd ? 2 * x - 1 : 2 * x;
       const int columns = !of_input ? p.columns : stride == 1 ? p.columns + 1 : 2 * p.columns;
-      const int channel = (of_input ? slab_begin : output0) + piece * chunk;
+      const int channel = (of_input ? slab_begin : output0) + of_slot * chunk;
       const bool ever = image < p.line_images && column < columns && channel < (of_input ? seen : p.channels.destination);
-      const int64_t source = image * (of_input ? p.in_image : p.grad_image) + column * (of_input ? p.in_pixel : p.grad_pixel) + piece * 16;
-      const int to = (of_input ? slot * p.in_pitch : stride * p.in_bytes + slot * p.grad_pitch) + piece * 16;
-      store_shared_64(table + item * 8, ever ? static_cast<uint32_t>(static_cast<int32_t>(source / 16)) : 0,
-                      static_cast<uint32_t>(to / 16) | static_cast<uint32_t>(ever ? column + 1 : 0) << 16 |
+      const unsigned from = image * (of_input ? p.in_image : p.grad_image) + column * (of_input ? p.in_pixel : p.grad_pixel) + of_slot;
+      const int to = (of_input ? slot * p.in_pitch : stride * p.in_bytes + slot * p.grad_pitch) + of_slot * 16;
+      store_shared_64(table + piece * 8, from,
+                      static_cast<uint32_t>(to) | static_cast<uint32_t>(ever ? column + 1 : 0) << 16 |
                           static_cast<uint32_t>(ever ? image : never) << 24,
-                      item < items);
+                      piece < p.rounds * p.team_threads);
     }
   }
   // Where the block of each output starts among the columns of its warp's sums.
@@ -129,49 +129,60 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
   // for stride 2, 2 · t. Values that a warp's lanes share are said to be so: they then leave the vector registers, which are full.
   const int share = block_x() * p.teams + team, begin = (share * p.share + smaller(share, p.longer_shares)) * p.unit;
   const int end = begin + (p.share + (share < p.longer_shares ? 1 : 0)) * p.unit;
-  const int strip = uniform(begin / p.out_h), last_strip = uniform((end - 1) / p.out_h), line = uniform(strip / p.column_tiles);
+  int strip = uniform(begin / p.out_h);
+  const int last_strip = uniform((end - 1) / p.out_h), line = uniform(strip / p.column_tiles);
   const int last_rows = end - last_strip * p.out_h, last = smaller(last_rows + (stride == 1 ? 1 : 0), p.last_step);
   const int absent = last + 1 - last_rows;  // steps at the share's end whose gradient row is not the team's
   int t = begin - strip * p.out_h, now = t;  // of the next request; `now` of the current products
   int left = end > begin ? (last_strip - strip) * (p.last_step + 1) + last + 1 - t : 0;  // steps
-  int column0 = (strip - line * p.column_tiles) * p.columns, images_left = p.images - line * p.line_images;
+  const int column0 = (strip - line * p.column_tiles) * p.columns;
   // Rows stride · t - 1 and t of the line, from column stride · column0 and column0 on.
-  const char* in_row = static_cast<const char*>(p.input) + line * p.line_images * p.in_image + (stride * t - 1) * static_cast<int64_t>(p.in_row) +
-                       stride * column0 * p.in_pixel + slab_begin * bytes_of(type);
-  const char* grad_row = static_cast<const char*>(p.grad) + line * p.line_images * p.grad_image + t * static_cast<int64_t>(p.grad_row) +
-                         column0 * p.grad_pixel + output0 * bytes_of(type);
+  unsigned in_row = line * p.line_images * p.in_image + (stride * t - 1) * p.in_row + stride * column0 * p.in_pixel + slab_begin / chunk;
+  unsigned grad_row = line * p.line_images * p.grad_image + t * p.grad_row + column0 * p.grad_pixel + output0 / chunk;
   const uint32_t stages = shared + p.stages_at + team * weight_grad_stages * p.stage_bytes;
-  const auto copy_row = [&](uint32_t to, const char* row, int first, int count, int column, int width, bool present) {
+  // A bit for each of the thread's pieces, the input's first: whether it lies inside the strip's images. The others are zeros.
+  uint32_t inside = 0;
+  const auto enter_strip = [&] {
+    const int line = uniform(strip / p.column_tiles), column0 = (strip - line * p.column_tiles) * p.columns;
+    const int images_left = smaller(p.images - line * p.line_images, never);
+    inside = 0;
     GROSS_NO_UNROLL
-    for (int k = 0; k < count; k += team_threads) {
-      const bool on = k + member < count;
-      uint32_t item[2];
-      load_shared_64(item, table + (first + k + member) * 8, on);
-      const int image = static_cast<int>(item[1] >> 24), x = column + static_cast<int>(item[1] >> 16 & 255) - 1;
-      const bool valid = present && image < smaller(images_left, never) && static_cast<unsigned>(x) < static_cast<unsigned>(width);
-      copy_async_16(to + (item[1] & 0xffff) * 16, row + static_cast<int64_t>(static_cast<int32_t>(item[0])) * 16, valid, on);
+    for (int round = p.rounds - 1; round >= 0; round--) {
+      const bool of_input = round < p.in_rounds;
+      const uint32_t word = load_shared_32(table + (round * p.team_threads + member) * 8 + 4, true);
+      const int image = static_cast<int>(word >> 24), x = (of_input ? stride : 1) * column0 + static_cast<int>(word >> 16 & 255) - 1;
+      inside = inside << 1 | (image < images_left && static_cast<unsigned>(x) < static_cast<unsigned>(of_input ? p.in_w : p.out_w));
+    }
+  };
+  enter_strip();
+  const auto copy_row = [&](uint32_t to, const void* tensor, unsigned row, int first, int count, uint32_t bits) {
+    GROSS_NO_UNROLL
+    for (int k = member; k < member + count; k += p.team_threads) {
+      uint32_t piece[2];
+      load_shared_64(piece, table + (first + k) * 8, true);
+      copy_async_16(to + (piece[1] & 0xffff), static_cast<const char*>(tensor) + 16 * static_cast<uint64_t>(row + piece[0]), bits & 1, k < count);
+      bits >>= 1;
     }
   };
   const auto request = [&](uint32_t to, int steps) {  // the next step's rows, of `steps` that are left then
     if (steps > 0) {
-      copy_row(to, grad_row, in_items, items - in_items, column0, p.out_w, t < p.out_h && steps > absent);
+      copy_row(to, p.grad, grad_row, p.first_grad, p.grad_pieces, t < p.out_h && steps > absent ? inside >> p.in_rounds : 0);
       GROSS_UNROLL
       for (int j = 0; j < stride; j++)
         if (static_cast<unsigned>(stride * t - 1 + j) < static_cast<unsigned>(p.in_h))
-          copy_row(to + j * p.in_bytes, in_row + j * p.in_row, 0, in_items, stride * column0, p.in_w, true);
+          copy_row(to + j * p.in_bytes, p.input, in_row + j * p.in_row, 0, p.in_pieces, inside);
       in_row += stride * p.in_row;
       grad_row += p.grad_row;
       if (t++ == p.last_step) {
         t = 0;
-        column0 += p.columns;
+        strip++;
         in_row += p.in_next_strip;
         grad_row += p.grad_next_strip;
-        if (column0 >= p.out_w) {
-          column0 = 0;
-          images_left -= p.line_images;
+        if (strip % p.column_tiles == 0) {
           in_row += p.in_next_line;
           grad_row += p.grad_next_line;
         }
+        enter_strip();
       }
     }
     copy_async_commit();
@@ -199,56 +210,47 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
       GROSS_UNROLL
       for (int k = 0; k < 4; k++) gradient[i][j][k] = 0;
 
-  uint32_t stage = stages;
-  const uint32_t stages_end = stages + weight_grad_stages * p.stage_bytes;
-  // One product's slots of an input row, whose kernel row for gradient row t - i is first_kh + step_kh · i.
-  const auto multiply_slots = [&](auto phase_tag, auto half_tag, int i, uint32_t at, int rows, int first_kh, int step_kh) {
+  // An input row, whose kernel row for gradient row now - i is first_kh + step_kh · i.
+  const auto multiply_row = [&](auto phase_tag, uint32_t at, int rows, int first_kh, int step_kh) {
     constexpr int phase = decltype(phase_tag)::value;
-    constexpr bool half = decltype(half_tag)::value;
     GROSS_UNROLL
-    for (int kw = 0; kw < 3; kw++)
+    for (int i = 0; i < products; i++)
       GROSS_UNROLL
-      for (int pair = 0; pair < atoms / 2; pair++) {
-        uint32_t b[4];
-        const uint32_t from = at + p.in_tap[kw] + p.in_tile[i] + pair * 16 * bytes_of(type);
-        if constexpr (half)
-          load_matrix_x2_transposed(b, from);
-        else
-          load_slots<type>(b, from, in_half);
+      for (int kw = 0; kw < 3; kw++)
         GROSS_UNROLL
-        for (int row = 0; row < rows; row++) {
-          const uint32_t(&a)[4] = gradient[(phase + live - row) % live][i];
+        for (int pair = 0; pair < atoms / 2; pair++) {
+          const uint32_t from = at + p.in_tap[kw] + p.in_tile[i] + pair * 16 * bytes_of(type);
+          const bool half = half_last && i == products - 1;
+          uint32_t b[4];
+          if (half)
+            load_matrix_x2_transposed(b, from);
+          else
+            load_slots<type>(b, from, in_half);
           GROSS_UNROLL
-          for (int u = 0; u < 2; u++) {
-            float(&to)[4] = sum[(first_kh + step_kh * row) * 3 + kw][pair * 2 + u];
-            if constexpr (half)
-              multiply_half<type>(to, a[0], a[1], b[u]);
-            else
-              multiply<type>(to, a, b[u], b[2 + u]);
+          for (int row = 0; row < rows; row++) {
+            const uint32_t(&a)[4] = gradient[(phase + live - row) % live][i];
+            GROSS_UNROLL
+            for (int u = 0; u < 2; u++) {
+              float(&to)[4] = sum[(first_kh + step_kh * row) * 3 + kw][pair * 2 + u];
+              if (half)
+                multiply_half<type>(to, a[0], a[1], b[u]);
+              else
+                multiply<type>(to, a, b[u], b[2 + u]);
+            }
           }
         }
-      }
   };
-  const auto multiply_row = [&](auto phase_tag, uint32_t at, int rows, int first_kh, int step_kh) {
-    GROSS_UNROLL
-    for (int i = 0; i < products - 1; i++) multiply_slots(phase_tag, std::false_type{}, i, at, rows, first_kh, step_kh);
-    if constexpr (halves) {
-      if (p.half_last) {
-        multiply_slots(phase_tag, std::true_type{}, products - 1, at, rows, first_kh, step_kh);
-        return;
-      }
-    }
-    multiply_slots(phase_tag, std::false_type{}, products - 1, at, rows, first_kh, step_kh);
-  };
-  const auto step = [&](auto phase_tag) {  // gradient[phase] takes row `now`
+  const auto step = [&](auto phase_tag) {  // the rows are in stage `phase`, and gradient[phase] takes row `now`
     constexpr int phase = decltype(phase_tag)::value;
+    static_assert(live == weight_grad_stages);
+    const uint32_t stage = keep(stages + phase * p.stage_bytes);  // else nine addresses leave the loop, and registers overflow
     copy_async_wait<weight_grad_stages - 2>();
-    barrier(1 + team, team_threads);
-    request(stage == stages ? stages_end - p.stage_bytes : stage - p.stage_bytes, left - (weight_grad_stages - 1));
+    barrier(1 + team, p.team_threads);
+    request(stages + (phase + live - 1) % live * p.stage_bytes, left - (weight_grad_stages - 1));
     GROSS_UNROLL
     for (int i = 0; i < products; i++) {
       const uint32_t from = stage + grad_at + p.grad_tile[i];
-      if (halves && i == products - 1 && p.half_last)
+      if (half_last && i == products - 1)
         load_matrix_x2_transposed(gradient[phase][i], from);
       else
         load_slots<type>(gradient[phase][i], from, grad_half);
@@ -262,7 +264,6 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
     if constexpr (stride == 2)
       if (2 * now < p.in_h) multiply_row(phase_tag, stage + p.in_bytes + in_at, 1, 1, 0);
     now = now == p.last_step ? 0 : now + 1;
-    stage = stage + p.stage_bytes == stages_end ? stages : stage + p.stage_bytes;
     return --left == 0;
   };
   if (left > 0) {
@@ -270,8 +271,7 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
     for (;;) {
       if (step(std::integral_constant<int, 0>{})) break;
       if (step(std::integral_constant<int, 1>{})) break;
-      if constexpr (live == 3)
-        if (step(std::integral_constant<int, 2>{})) break;
+      if (step(std::integral_constant<int, 2>{})) break;
     }
   }
   copy_async_wait<0>();
