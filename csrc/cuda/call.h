@@ -60,6 +60,11 @@ int forward(Type type, const Geometry& geometry, const Series& series, const voi
 int input_grad(Type type, const Geometry& geometry, const Series& series, const void* grad, void* grad_input, const Device& device,
                Stream stream);
 
+// wide.cu: forward and input_grad once more, faster where it serves them.
+bool supports_wide(Operation operation, Type type, Type terms_type, const Geometry& geometry, const Device& device);
+int convolve_wide(Operation operation, Type type, const Geometry& geometry, const Series& series, const void* source, void* destination,
+                  const Device& device, Stream stream);
+
 // weight_grad.cu; `scratch` is 16-byte aligned and need not be cleared.
 bool supports_weight_grad(Type type, Type terms_type, const Geometry& geometry, const Device& device);
 size_t weight_grad_scratch_bytes(Type type, const Geometry& geometry, const Device& device);

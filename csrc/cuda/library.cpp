@@ -38,7 +38,10 @@ using Ints = std::vector<int64_t>;
 #if defined(GROSS_ON_HOST)
 constexpr const char* place_name = "the CPU";
 bool in_place(const Tensor& tensor) { return tensor.is_cpu(); }
-Device device_of(int64_t) { return {90, 4, 227 * 1024}; }
+// A small device, of the generation that a test chooses.
+int capability = 90;
+Device device_of(int64_t) { return {capability, 4, (capability == 90 ? 227 : 163) * 1024}; }
+void set_capability(int64_t value) { capability = static_cast<int>(value); }
 const char* error_text(int) { return "a kernel on the host failed"; }
 
 struct Place {
@@ -213,6 +216,19 @@ struct Call : Gated {
   }
 };
 
+// The kernels for forward and input_grad: those for warpgroups where there are any.
+bool serves(Operation operation, Type type, Type terms_type, const Geometry& g, const Device& device) {
+  return supports_wide(operation, type, terms_type, g, device) || supports_convolution(operation, type, terms_type, g, device);
+}
+
+int convolve(Operation operation, const Call& call, const void* source, void* destination) {
+  const Device& device = call.place.device;
+  if (supports_wide(operation, call.type, call.series.type, call.geometry, device))
+    return convolve_wide(operation, call.type, call.geometry, call.series, source, destination, device, call.place.stream);
+  const auto launcher = operation == Operation::forward ? forward : input_grad;
+  return launcher(call.type, call.geometry, call.series, source, destination, device, call.place.stream);
+}
+
 void check_served(bool served, const char* name) {
   STD_TORCH_CHECK(served, "gross_cuda::", name, ": there is no kernel for this call; gross_cuda::supports says which there are");
 }
@@ -236,8 +252,8 @@ Tensor forward_operator(const Tensor& input, const std::vector<Tensor>& terms, i
   if (slow) {
     check_launch(plain::forward(call.type, g, call.series, source.data_ptr(), output.data_ptr(), call.place.stream), "plain_forward");
   } else {
-    check_served(supports_convolution(Operation::forward, call.type, call.series.type, g, call.place.device), "forward");
-    check_launch(forward(call.type, g, call.series, source.data_ptr(), output.data_ptr(), call.place.device, call.place.stream), "forward");
+    check_served(serves(Operation::forward, call.type, call.series.type, g, call.place.device), "forward");
+    check_launch(convolve(Operation::forward, call, source.data_ptr(), output.data_ptr()), "forward");
   }
   return output;
 }
@@ -254,9 +270,8 @@ Tensor input_grad_operator(const Tensor& grad, const Tensor& input, const std::v
   if (slow) {
     check_launch(plain::input_grad(call.type, g, call.series, source.data_ptr(), result.data_ptr(), call.place.stream), "plain_input_grad");
   } else {
-    check_served(supports_convolution(Operation::input_grad, call.type, call.series.type, g, call.place.device), "input_grad");
-    check_launch(input_grad(call.type, g, call.series, source.data_ptr(), result.data_ptr(), call.place.device, call.place.stream),
-                 "input_grad");
+    check_served(serves(Operation::input_grad, call.type, call.series.type, g, call.place.device), "input_grad");
+    check_launch(convolve(Operation::input_grad, call, source.data_ptr(), result.data_ptr()), "input_grad");
   }
   return result;
 }
@@ -333,7 +348,7 @@ bool supports_operator(const std::string& operation, ScalarType dtype, ScalarTyp
   const Device device{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2])};
   if (operation == "weight_grad") return supports_weight_grad(type, terms_type, g, device);
   STD_TORCH_CHECK(operation == "forward" || operation == "input_grad", "operation: got ", operation.c_str());
-  return supports_convolution(operation == "forward" ? Operation::forward : Operation::input_grad, type, terms_type, g, device);
+  return serves(operation == "forward" ? Operation::forward : Operation::input_grad, type, terms_type, g, device);
 }
 
 }  // namespace
@@ -345,6 +360,9 @@ STABLE_TORCH_LIBRARY(GROSS_NAMESPACE, m) {
     m.def((prefix + "weight_grad(Tensor grad, Tensor input, Tensor[] terms, int active, Tensor? gates, int stride) -> (Tensor[], Tensor)").c_str());
   }
   m.def("series_sum(Tensor[] terms, int active, Tensor? gates) -> Tensor");
+#if defined(GROSS_ON_HOST)
+  m.def("set_capability(int value) -> ()");
+#endif
   m.def("build() -> (str, int, str)");
   m.def("device(int index) -> int[]");
   m.def("supports(str operation, ScalarType dtype, ScalarType terms_dtype, int in_channels, int out_channels, int group_size, int stride, "
@@ -362,6 +380,9 @@ STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, GROSS_KEY, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, CompositeExplicitAutograd, m) {
+#if defined(GROSS_ON_HOST)
+  m.impl("set_capability", TORCH_BOX(&set_capability));
+#endif
   m.impl("build", TORCH_BOX(&build_operator));
   m.impl("device", TORCH_BOX(&device_operator));
   m.impl("supports", TORCH_BOX(&supports_operator));

@@ -477,7 +477,7 @@ inline uint32_t keep(uint32_t v) { return v; }
 #endif
 
 // ---- Warpgroup products (sm_90a) ----
-// 64 rows × 56 columns, 32 bytes of k. A comes from registers: warp w of the four holds rows 16 w to 16 w + 15 as above. B comes from
+// 64 rows × 56 or 64 columns, 32 bytes of k. A comes from registers: warp w of the four holds rows 16 w to 16 w + 15 as above. B comes from
 // shared memory in planes of 16 bytes per pixel without swizzle: pixels 16 bytes apart, eights of them 128 bytes, the plane of
 // the last 16 bytes of k `plane` bytes after the first. Where the instruction does not exist these functions do not either, except on
 // the host: a kernel that uses them does not compile for another architecture.
@@ -498,23 +498,30 @@ GROSS_DEVICE void warpgroup_wait() {
 // Between this thread's writes to shared memory and products that read them, before the barrier.
 GROSS_DEVICE void fence_for_matrix_units() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-#define GROSS_WGMMA(types)                                                                                                                   \
-  asm volatile(                                                                                                                              \
-      "wgmma.mma_async.sync.aligned.m64n56k16.f32." types                                                                                    \
-      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27}, {%28,%29,%30,%31}, %32, 1, 1, 1, 0;\n" \
-      : GROSS_D(0), GROSS_D(1), GROSS_D(2), GROSS_D(3), GROSS_D(4), GROSS_D(5), GROSS_D(6)                                                   \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 #define GROSS_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-template <Type type>
-GROSS_DEVICE void warpgroup_multiply(float (&d)[7][4], const uint32_t (&a)[4], uint64_t b) {
-  static_assert(type == Type::float16 || type == Type::bfloat16);
-  if constexpr (type == Type::float16)
-    GROSS_WGMMA("f16.f16");
+#define GROSS_D7 GROSS_D(0), GROSS_D(1), GROSS_D(2), GROSS_D(3), GROSS_D(4), GROSS_D(5), GROSS_D(6)
+#define GROSS_D7_WORDS "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27"
+#define GROSS_WGMMA(shape, types, d_words, a_words, b_word, ...)                                                                           \
+  asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." types " {" d_words "}, {" a_words "}, " b_word ", 1, 1, 1, 0;\n"             \
+               : __VA_ARGS__                                                                                                             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+// d += a · b, for 7 or 8 atoms of 8 columns.
+template <Type type, int atoms>
+GROSS_DEVICE void warpgroup_multiply(float (&d)[atoms][4], const uint32_t (&a)[4], uint64_t b) {
+  static_assert((type == Type::float16 || type == Type::bfloat16) && (atoms == 7 || atoms == 8));
+  if constexpr (type == Type::float16 && atoms == 7)
+    GROSS_WGMMA("m64n56k16", "f16.f16", GROSS_D7_WORDS, "%28,%29,%30,%31", "%32", GROSS_D7);
+  else if constexpr (atoms == 7)
+    GROSS_WGMMA("m64n56k16", "bf16.bf16", GROSS_D7_WORDS, "%28,%29,%30,%31", "%32", GROSS_D7);
+  else if constexpr (type == Type::float16)
+    GROSS_WGMMA("m64n64k16", "f16.f16", GROSS_D7_WORDS ",%28,%29,%30,%31", "%32,%33,%34,%35", "%36", GROSS_D7, GROSS_D(7));
   else
-    GROSS_WGMMA("bf16.bf16");
+    GROSS_WGMMA("m64n64k16", "bf16.bf16", GROSS_D7_WORDS ",%28,%29,%30,%31", "%32,%33,%34,%35", "%36", GROSS_D7, GROSS_D(7));
 }
-#undef GROSS_D
 #undef GROSS_WGMMA
+#undef GROSS_D7_WORDS
+#undef GROSS_D7
+#undef GROSS_D
 
 #else  // twins on the host
 
@@ -530,12 +537,12 @@ struct WarpgroupOperand {
   uint32_t a[4];
   uint64_t b;
 };
-template <Type type>
+template <Type type, int atoms>
 inline void multiply_warpgroup(void* operands[32]) {
   const auto lane = [&](int l) { return static_cast<WarpgroupOperand*>(operands[l]); };
   const auto field = [&](int shift) { return static_cast<uint32_t>(lane(0)->b >> shift & 0x3fff) << 4; };
   const uint32_t address = field(0), plane = field(16), eight = field(32);
-  for (int atom = 0; atom < 7; atom++) {
+  for (int atom = 0; atom < atoms; atom++) {
     ProductOperand products[32];
     void* of_atom[32];
     for (int l = 0; l < 32; l++) {
@@ -551,10 +558,10 @@ inline void multiply_warpgroup(void* operands[32]) {
     multiply_warp<type, 8>(of_atom);
   }
 }
-template <Type type>
-inline void warpgroup_multiply(float (&d)[7][4], const uint32_t (&a)[4], uint64_t b) {
+template <Type type, int atoms>
+inline void warpgroup_multiply(float (&d)[atoms][4], const uint32_t (&a)[4], uint64_t b) {
   WarpgroupOperand operand{d, {a[0], a[1], a[2], a[3]}, b};
-  emulator::collective(&multiply_warpgroup<type>, &operand);
+  emulator::collective(&multiply_warpgroup<type, atoms>, &operand);
 }
 
 #endif

@@ -155,29 +155,29 @@ struct Exchanges {
   }
 };
 
-// 64 × 56 × 16 on four warps, the pixels from a shifted address on and with planes as the kernels lay them: the assumption is that a
+// 64 × 56 or 64 × 16 on four warps, the pixels from a shifted address on and with planes as the kernels lay them: the assumption is that a
 // descriptor without swizzle may begin at any 16 bytes.
-template <Type type, int shift>
+template <Type type, int atoms, int shift>
 struct WarpgroupProducts {
   static GROSS_DEVICE void run(const uint32_t* input, uint32_t* output, int thread) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    constexpr uint32_t plane = 59 * 16;
-    for (int i = 0; i < 4; i++) {
+    constexpr uint32_t plane = 67 * 16;
+    for (int i = 0; i < 5; i++) {
       const int word = i * threads + thread;
       store_shared_32(shared_base() + word * 4, small_operand<type>(load_global_32(input + word, true), 0), true);
     }
     fence_for_matrix_units();
     barrier(0, threads);
-    float d[7][4];
+    float d[atoms][4];
     uint32_t a[4];
-    for (int i = 0; i < 7; i++)
+    for (int i = 0; i < atoms; i++)
       for (int j = 0; j < 4; j++) d[i][j] = small(load_global_32(input + (i * 4 + j) * threads + thread, true), 3);
     for (int i = 0; i < 4; i++) a[i] = small_operand<type>(load_global_32(input + i * threads + thread, true), 5);
     warpgroup_arrive();
-    warpgroup_multiply<type>(d, a, matrix_descriptor(shared_base() + shift * 16, plane));
+    warpgroup_multiply<type, atoms>(d, a, matrix_descriptor(shared_base() + shift * 16, plane));
     warpgroup_commit();
     warpgroup_wait<0>();
-    for (int i = 0; i < 7; i++)
+    for (int i = 0; i < atoms; i++)
       for (int j = 0; j < 4; j++) write(output, (i * 4 + j) * threads + thread, as_word(d[i][j]));
 #endif
   }
@@ -202,10 +202,11 @@ const Named probes[] = {
     {"conversions", probe<Conversions>},
     {"accesses", probe<Accesses>},
     {"exchanges", probe<Exchanges>},
-    {"float16 warpgroup products", probe<WarpgroupProducts<Type::float16, 0>>},
-    {"bfloat16 warpgroup products", probe<WarpgroupProducts<Type::bfloat16, 0>>},
-    {"bfloat16 warpgroup products from the next pixel on", probe<WarpgroupProducts<Type::bfloat16, 1>>},
-    {"bfloat16 warpgroup products from the second pixel on", probe<WarpgroupProducts<Type::bfloat16, 2>>},
+    {"float16 warpgroup products", probe<WarpgroupProducts<Type::float16, 7, 0>>},
+    {"bfloat16 warpgroup products", probe<WarpgroupProducts<Type::bfloat16, 7, 0>>},
+    {"bfloat16 warpgroup products from the next pixel on", probe<WarpgroupProducts<Type::bfloat16, 7, 1>>},
+    {"float16 warpgroup products of 64 columns from the next pixel on", probe<WarpgroupProducts<Type::float16, 8, 1>>},
+    {"bfloat16 warpgroup products of 64 columns from the second pixel on", probe<WarpgroupProducts<Type::bfloat16, 8, 2>>},
 };
 
 }  // namespace

@@ -27,7 +27,8 @@ PRIMITIVES = [
 WARPGROUP_PRIMITIVES = [
     *("float16 warpgroup products", "bfloat16 warpgroup products"),
     "bfloat16 warpgroup products from the next pixel on",
-    "bfloat16 warpgroup products from the second pixel on",
+    "float16 warpgroup products of 64 columns from the next pixel on",
+    "bfloat16 warpgroup products of 64 columns from the second pixel on",
 ]
 TYPES = [
     (torch.bfloat16, torch.float32),

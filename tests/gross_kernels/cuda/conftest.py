@@ -1,6 +1,7 @@
 """The CUDA backend without a GPU: its library built for the host, with kernels on the emulator."""
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[3]
 #: As in setup.py, and what makes library.cpp one for tensors of the CPU.
 FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-DGROSS_ON_HOST"),
+    "-DGROSS_CUDA_WARP_GROUPS",
     *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"),
 ]
 
@@ -40,8 +42,9 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def on_host(operators: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """``gross_kernels.backends.cuda`` with the operators for the host."""
+def on_host(operators: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """``gross_kernels.backends.cuda`` with the operators for the host, which plays a small H200."""
+    operators.set_capability(90)
     monkeypatch.setattr(cuda, "_operators", lambda: operators)
     monkeypatch.setattr(cuda, "available", lambda: True)
     monkeypatch.setattr(cuda, "load_error", None)

@@ -62,11 +62,36 @@ def test_plain_kernels(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> No
     assert_accurate(target.run(case, *arguments), case, arguments)
 
 
+#: For warpgroups: lines of several images and of one in parts, fewer rows than teams, odd heights, channels to spare.
+WIDE = {
+    "32, lines of images": Case(5, 64, 64, (8, 32), size=(7, 7), active=2, gated=True, **COMMON),
+    "32, lines in parts": Case(1, 32, 32, (1, 32), size=(5, 130), active=2, **COMMON),
+    "32, twice as many outputs": Case(2, 64, 128, (16, 32), size=(5, 28), active=2, gated=True, **COMMON),
+    "64, lines of images": Case(9, 128, 128, (4, 64), size=(6, 4), active=2, gated=True, **COMMON),
+    "64, lines in parts": Case(2, 64, 64, (2, 8, 64), size=(3, 57), active=3, **COMMON),
+    "64, one pixel": Case(3, 64, 64, (64,), size=(1, 1), gated=True, **COMMON),
+    "40 of 64": Case(2, 40, 40, (5, 40), size=(9, 6), active=2, gated=True, **COMMON),
+    "half as many outputs": Case(2, 128, 64, (16, 32), size=(4, 9), active=2, gated=True, **COMMON),
+}
+
+
+@pytest.mark.usefixtures("on_host", "poisoned")
+@pytest.mark.parametrize("dtypes", TYPES[:4], ids=str)
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_kernels_for_warpgroups(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Catches a wrong value of the kernels for warpgroups, and memory left unwritten."""
+    target = Target("cuda", "cpu", *dtypes)
+    arguments = target.arguments(case)
+    assert_accurate(target.run(case, *arguments), case, arguments)
+
+
 @pytest.mark.usefixtures("on_host", "poisoned")
 @pytest.mark.parametrize("dtypes", TYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernels(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """Catches a wrong value of any kernel, for any packing of channels and any dtype, and memory left unwritten."""
+def test_kernels(operators: Any, case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Catches a wrong value of any other kernel, for any packing of channels and any dtype, and memory left
+    unwritten."""
+    operators.set_capability(80)
     target = Target("cuda", "cpu", *dtypes)
     arguments = target.arguments(case)
     assert_accurate(target.run(case, *arguments), case, arguments, tf32=dtypes[0] == torch.float32)
