@@ -77,8 +77,10 @@ void divide_columns(WeightGradPlan& plan, Type type, int stride) {
 }
 
 // How many blocks share a slab's rows, and whether they share whole strips: more blocks finish the first pass sooner, and leave the
-// second more to add up. Short layers thus get fewer, fatter shares. Costs are bytes that the whole device moves; a team on
-// its own is taken to need half as long again as its bytes (estimated from the products' latency; not measured).
+// second more to add up. Short layers thus get fewer, fatter shares. Costs are bytes that the whole device moves. A step of one team
+// takes some 2000 clocks whatever its bytes, in which a multiprocessor could move 36 KB (estimated from the instructions; not measured).
+constexpr double step_bytes = 36 * 1024;
+
 void divide_rows(WeightGradPlan& plan, int stride, const Device& device) {
   WeightGradProblem& p = plan.problem;
   const int most_teams = p.teams, team_bytes = (plan.shared_bytes - p.stages_at) / p.teams;
@@ -90,8 +92,8 @@ void divide_rows(WeightGradPlan& plan, int stride, const Device& device) {
         const int64_t share = (p.rows / unit + static_cast<int64_t>(blocks) * teams - 1) / (static_cast<int64_t>(blocks) * teams) * unit;
         const int64_t steps = unit == 1 ? share + (share - 1) / p.out_h + (stride == 1 ? 2 : 1) : share / unit * (p.last_step + 1);
         const int waves = divide_up(blocks * plan.slabs, device.multiprocessors);
-        const double cost = static_cast<double>(steps) * (teams == 1 ? 1.5 : teams) * p.stage_bytes * waves * device.multiprocessors +
-                            2 * blocks * sums;
+        const double bytes = static_cast<double>(teams) * p.stage_bytes;
+        const double cost = steps * (bytes > step_bytes ? bytes : step_bytes) * waves * device.multiprocessors + 2 * blocks * sums;
         if (least > 0 && cost >= least) continue;
         least = cost;
         plan.blocks = blocks;
