@@ -51,7 +51,8 @@ bool lay_out(Tile& t, const Choice& choice, Type type, bool many, int raw, int o
   const int left = limit - early_rows * t.teams * static_cast<int>(t.stage_bytes) - matrix;
   if (left < 8 * raw) return false;
   t.piece = smaller(left / raw / 8 * 8, round_up(outputs, 8));
-  for (t.stages = 8; t.stages >= 4; t.stages -= 2) {
+  for (int stages : {8, 6, 4, 3}) {
+    t.stages = stages;
     const int marching = t.teams * (t.stages * t.stage_bytes + (choice.walk == Walk::doubling ? 4 : 2) * t.staging_bytes);
     if (marching > limit) continue;
     t.shared_bytes = larger(marching, limit - left + t.piece * raw);

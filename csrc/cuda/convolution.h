@@ -28,7 +28,7 @@ enum class Walk { same, halving, doubling };  // of columns and rows, from sourc
 struct Tile {
   int tiles;   // of 16 destination channels: 1, 2 or 4; the warps of a team share them and lie side by side along the pixels
   int teams;   // of a thread block: each marches through its own rows
-  int stages;  // steps' source rows in shared memory: 4, 6 or 8
+  int stages;  // steps' source rows in shared memory: 3, 4, 6 or 8
   int columns, images;
   int column_tiles, bundles;  // bundles: of `images` images
   int lanes;                  // threads side by side on one source pixel, a power of two
@@ -235,6 +235,7 @@ struct Reader {
 template <class S>
 struct Writer {
   static constexpr int channel_bytes = bytes_of(S::type);
+  static constexpr bool images_tell = S::many && S::spread == 1;
   static constexpr int rounds = divide_up(S::spread * S::atoms * 8 * team_warps * tile_channels * channel_bytes / 16, team_threads);
 
   const Problem& p;
@@ -243,7 +244,8 @@ struct Writer {
   uint32_t piece_from;  // this thread's first piece in shared memory
   uint32_t to;          // and in the row to be stored next
   int pixel;            // its first pixel
-  uint32_t pieces;      // a bit for each of its pieces: there is one
+  uint32_t pieces;      // a bit for each of its pieces: there is one. Of several images the image's number says so, and saves the
+                        // register: pixels past the last are of an image past the last, and so are those of threads past the channels
 
   GROSS_DEVICE Writer(const Problem& problem, const Place& place, int bundle, int first_row) : p(problem), t(problem.tile), pieces(0) {
     const int row_pieces = t.tiles * tile_channels * channel_bytes / 16, piece = place.member % row_pieces;
@@ -251,6 +253,7 @@ struct Writer {
     staged = place.staging + S::spread * (place.first_pixel + place.lane % 4 * 2) * t.staging_pitch +
              (place.tile * tile_channels + place.lane / 4 * 2) * channel_bytes;
     pixel = place.member / row_pieces;
+    if (images_tell && channel >= p.channels.destination) pixel += 1 << 14;
     GROSS_UNROLL
     for (int j = 0; j < rounds; j++) {
       const int m = pixel + j * t.write_pixels, image = S::many ? image_of(m, t.write_magic) : 0;
@@ -285,11 +288,11 @@ struct Writer {
     GROSS_UNROLL
     for (int j = 0; j < rounds; j++) {
       offset[j] = to + j * t.write_step;
-      on[j] = pieces & 1u << j;
+      on[j] = images_tell || (pieces & 1u << j);
       if constexpr (S::many) {
         const int image = image_of(pixel + j * t.write_pixels, t.write_magic);
         offset[j] += image * p.destination.image_gap;
-        on[j] = on[j] && image < images;
+        on[j] = on[j] && image < smaller(images, t.images);
       }
       v[j] = load_shared_128(piece_from + half + j * t.write_bytes, on[j]);
     }
@@ -301,7 +304,9 @@ struct Writer {
 };
 
 GROSS_DEVICE void wait_for_stage(int stages) {
-  if (stages == 4)
+  if (stages == 3)
+    copy_async_wait<1>();
+  else if (stages == 4)
     copy_async_wait<2>();
   else if (stages == 6)
     copy_async_wait<4>();
@@ -377,6 +382,10 @@ struct Fragments {
         load_matrix_x4(x, address);
       else
         load_matrix_x2(x, address);
+      if constexpr (S::type == Type::float32) {  // else the product cuts bits off: twice the error, and all to one side
+        GROSS_UNROLL
+        for (int j = 0; j < (pair * 2 + 1 < S::atoms ? 4 : 2); j++) x[j] = round_tf32(as_float(x[j]));
+      }
       GROSS_UNROLL
       for (int u = 0; u < 2; u++)
         if (pair * 2 + u < S::atoms) use(pair * 2 + u < S::atoms ? pair * 2 + u : 0, x[2 * u], x[2 * u + 1]);

@@ -75,7 +75,7 @@ struct Counters {
   uint64_t barriers = 0;
 
   uint64_t shared_wavefronts() const { return of[shared_read].units + of[shared_write].units + of[matrix_read].units + of[copy].units; }
-  uint64_t global_bytes() const { return 32 * (of[global_read].units + of[global_write].units); }
+  uint64_t global_bytes() const { return of[global_read].bytes + of[global_write].bytes; }
 };
 
 // What may happen in any order on a GPU happens in an order drawn from `seed`.
@@ -133,11 +133,13 @@ struct Reads {  // of a piece by a warp, after its last barrier before them
   uint32_t lanes = 0;
 };
 
-// Global memory that the kernel may touch. `writer`, per 2 bytes: the block that wrote it in this launch, plus one.
+// Global memory that the kernel may touch. Of what it may write, per 2 bytes: the blocks that wrote and read it in this launch, counted from
+// 1; `several` readers are no single block.
+constexpr uint32_t several = ~0u;
 struct Allocation {
   size_t bytes;
   bool writable;
-  std::vector<uint32_t> writer;
+  std::vector<uint32_t> writer, reader;
 };
 
 struct Machine {
@@ -250,31 +252,28 @@ inline void land(const Copy& copy) {
   for (int i = 0; i < 8; i++) machine.pieces[copy.destination / 2 + i] = {now(), false};
 }
 
-inline Allocation& allocation_of(const void* pointer, size_t bytes) {
+inline void check_global(const void* pointer, size_t bytes, bool write) {
   const char* p = static_cast<const char*>(pointer);
   auto found = machine.allocations.upper_bound(p);
   if (found == machine.allocations.begin()) fail("global memory out of range");
   --found;
-  if (p + bytes > found->first + found->second.bytes) fail("global memory out of range");
+  Allocation& allocation = found->second;
+  const size_t at = p - found->first;
+  if (at + bytes > allocation.bytes) fail("global memory out of range");
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned access to global memory");
-  return found->second;
-}
-inline void check_global_read(const void* pointer, size_t bytes) {
-  const Allocation& allocation = allocation_of(pointer, bytes);
-  if (!allocation.writable) return;
-  const size_t at = static_cast<const char*>(pointer) - std::prev(machine.allocations.upper_bound(static_cast<const char*>(pointer)))->first;
-  for (size_t i = at / 2; i < (at + bytes) / 2; i++)
-    if (allocation.writer[i] && allocation.writer[i] != static_cast<uint32_t>(machine.block_y * machine.grid_x + machine.block_x + 1))
-      fail("race: read of global memory that another block wrote");
-}
-inline void check_global_write(const void* pointer, size_t bytes) {
-  Allocation& allocation = allocation_of(pointer, bytes);
-  if (!allocation.writable) fail("write to global memory that is only read");
-  const size_t at = static_cast<const char*>(pointer) - std::prev(machine.allocations.upper_bound(static_cast<const char*>(pointer)))->first;
+  if (!allocation.writable) {
+    if (write) fail("write to global memory that is only read");
+    return;
+  }
   const uint32_t block = static_cast<uint32_t>(machine.block_y * machine.grid_x + machine.block_x + 1);
   for (size_t i = at / 2; i < (at + bytes) / 2; i++) {
-    if (allocation.writer[i] && allocation.writer[i] != block) fail("race: write to global memory that another block wrote");
-    allocation.writer[i] = block;
+    uint32_t &writer = allocation.writer[i], &reader = allocation.reader[i];
+    if (writer && writer != block) fail("race: global memory that another block wrote");
+    if (write && reader && reader != block) fail("race: write to global memory that another block reads");
+    if (write)
+      writer = block;
+    else
+      reader = reader && reader != block ? several : block;
   }
 }
 
@@ -430,7 +429,7 @@ inline void run_block(int threads, size_t shared_bytes) {
 
 // What kernels may touch; the rest of memory is out of range. Whole pieces of 2 bytes.
 inline void allow(const void* pointer, size_t bytes, bool writable) {
-  detail::machine.allocations[static_cast<const char*>(pointer)] = {bytes, writable, {}};
+  detail::machine.allocations[static_cast<const char*>(pointer)] = {bytes, writable, {}, {}};
 }
 inline void forget_allocations() { detail::machine.allocations.clear(); }
 
@@ -445,7 +444,10 @@ inline Counters launch(int grid_x, int grid_y, int threads, size_t shared_bytes,
   m.error.clear();
   m.grid_x = grid_x, m.grid_y = grid_y;
   for (auto& [pointer, allocation] : m.allocations)
-    if (allocation.writable) allocation.writer.assign((allocation.bytes + 1) / 2, 0);
+    if (allocation.writable) {
+      allocation.writer.assign((allocation.bytes + 1) / 2, 0);
+      allocation.reader.assign((allocation.bytes + 1) / 2, 0);
+    }
   std::vector<int> blocks(static_cast<size_t>(grid_x) * grid_y);
   for (size_t i = 0; i < blocks.size(); i++) blocks[i] = static_cast<int>(i);
   std::shuffle(blocks.begin(), blocks.end(), m.random);
@@ -498,13 +500,13 @@ inline void write_shared(uint32_t address, const void* from, int bytes, bool on)
 inline void read_global(void* to, const void* from, int bytes, bool on) {
   detail::log(global_read, reinterpret_cast<uint64_t>(from), bytes, on);
   if (!on) return;
-  detail::check_global_read(from, bytes);
+  detail::check_global(from, bytes, false);
   std::memcpy(to, from, bytes);
 }
 inline void write_global(void* to, const void* from, int bytes, bool on) {
   detail::log(global_write, reinterpret_cast<uint64_t>(to), bytes, on);
   if (!on) return;
-  detail::check_global_write(to, bytes);
+  detail::check_global(to, bytes, true);
   std::memcpy(to, from, bytes);
 }
 
@@ -515,7 +517,7 @@ inline void start_copy(uint32_t destination, const void* source, bool valid, boo
   if (!on) return;
   detail::Copy piece{destination, {}};
   if (valid) {
-    detail::check_global_read(source, 16);
+    detail::check_global(source, 16, false);
     std::memcpy(piece.data.data(), source, 16);
   }
   detail::note_write(destination, 16, true);
