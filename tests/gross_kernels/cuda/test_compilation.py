@@ -89,3 +89,56 @@ def test_no_spills(report: list[Resources]) -> None:
 def test_shared_memory_is_dynamic(report: list[Resources]) -> None:
     """Catches static shared memory, which the plans of shared memory do not count. 1 KB belongs to the system."""
     assert [(r.kernel, r.shared) for r in report if r.shared > 1024] == []
+
+
+def assembly_of(file: Path, architecture: str, kernels: list[str]) -> str:
+    """The machine code of some kernels."""
+    command = [tool("cuobjdump"), "-sass", "-arch", architecture, "-fun", ",".join(kernels), file]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_matrix_units(library: Path, report: list[Resources]) -> None:
+    """Catches kernels without products of the matrix unit: guarded away, their instructions compile silently."""
+    for architecture in {r.architecture for r in report}:
+        kernels = {r.kernel for r in report if r.architecture == architecture and "plain" not in r.kernel}
+        wide = sorted(kernel for kernel in kernels if "march_wide" in kernel)
+        assert len(wide) == (8 if "9.0a" in torch.ops.gross_cuda.build()[2] else 0)
+        some = sorted(kernel for kernel in kernels if re.search(r"\d+march(?!_wide)", kernel))[::5]
+        assert len(some) > 3
+        text = assembly_of(library, architecture, [*some, *wide])
+        products = {name: len(re.findall("HMMA", body)) for name, body in functions(text)}
+        wide_products = {name: len(re.findall("HGMMA", body)) for name, body in functions(text)}
+        assert min(products[kernel] for kernel in some) >= 36
+        # 24 and 36 per step.
+        assert {wide_products[kernel] for kernel in wide} <= ({24, 36} if architecture == "sm_90a" else {0})
+
+
+def functions(text: str) -> Iterator[tuple[str, str]]:
+    """Names and bodies in what cuobjdump prints."""
+    _, *parts = re.split(r"Function : (\w+)", text)
+    yield from zip(parts[::2], parts[1::2], strict=True)
+
+
+def compile_wide(tmp_path: Path, *flags: str) -> Path:
+    """wide.cu for plain 9.0, which has no instructions for warpgroups."""
+    target = tmp_path / "wide.o"
+    command = [tool("nvcc"), "-std=c++17", "-O3", "-arch=sm_90", *flags, "-c", ROOT / "csrc/cuda/wide.cu", "-o", target]
+    subprocess.run(command, check=True, capture_output=True)
+    return target
+
+
+@pytest.mark.usefixtures("library")
+def test_no_warpgroups_on_plain_hopper(tmp_path: Path) -> None:
+    """Catches kernels that compute nothing: built for 9.0 alone they must not exist."""
+    assert list(resources_of(compile_wide(tmp_path))) == []
+
+
+@pytest.mark.usefixtures("library")
+def test_warpgroups_elsewhere_are_traps(tmp_path: Path) -> None:
+    """Catches the same beside 9.0a: for other GPUs the kernels must stop whoever launches them."""
+    made = compile_wide(tmp_path, "-DGROSS_CUDA_WARP_GROUPS")
+    kernels = [resources.kernel for resources in resources_of(made)]
+    assert len(kernels) == 8
+    for _, body in functions(assembly_of(made, "sm_90", kernels)):
+        assert "BPT.TRAP" in body
+        assert "MMA" not in body
