@@ -33,17 +33,31 @@ def device(on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("operation", ["forward", "input_grad", "weight_grad"])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 11, 15, 16, 32, 64])
-@pytest.mark.usefixtures("device")
-def test_what_matters_is_served(size: int, stride: int, operation: str) -> None:
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 11, 14, 15, 16, 28, 32, 64])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_what_matters_is_served(device: list[int], capability: int, size: int, stride: int, operation: str) -> None:
     """Catches a group size that silently goes to Triton."""
+    device[:] = [90, 132, 232448] if capability == 90 else [80, 108, 166912]
     channels = size * 64
-    for dtype, terms in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32,) * 2):
+    for dtype, terms in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
         call = replace(
             TYPICAL, dtype=dtype, terms_dtype=terms, in_channels=channels, out_channels=channels, group_sizes=(size,),
-            active=1, stride=(stride, stride), operation=operation, float32="tf32",
+            active=1, stride=(stride, stride), operation=operation,
         )  # fmt: skip
         assert cuda.refusal(call) is None
+
+
+@pytest.mark.parametrize("operation", ["forward", "input_grad", "weight_grad"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 32])
+@pytest.mark.usefixtures("device")
+def test_tf32_is_served(size: int, stride: int, operation: str) -> None:
+    """Catches the same in TF32, whose pixels take twice the room."""
+    call = replace(
+        TYPICAL, dtype=torch.float32, in_channels=64, out_channels=64, group_sizes=(size,), active=1,
+        stride=(stride, stride), operation=operation, float32="tf32",
+    )  # fmt: skip
+    assert cuda.refusal(call) is None
 
 
 REFUSED = {
@@ -85,6 +99,7 @@ def test_shared_memory(device: list[int]) -> None:
     device[:] = [86, 84, 99 * 1024]
     assert cuda.refusal(TYPICAL) is None
     device[2] = 4 * 1024
+    cuda.properties.cache_clear()
     assert "has no forward kernel" in cuda.refusal(TYPICAL)
 
 

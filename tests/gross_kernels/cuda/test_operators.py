@@ -85,12 +85,19 @@ def test_kernels_for_warpgroups(case: Case, dtypes: tuple[torch.dtype, torch.dty
     assert_accurate(target.run(case, *arguments), case, arguments)
 
 
+#: In these 16 channels on one side see more than 32 on the other, which is too much for TF32: Triton serves them.
+TOO_WIDE_FOR_TF32 = {"groups of 11", "groups of 56", "groups of 64", "stride 2, wider"}
+SERVED = [
+    (name, types) for name in CASES for types in TYPES if types[0] != torch.float32 or name not in TOO_WIDE_FOR_TF32
+]
+
+
 @pytest.mark.usefixtures("on_host", "poisoned")
-@pytest.mark.parametrize("dtypes", TYPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernels(operators: Any, case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+@pytest.mark.parametrize(("name", "dtypes"), SERVED, ids=str)
+def test_kernels(operators: Any, name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """Catches a wrong value of any other kernel, for any packing of channels and any dtype, and memory left
     unwritten."""
+    case = CASES[name]
     operators.set_capability(80)
     target = Target("cuda", "cpu", *dtypes)
     arguments = target.arguments(case)
