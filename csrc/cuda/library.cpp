@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/version.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -38,10 +39,7 @@ using Ints = std::vector<int64_t>;
 #if defined(GROSS_ON_HOST)
 constexpr const char* place_name = "the CPU";
 bool in_place(const Tensor& tensor) { return tensor.is_cpu(); }
-// A small device, of the generation that a test chooses.
-int capability = 90;
-Device device_of(int64_t) { return {capability, 4, (capability == 90 ? 227 : 163) * 1024}; }
-void set_capability(int64_t value) { capability = static_cast<int>(value); }
+Device device_of(int64_t) { return {90, 4, 227 * 1024}; }  // a small H200
 const char* error_text(int) { return "a kernel on the host failed"; }
 
 struct Place {
@@ -216,14 +214,22 @@ struct Call : Gated {
   }
 };
 
-// The kernels for forward and input_grad: those for warpgroups where there are any.
+// Whether kernels for warpgroups are chosen where there are any: tests and measurements of the others on the same GPU switch it off.
+std::atomic<bool> warpgroups{true};
+
+void set_warpgroups(bool allowed) { warpgroups = allowed; }
+
+bool chooses_wide(Operation operation, Type type, Type terms_type, const Geometry& g, const Device& device) {
+  return warpgroups && supports_wide(operation, type, terms_type, g, device);
+}
+
 bool serves(Operation operation, Type type, Type terms_type, const Geometry& g, const Device& device) {
-  return supports_wide(operation, type, terms_type, g, device) || supports_convolution(operation, type, terms_type, g, device);
+  return chooses_wide(operation, type, terms_type, g, device) || supports_convolution(operation, type, terms_type, g, device);
 }
 
 int convolve(Operation operation, const Call& call, const void* source, void* destination) {
   const Device& device = call.place.device;
-  if (supports_wide(operation, call.type, call.series.type, call.geometry, device))
+  if (chooses_wide(operation, call.type, call.series.type, call.geometry, device))
     return convolve_wide(operation, call.type, call.geometry, call.series, source, destination, device, call.place.stream);
   const auto launcher = operation == Operation::forward ? forward : input_grad;
   return launcher(call.type, call.geometry, call.series, source, destination, device, call.place.stream);
@@ -360,9 +366,7 @@ STABLE_TORCH_LIBRARY(GROSS_NAMESPACE, m) {
     m.def((prefix + "weight_grad(Tensor grad, Tensor input, Tensor[] terms, int active, Tensor? gates, int stride) -> (Tensor[], Tensor)").c_str());
   }
   m.def("series_sum(Tensor[] terms, int active, Tensor? gates) -> Tensor");
-#if defined(GROSS_ON_HOST)
-  m.def("set_capability(int value) -> ()");
-#endif
+  m.def("set_warpgroups(bool allowed) -> ()");
   m.def("build() -> (str, int, str)");
   m.def("device(int index) -> int[]");
   m.def("supports(str operation, ScalarType dtype, ScalarType terms_dtype, int in_channels, int out_channels, int group_size, int stride, "
@@ -380,9 +384,7 @@ STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, GROSS_KEY, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, CompositeExplicitAutograd, m) {
-#if defined(GROSS_ON_HOST)
-  m.impl("set_capability", TORCH_BOX(&set_capability));
-#endif
+  m.impl("set_warpgroups", TORCH_BOX(&set_warpgroups));
   m.impl("build", TORCH_BOX(&build_operator));
   m.impl("device", TORCH_BOX(&device_operator));
   m.impl("supports", TORCH_BOX(&supports_operator));

@@ -5,6 +5,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +133,21 @@ def test_values(case: Case) -> None:
     target = Target("cuda", "cuda", torch.bfloat16, torch.float32)
     arguments = target.arguments(case)
     assert_accurate(target.run(case, *arguments), case, arguments)
+
+
+@pytest.fixture
+def single_warps() -> Iterator[None]:
+    """The kernels that every GPU has, where there are others for warpgroups."""
+    torch.ops.gross_cuda.set_warpgroups(False)
+    yield
+    torch.ops.gross_cuda.set_warpgroups(True)
+
+
+@pytest.mark.usefixtures("single_warps")
+@pytest.mark.parametrize("name", ["groups of 32", "groups of 64", "64@56, groups of 32", "64@56, groups of 64"])
+def test_values_without_warpgroups(name: str) -> None:
+    """Catches wrong values that a GPU with warpgroup products would hide until another GPU runs them."""
+    test_values(CASES[name])
 
 
 @pytest.mark.parametrize("dtypes", TYPES[1:], ids=str)

@@ -44,7 +44,7 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def on_host(operators: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """``gross_kernels.backends.cuda`` with the operators for the host, which plays a small H200."""
-    operators.set_capability(90)
+    operators.set_warpgroups(True)
     monkeypatch.setattr(cuda, "_operators", lambda: operators)
     monkeypatch.setattr(cuda, "available", lambda: True)
     monkeypatch.setattr(cuda, "load_error", None)

@@ -98,7 +98,7 @@ def test_kernels(operators: Any, name: str, dtypes: tuple[torch.dtype, torch.dty
     """Catches a wrong value of any other kernel, for any packing of channels and any dtype, and memory left
     unwritten."""
     case = CASES[name]
-    operators.set_capability(80)
+    operators.set_warpgroups(False)
     target = Target("cuda", "cpu", *dtypes)
     arguments = target.arguments(case)
     assert_accurate(target.run(case, *arguments), case, arguments, tf32=dtypes[0] == torch.float32)
