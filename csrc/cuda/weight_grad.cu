@@ -129,8 +129,7 @@ WeightGradPlan plan_of(Type type, const Geometry& geometry, const Device& device
   p.grad_next_strip = grad_strip - (p.last_step + 1) * p.grad_row;
   p.in_next_line = p.line_images * p.in_image - p.column_tiles * in_strip;
   p.grad_next_line = p.line_images * p.grad_image - p.column_tiles * grad_strip;
-  const int64_t rows = divide_up(p.images, p.line_images) * static_cast<int64_t>(p.column_tiles) * p.out_h;
-  p.rows = static_cast<int>(rows);
+  p.rows = divide_up(p.images, p.line_images) * p.column_tiles * p.out_h;
   divide_rows(plan, stride, device);
   for (int i = 0; i <= last; i++) {
     p.in_tile[i] = p.grad_tile[i] * p.in_pitch;
@@ -182,6 +181,11 @@ size_t weight_grad_scratch_bytes(Type type, const Geometry& geometry, const Devi
 
 int weight_grad(Type type, const Geometry& geometry, const Series& series, const void* grad, const void* input,
                 const SeriesGradient& gradient, void* scratch, const Device& device, Stream stream) {
+  constexpr int64_t reach = int64_t{1} << 32;  // pieces of 16 bytes, 64 GB
+  const int64_t in_pieces = geometry.images * geometry.in_h * geometry.in_w * (geometry.in_channels / chunk_channels(type));
+  const int64_t grad_pieces = geometry.images * geometry.out_h * geometry.out_w * (geometry.out_channels / chunk_channels(type));
+  const int64_t most_rows = geometry.images * geometry.out_h * (geometry.out_w / 16 + 1);
+  if (in_pieces > reach || grad_pieces > reach || most_rows > INT32_MAX) return 1;  // cudaErrorInvalidValue
   WeightGradPlan plan = plan_of(type, geometry, device);
   plan.problem.input = input;
   plan.problem.grad = grad;
@@ -190,8 +194,8 @@ int weight_grad(Type type, const Geometry& geometry, const Series& series, const
   float* gate_parts = gradient.gates == nullptr ? nullptr : plan.problem.partial + sums_of(plan);
 #if !defined(__CUDACC__)
   emulator::forget_allocations();
-  emulator::allow(input, geometry.images * geometry.in_h * geometry.in_w * geometry.in_channels * bytes_of(type), false);
-  emulator::allow(grad, geometry.images * geometry.out_h * geometry.out_w * geometry.out_channels * bytes_of(type), false);
+  emulator::allow(input, 16 * in_pieces, false);
+  emulator::allow(grad, 16 * grad_pieces, false);
   emulator::allow(scratch, weight_grad_scratch_bytes(type, geometry, device), true);
   for (int i = 0; i < series.count; i++) {
     const size_t bytes = geometry.out_channels * series.group_sizes[i] * 9 * bytes_of(series.type);

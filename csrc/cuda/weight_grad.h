@@ -160,7 +160,8 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
     for (int k = member; k < member + count; k += p.team_threads) {
       uint32_t piece[2];
       load_shared_64(piece, table + (first + k) * 8, true);
-      copy_async_16(to + (piece[1] & 0xffff), static_cast<const char*>(tensor) + 16 * static_cast<uint64_t>(row + piece[0]), bits & 1, k < count);
+      const char* from = static_cast<const char*>(tensor) + 16 * static_cast<uint64_t>(row + piece[0]);
+      copy_async_16(to + (piece[1] & 0xffff), from, bits & 1, k < count);
       bits >>= 1;
     }
   };
