@@ -100,10 +100,11 @@ GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad
     for (int first = 0; first < p.rounds * p.team_threads; first += p.threads) {
       const int piece = first + thread;
       const bool of_input = piece < p.first_grad;
-      const int k = of_input ? piece : piece - p.first_grad;
-      const int chunks = of_input ? p.in_chunks : p.grad_chunks, slot = k / chunks, of_slot = k % chunks;
+      const unsigned k = of_input ? piece : piece - p.first_grad, chunks = of_input ? p.in_chunks : p.grad_chunks;
+      const int slot = k / chunks, of_slot = k % chunks;
       const bool odd = stride == 2 && slot >= p.grad_slots;  // for stride 2 the odd columns follow the even ones
-      const int at = of_input && odd ? slot - p.grad_slots : slot, image = at / p.period, x = at % p.period;
+      const unsigned at = of_input && odd ? slot - p.grad_slots : slot, period = p.period;
+      const int image = at / period, x = at % period;
       const int column = !of_input ? x : stride == 1 ? x - 1 : odd ? 2 * x - 1 : 2 * x;
       const int columns = !of_input ? p.columns : stride == 1 ? p.columns + 1 : 2 * p.columns;
       const int channel = (of_input ? slab_begin : output0) + of_slot * chunk;
@@ -326,8 +327,9 @@ struct WeightGradTerms {
   SeriesGradient gradient;
 };
 
-// A block adds up a line of 32 sums: each warp takes every eighth of the first pass's blocks, and warp 0 adds the warps in order.
-constexpr int weight_grad_adders = 8;
+// A block adds up a line of 32 sums: each of 16 warps takes every 16th of the first pass's blocks, eight loads at a time, so that 132
+// blocks are two waits for the memory, and warp 0 adds the warps in order.
+constexpr int weight_grad_adders = 16;
 
 GROSS_DEVICE float load_term(const void* terms, Type type, int64_t i, bool on) {
   if (type == Type::float32) return as_float(load_global_32(static_cast<const float*>(terms) + i, on));
@@ -354,7 +356,7 @@ GROSS_KERNEL GROSS_BOUNDS(weight_grad_adders * 32) weight_grad_terms(const Weigh
   const int plane = c.destination * c.source_group, count = 9 * plane, item = block_x() * 32 + lane;
   const bool on = item < count;
   float sum = 0.f;
-  GROSS_UNROLL_BY(4)
+  GROSS_UNROLL_BY(8)
   for (int block = warp; block < p.blocks; block += weight_grad_adders)
     sum += as_float(load_global_32(p.partial + static_cast<int64_t>(block) * count + item, on));
   const uint32_t shared = shared_base();

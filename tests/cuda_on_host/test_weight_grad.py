@@ -1,5 +1,5 @@
-"""The CUDA weight gradient on the host: values against plain loops in double precision, the same bits whatever runs first,
-counted traffic, planted faults."""
+"""The CUDA weight gradient on the host: values against plain loops in double precision, the same bits whatever runs
+first, counted traffic, planted faults."""
 
 import re
 from collections.abc import Callable
