@@ -161,6 +161,33 @@ struct Reader {
            channel / p.channels.chunk + column * p.source.pixel_step;
   }
 
+  // Where the j-th piece belongs: its image in the row, and its place within a stage.
+  GROSS_DEVICE int image_at(int j) const { return S::many ? image_of(slot + j * t.read_pixels, t.read_magic) : 0; }
+  GROSS_DEVICE uint32_t piece_at(int j, int image) const {
+    if (S::many && S::walk == Walk::halving) {
+      const int column = slot + j * t.read_pixels - image * p.source.width;
+      return to + image * (t.columns * t.pitch + t.gap) + column / 2 * t.pitch + (column % 2 == 0 ? t.plane_bytes : 0);
+    }
+    return to + j * t.read_bytes + image * t.gap;
+  }
+
+  // Rounds this thread's pieces of a stage that has landed to TF32, which products would do by cutting bits off: twice the error, and all
+  // to one side. Once here instead of at every use of a fragment; pieces that no copy wrote are rounded in vain.
+  GROSS_DEVICE void round(uint32_t stage) const {
+    uint32_t left = pieces;
+    GROSS_NO_UNROLL
+    for (int j = 0; j < t.read_rounds; j++) {
+      GROSS_UNROLL
+      for (int half = 0; half < (S::walk == Walk::halving ? 2 : 1); half++) {
+        const uint32_t at = piece_at(j, image_at(j)) + stage + half * 2 * t.plane_bytes;
+        const bool on = left & 1;
+        const Words4 v = load_shared_128(at, on);
+        store_shared_128(at, {round_tf32(as_float(v.x)), round_tf32(as_float(v.y)), round_tf32(as_float(v.z)), round_tf32(as_float(v.w))}, on);
+      }
+      left >>= 2;
+    }
+  }
+
   // Requests the next step's rows into the stage at this offset, then moves on. Except for halving, one more row follows an image's
   // last, which is not read. `both`: the even row, too, of halving's two.
   GROSS_DEVICE void request(bool wanted, uint32_t stage, bool both = true) {
@@ -171,22 +198,9 @@ struct Reader {
       for (int first = 0; first < t.read_rounds; first += 4) {
         GROSS_UNROLL
         for (int j = 0; j < 4; j++) {
-          const int pixel = slot + (first + j) * t.read_pixels;
-          uint32_t offset = from + (first + j) * t.read_step, destination = to + stage;
-          bool on = left & 1u << 2 * j;
-          const bool valid = left & 2u << 2 * j;
-          if (S::many) {
-            const int image = image_of(pixel, t.read_magic);
-            offset += image * p.source.image_gap;
-            on = on && image < images;
-            if (halving) {
-              const int column = pixel - image * p.source.width;
-              destination += image * (t.columns * t.pitch + t.gap) + column / 2 * t.pitch + (column % 2 == 0 ? t.plane_bytes : 0);
-            } else {
-              destination += image * t.gap;
-            }
-          }
-          if (!halving || !S::many) destination += (first + j) * t.read_bytes;
+          const int image = image_at(first + j);
+          const uint32_t offset = from + (first + j) * t.read_step + image * p.source.image_gap, destination = piece_at(first + j, image) + stage;
+          const bool on = (left & 1u << 2 * j) && (!S::many || image < images), valid = left & 2u << 2 * j;
           const char* source = static_cast<const char*>(p.source.data) + 16ull * offset;
           copy_async_16(destination, source, valid, on && both);
           if (halving)
@@ -282,28 +296,38 @@ struct Writer {
 
   // `images`: left from the row's bundle on.
   GROSS_DEVICE void store(uint32_t half, int images, bool last_of_image) {
-    Words4 v[rounds];
-    bool on[rounds];
-    uint32_t offset[rounds];
+    constexpr int batch = rounds < 4 ? rounds : 4;  // pieces in flight: four registers each
     GROSS_UNROLL
-    for (int j = 0; j < rounds; j++) {
-      offset[j] = to + j * t.write_step;
-      on[j] = images_tell || (pieces & 1u << j);
-      if constexpr (S::many) {
-        const int image = image_of(pixel + j * t.write_pixels, t.write_magic);
-        offset[j] += image * p.destination.image_gap;
-        on[j] = on[j] && image < smaller(images, t.images);
+    for (int first = 0; first < rounds; first += batch) {
+      Words4 v[batch];
+      bool on[batch];
+      uint32_t offset[batch];
+      GROSS_UNROLL
+      for (int i = 0; i < batch; i++) {
+        const int j = first + i;
+        if (j >= rounds) break;
+        offset[i] = to + j * t.write_step;
+        on[i] = images_tell || (pieces & 1u << j);
+        if constexpr (S::many) {
+          const int image = image_of(pixel + j * t.write_pixels, t.write_magic);
+          offset[i] += image * p.destination.image_gap;
+          on[i] = on[i] && image < smaller(images, t.images);
+        }
+        v[i] = load_shared_128(piece_from + half + j * t.write_bytes, on[i]);
       }
-      v[j] = load_shared_128(piece_from + half + j * t.write_bytes, on[j]);
+      GROSS_UNROLL
+      for (int i = 0; i < batch; i++)
+        if (first + i < rounds) store_global_128(static_cast<char*>(p.destination.data) + 16ull * offset[i], v[i], on[i]);
     }
-    GROSS_UNROLL
-    for (int j = 0; j < rounds; j++) store_global_128(static_cast<char*>(p.destination.data) + 16ull * offset[j], v[j], on[j]);
     to += p.destination.row_step;
     if (last_of_image) to += p.destination.bundle_gap;
   }
 };
 
-GROSS_DEVICE void wait_for_stage(int stages) {
+// Until this thread's copies of a step's rows have landed; a barrier then shows them to the others.
+template <class S>
+GROSS_DEVICE void wait_for_stage(const Reader<S>& reader, uint32_t stage) {
+  const int stages = reader.t.stages;
   if (stages == 3)
     copy_async_wait<1>();
   else if (stages == 4)
@@ -312,6 +336,7 @@ GROSS_DEVICE void wait_for_stage(int stages) {
     copy_async_wait<4>();
   else
     copy_async_wait<6>();
+  if constexpr (S::type == Type::float32) reader.round(stage);
 }
 
 // Requests the terms, then `early_rows` steps' rows, and assembles the weights while those travel; then requests the rest.
@@ -382,10 +407,6 @@ struct Fragments {
         load_matrix_x4(x, address);
       else
         load_matrix_x2(x, address);
-      if constexpr (S::type == Type::float32) {  // else the product cuts bits off: twice the error, and all to one side
-        GROSS_UNROLL
-        for (int j = 0; j < (pair * 2 + 1 < S::atoms ? 4 : 2); j++) x[j] = round_tf32(as_float(x[j]));
-      }
       GROSS_UNROLL
       for (int u = 0; u < 2; u++)
         if (pair * 2 + u < S::atoms) use(pair * 2 + u < S::atoms ? pair * 2 + u : 0, x[2 * u], x[2 * u + 1]);
@@ -422,6 +443,9 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
   const Fragments<S> fragments(p, place);
 
   float sum[3][S::atoms][4];
+  // After the products the fragments' registers are free and the matrix units still busy; but the compiler moves the loads up among
+  // them, and several images leave no registers for that.
+  constexpr bool store_first = S::many;
   Ring ring;
   int row = start, images = p.images - share.bundle * t.images;  // of the source, at this step; images left from its bundle on
   const auto half_of = [&](int step) { return (step & 1) * t.teams * t.staging_bytes; };
@@ -432,9 +456,9 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
   const auto take_step = [&](auto phase_tag, int step) {
     constexpr int phase = decltype(phase_tag)::value;
     constexpr int finished = (phase + 2) % 3, middle = phase, fresh = (phase + 1) % 3;
-    wait_for_stage(t.stages);
+    wait_for_stage(reader, ring.stage);
     barrier(1 + place.team, team_threads);
-    if (S::many) store_previous(step);
+    if (store_first) store_previous(step);
     reader.request(step + t.stages - 1 < last_step, ring.last(place));
     if (row < height) {
       GROSS_UNROLL
@@ -450,7 +474,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march(const Problem p) {
               multiply<S::type>(sum[fresh][a], weight[kw][k], b0, b1);
           });
     }
-    if (!S::many) store_previous(step);  // here the fragments' registers are free and the matrix units still busy
+    if (!store_first) store_previous(step);
     if (row > 0 && step >= 2) writer.stage(sum[finished], half_of(step));
     ring.advance(place);
   };
@@ -503,7 +527,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march_halving(const Probl
   };
   const auto take_step = [&](auto phase_tag, int step) {
     constexpr int now = decltype(phase_tag)::value, next = 1 - now;
-    wait_for_stage(t.stages);
+    wait_for_stage(reader, ring.stage);
     barrier(1 + place.team, team_threads);
     store_previous(step);
     reader.request(step + t.stages - 1 < last_step, ring.last(place));
@@ -598,7 +622,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march_doubling(const Prob
   clear(odd_row);
   GROSS_NO_UNROLL
   for (int step = 0; step < last_step; step++) {
-    wait_for_stage(t.stages);
+    wait_for_stage(reader, ring.stage);
     barrier(1 + place.team, team_threads);
     store_previous(step);
     reader.request(step + t.stages - 1 < last_step, ring.last(place));

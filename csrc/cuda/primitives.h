@@ -333,7 +333,6 @@ inline uint32_t round_tf32(float value) {
   const uint32_t word = as_word(value);
   return (word & 0x7f800000u) == 0x7f800000u ? word : (word + 0x1000u) & 0xffffe000u;
 }
-
 struct ProductOperand {
   float* d;
   uint32_t a[4], b[2];
