@@ -21,7 +21,7 @@ bool divide_channels(WeightGradPlan& plan, Type type, int stride, int slots, int
     widest = larger(widest, p.channels.seen_by(first, smaller(first + tile_channels, p.channels.destination) - 1).size());
   plan.atoms = widest <= 16 ? 2 : 4;
   p.windows = divide_up(widest, plan.atoms * 8);
-  const int most_warps = plan.atoms == 2 ? weight_grad_warps : 8, all_tiles = divide_up(p.channels.destination, tile_channels);
+  const int most_warps = weight_grad_warps(plan.atoms), all_tiles = divide_up(p.channels.destination, tile_channels);
   // 64 outputs of 16 bits are a line of memory.
   for (int most = smaller(4, most_warps / p.windows); most > 0; most--) {
     plan.slabs = divide_up(all_tiles, most);

@@ -44,9 +44,11 @@ struct WeightGradProblem {
   int half_slots;                           // from the first to the second half of a product's slots
 };
 
-// Both constants suit 12 warps of 168 registers: with 3 stages of at most 24 KB for each of 3 teams, some 100 KB are on their way to a
-// multiprocessor, where 16 to 32 KB cover the memory's latency.
-constexpr int weight_grad_stages = 3, weight_grad_warps = 12;
+// With 3 stages of 16 to 24 KB for each of 3 teams, some 100 KB are on their way to a multiprocessor, where 16 to 32 KB cover the
+// memory's latency.
+constexpr int weight_grad_stages = 3;
+// Of a block, one to a multiprocessor: 36 · atoms sums and 48 words of gradients leave room for so many in 64 K registers.
+GROSS_HOST_DEVICE_INLINE constexpr int weight_grad_warps(int atoms) { return atoms == 2 ? 12 : 8; }
 
 // Products along a line; each takes 32 bytes of k, so step_channels slots.
 GROSS_HOST_DEVICE_INLINE constexpr int weight_grad_products(int stride) { return stride == 1 ? 4 : 2; }
@@ -82,7 +84,7 @@ GROSS_DEVICE int spread(int row, int column, int width) { return column ^ (width
 
 // half_last: of the last product of a row the second half is never a pixel, as in 56 = 3 ½ · 16 columns, and is left out.
 template <Type type, int stride, int atoms, bool half_last>
-GROSS_KERNEL GROSS_BOUNDS((atoms == 2 ? weight_grad_warps : 8) * 32) weight_grad_partial(const WeightGradProblem p) {
+GROSS_KERNEL GROSS_BOUNDS(weight_grad_warps(atoms) * 32) weight_grad_partial(const WeightGradProblem p) {
   constexpr int never = 255;  // the image of pieces that are zeros throughout
   constexpr int products = weight_grad_products(stride), live = 3, chunk = chunk_channels(type);
   const int thread = thread_index(), lane = thread % 32, block_warp = uniform(thread / 32);
