@@ -83,21 +83,28 @@ void finish(Problem& p, Walk walk) {
 }
 
 // Clocks that a multiprocessor needs, by a model of an H200 (not measured): memory delivers 18.6 bytes a clock to each, a product of
-// 16 × 8 × 32 bytes takes 1.7, and the two overlap in part.
+// 16 × 8 × 32 bytes takes 1.7, shared memory moves 128 bytes, a clock issues four instructions, and all of that overlaps in part.
 double estimate(const Plan& plan, Type type, const Device& device) {
   const Tile& t = plan.problem.tile;
   const Problem& p = plan.problem;
   const bool halving = plan.walk == Walk::halving, doubling = plan.walk == Walk::doubling;
-  const double rows = static_cast<double>(t.bundles) * (doubling ? p.source : p.destination).height, shares = static_cast<double>(plan.grid_x) * t.teams;
-  const double rows_each = std::ceil(rows / shares), waves = std::ceil(static_cast<double>(plan.grid_x) * plan.grid_y / device.multiprocessors);
-  const double products = waves * t.teams * team_warps * (rows_each + 1) * 9 * plan.steps * plan.atoms * 1.7;
-  const double read = plan.grid_y * (rows + 2 * smaller(static_cast<int>(shares), static_cast<int>(rows))) * (halving ? 4 : 1) * (t.columns * t.images + (plan.many ? 0 : 2)) * t.pitch;
+  const double rows = static_cast<double>(t.bundles) * (doubling ? p.source : p.destination).height;
+  const double shares = std::min(rows, static_cast<double>(plan.grid_x) * t.teams);
+  const double waves = std::ceil(static_cast<double>(plan.grid_x) * plan.grid_y / device.multiprocessors);
+  const double warp_steps = waves * t.teams * team_warps * (std::ceil(rows / shares) + 1);
+  const double products = warp_steps * 9 * plan.steps * plan.atoms * 1.7;
+  // Fitted to the compiled kernels' steps: 85 instructions, 50 more with several images, 20 and 10.5 per product in k for an atom.
+  const double issue = warp_steps * ((plan.many ? 135 : 85) + plan.atoms * (20 + 10.5 * plan.steps)) * (halving || doubling ? 1.4 : 1) / 4;
+  const double shared = warp_steps * plan.atoms * 256.0 * (3 * plan.steps * (halving || doubling ? 2 : 1) + 3 + (doubling ? 6 : 0)) / 128;
+  const double read = plan.grid_y * (rows + 2 * shares) * (halving ? 4 : 1) * (t.columns * t.images + (plan.many ? 0 : 2)) * t.pitch;
   const double written = static_cast<double>(p.images) * p.destination.height * p.destination.width * p.channels.destination * bytes_of(type);
   // A line of memory is 128 bytes; half and quarter lines cost more than their share.
-  const double segments = t.tiles * tile_channels * bytes_of(type) >= 128 ? 1 : t.tiles * tile_channels * bytes_of(type) >= 64 ? 1.1 : 1.4;
-  const double moved = (read + written) * segments / device.multiprocessors / 18.6;
+  const int line = t.tiles * tile_channels * bytes_of(type);
+  const double moved = (read + written) * (line >= 128 ? 1 : line >= 64 ? 1.1 : 1.4) / device.multiprocessors / 18.6;
   const double latency = t.teams == 1 ? 1.5 : t.teams == 2 ? 1.1 : 1;
-  return std::pow(std::pow(products, 4) + std::pow(moved, 4), 0.25) * latency + waves * 2000 + (8 - t.stages) * 50;
+  double sum = 0;
+  for (double each : {products, issue, shared, moved}) sum += each * each * each * each;
+  return std::sqrt(std::sqrt(sum)) * latency + waves * 2000 + (8 - t.stages) * 50;
 }
 
 // The least estimate among the tiles that fit and that `accept` takes (tests choose); false where there is none.
@@ -213,6 +220,10 @@ int convolve(Type type, const Geometry& geometry, const Series& series, bool tra
              const Device& device, Stream stream) {
   constexpr int invalid_value = 1;  // cudaErrorInvalidValue
   Plan plan;
+  const auto too_large = [&](int64_t channels, int64_t height, int64_t width) {  // 32 bits count pieces of 16 bytes
+    return geometry.images * height * width * channels * bytes_of(type) >= int64_t{16} << 32;
+  };
+  if (too_large(geometry.in_channels, geometry.in_h, geometry.in_w) || too_large(geometry.out_channels, geometry.out_h, geometry.out_w)) return invalid_value;
   if (!plan_convolution(plan, type, geometry, active_terms(series, geometry, type), transposed, device, any_plan)) return invalid_value;
   return run(type, plan, geometry, source, destination, stream);
 }

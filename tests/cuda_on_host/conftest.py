@@ -13,7 +13,7 @@ ROOT = HERE.parents[1]
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 SANITIZERS = ("-Og", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
-#: Compiles a source of this folder, with the headers of a copy of the project where one is named, and returns the program.
+#: Compiles a source of this folder and returns the program.
 Compile = Callable[..., Path]
 
 

@@ -15,7 +15,10 @@ def test_emulator(compiled: Compile) -> None:
 @pytest.mark.parametrize(
     ("overflow", "report"),
     [
-        ("int local[4]; for (int i = 0; i < 4 + volatile_one; i++) local[i] = i; keep(local[volatile_one]);", "stack-buffer-overflow"),
+        (
+            "int local[4]; for (int i = 0; i < 4 + volatile_one; i++) local[i] = i; keep(local[volatile_one]);",
+            "stack-buffer-overflow",
+        ),
         ("int* heap = new int[4]; heap[3 + volatile_one] = 1; keep(heap[0]); delete[] heap;", "heap-buffer-overflow"),
     ],
 )
