@@ -207,7 +207,7 @@ void kernels(Type type, int stride) {
   const Type tf = Type::float32;
   passes({type, type, 1, 32, 32, 5, 56, stride, {1, 2, 4, 8, 16}, 4, true, 1});
   passes({type, tf, 3, 16, 16, 3, 7, stride, {4, 16}, 2, true});
-  passes({type, type, 1, 32, 32, 3, 56, stride, {32}, 1, false});
+  passes({type, type, 1, 32, 32, 4, 56, stride, {32}, 1, false});
   passes({type, tf, 1, 64, 64, 3, 9, stride, {1, 64}, 2, true, 1});
 }
 

@@ -115,6 +115,8 @@ FAULTS = {
         "larger((weight_grad_stages - 1) * p.stage_bytes, sums)",
         "out of range",
     ),
+    "odd columns exchanged": (LAUNCHER, "slots + kw / 2) * p", "slots + 1 - kw / 2) * p", WRONG),
+    "the last odd row left out": (LAUNCHER, ": p.in_h / 2;", ": (p.in_h - 1) / 2;", WRONG),
     "half of a product forgotten": (LAUNCHER, "- 1 <= line - step / 2", "- 2 <= line - step / 2", WRONG),
 }
 
