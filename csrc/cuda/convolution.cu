@@ -30,7 +30,8 @@ int steps_class(Type type, int needed) { return needed <= 1 && type != Type::flo
 
 int widest_slab(const Channels& channels, int tiles, int columns) {
   int chunks = 0;
-  for (int first = 0; first < channels.destination; first += tiles * tile_channels)
+  const int repeats = smaller(channels.destination, period(channels, tiles * tile_channels));
+  for (int first = 0; first < repeats; first += tiles * tile_channels)
     chunks = larger(chunks, channels.slab(first, tiles, columns).size() / channels.chunk);
   return chunks;
 }

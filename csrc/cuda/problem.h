@@ -5,6 +5,8 @@
 // destination channel sees in both directions.
 #pragma once
 
+#include <numeric>
+
 #include "../series.h"
 #include "primitives.h"
 
@@ -60,10 +62,15 @@ inline Channels channels_of(const Geometry& geometry, bool transposed, Type type
   return transposed ? Channels{out, in, out_group, in_group, chunk} : Channels{in, out, in_group, out_group, chunk};
 }
 
+// Destination channels from which on everything in steps of `stride` repeats itself, whole chunks further in the source.
+inline int period(const Channels& channels, int stride) {
+  return std::lcm(stride, channels.destination_group * (channels.chunk / std::gcd(channels.source_group, channels.chunk)));
+}
+
 // Steps in k of the widest tile; a kernel that has at least as many serves the call.
 inline int steps_needed(const Channels& channels) {
   int widest = 0;
-  for (int first = 0; first < channels.destination; first += tile_channels)
+  for (int first = 0; first < smaller(channels.destination, period(channels, tile_channels)); first += tile_channels)
     widest = larger(widest, channels.seen_by(first, smaller(first + tile_channels, channels.destination) - 1).size());
   return divide_up(widest, 2 * channels.chunk);
 }

@@ -195,7 +195,30 @@ void check_all(Case c, const Accept& accept) {
   }
 }
 
+// What other kernels must serve.
+void refusals() {
+  const Device large{90, 132, 227 * 1024};
+  const auto served = [](Type type, Type terms, int in, int out, int size, int stride, const Device& device) {
+    const Geometry g{1, in, out, 9, 9, (9 - 1) / stride + 1, (9 - 1) / stride + 1, size, stride};
+    const bool forward = supports_convolution(Operation::forward, type, terms, g, device);
+    return forward && supports_convolution(Operation::input_grad, type, terms, g, device);
+  };
+  constexpr Type f16 = Type::float16, f32 = Type::float32, f64 = Type::float64;
+  expect(served(f16, f32, 64, 64, 16, 1, large), "16 is served");
+  expect(served(f16, f16, 64, 64, 16, 1, {120, 170, 99 * 1024}), "16 is served with 99 KB");
+  expect(!served(f16, f16, 64, 64, 16, 1, {75, 40, 64 * 1024}), "no bfloat16 before 8.0");
+  expect(!served(f16, f16, 64, 64, 16, 1, {90, 132, 32 * 1024}), "too little shared memory");
+  expect(!served(f16, f16, 64, 64, 16, 3, large), "stride 3");
+  expect(!served(f64, f64, 64, 64, 16, 1, large), "float64");
+  expect(!served(f32, f16, 64, 64, 16, 1, large), "terms narrower than images");
+  expect(!served(f16, f16, 60, 60, 12, 1, large), "half pieces of 16 bytes");
+  expect(!served(f16, f16, 224, 224, 56, 1, large), "seven products in k");
+  expect(!served(f16, f16, 256, 256, 128, 1, large), "groups of 128");
+  expect(!served(f32, f32, 64, 64, 64, 1, large), "eight products in k");
+}
+
 void numerics() {
+  refusals();
   constexpr Type f16 = Type::float16, bf16 = Type::bfloat16, f32 = Type::float32;
   const std::vector<int> to8{2, 8}, to16{1, 2, 4, 8, 16}, to32{1, 4, 8, 16, 32}, to64{4, 16, 32, 64};
   // Every kernel: steps, atoms, one image or several; types of images and terms by turns.
