@@ -207,7 +207,7 @@ void refusals() {
   expect(served(f16, f32, 64, 64, 16, 1, large), "16 is served");
   expect(served(f16, f16, 64, 64, 16, 1, {120, 170, 99 * 1024}), "16 is served with 99 KB");
   expect(!served(f16, f16, 64, 64, 16, 1, {75, 40, 64 * 1024}), "no bfloat16 before 8.0");
-  expect(!served(f16, f16, 64, 64, 16, 1, {90, 132, 32 * 1024}), "too little shared memory");
+  expect(!served(f16, f16, 64, 64, 16, 1, {90, 132, 16 * 1024}), "too little shared memory");
   expect(!served(f16, f16, 64, 64, 16, 3, large), "stride 3");
   expect(!served(f64, f64, 64, 64, 16, 1, large), "float64");
   expect(!served(f32, f16, 64, 64, 16, 1, large), "terms narrower than images");
