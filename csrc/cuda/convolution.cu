@@ -23,7 +23,6 @@ struct Choice {
   int chunks;  // of the widest slab
 };
 
-int most_teams(int steps, int atoms) { return 9 * steps + 3 * atoms <= 21 ? 4 : 9 * steps + 3 * atoms <= 30 ? 3 : 2; }
 int pixels_of(int atoms, int tiles) { return atoms * 8 * (team_warps / tiles); }
 // The kernel's number of steps. 16 channels of TF32 are two already.
 int steps_class(Type type, int needed) { return needed <= 1 && type != Type::float32 ? 1 : needed <= 2 ? 2 : 4; }
@@ -142,7 +141,7 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
       const Choice choice{plan.walk, plan.steps, atoms, tiles, widest_slab(p.channels, tiles, columns)};
       const int outputs = transposed ? choice.chunks * p.channels.chunk : tiles * tile_channels, pixels = pixels_of(atoms, tiles);
       plan.atoms = atoms;
-      for (t.teams = most_teams(plan.steps, atoms); t.teams > 0; t.teams--) {
+      for (t.teams = teams_of_registers(plan.steps, atoms); t.teams > 0; t.teams--) {
         t.column_tiles = divide_up(width, pixels);
         t.columns = divide_up(width, t.column_tiles);
         for (t.images = t.column_tiles > 1 ? 1 : smaller(pixels / width, p.images); t.images > 0; t.images--) {
@@ -173,16 +172,20 @@ int launch_shape(const Plan& plan, Stream stream) {
     kernel = &march_halving<S>;
   else
     kernel = &march_doubling<S>;
-  return launch(kernel, plan.grid_x, plan.grid_y, plan.problem.tile.teams * team_threads, static_cast<int>(plan.problem.tile.shared_bytes), stream,
-                plan.problem);
+  const Tile& t = plan.problem.tile;
+  return launch(kernel, plan.grid_x, plan.grid_y, t.teams * team_threads, static_cast<int>(t.shared_bytes), stream, plan.problem);
+}
+template <Walk walk, Type type, int steps, bool many>
+int launch_steps(const Plan& plan, Stream stream) {
+  if constexpr (walk == Walk::same && steps < most_steps)
+    if (plan.atoms == 7) return launch_shape<walk, type, steps, 7, many>(plan, stream);
+  return launch_shape<walk, type, steps, 4, many>(plan, stream);
 }
 template <Walk walk, Type type, bool many>
 int launch_walk(const Plan& plan, Stream stream) {
-  constexpr int wide = walk == Walk::same ? 7 : 4;
   if constexpr (type != Type::float32)
-    if (plan.steps == 1) return plan.atoms == wide ? launch_shape<walk, type, 1, wide, many>(plan, stream) : launch_shape<walk, type, 1, 4, many>(plan, stream);
-  if (plan.steps == 2) return plan.atoms == wide ? launch_shape<walk, type, 2, wide, many>(plan, stream) : launch_shape<walk, type, 2, 4, many>(plan, stream);
-  return launch_shape<walk, type, 4, 4, many>(plan, stream);
+    if (plan.steps == 1) return launch_steps<walk, type, 1, many>(plan, stream);
+  return plan.steps == 2 ? launch_steps<walk, type, 2, many>(plan, stream) : launch_steps<walk, type, 4, many>(plan, stream);
 }
 template <Type type, bool many>
 int launch_type(const Plan& plan, Stream stream) {
@@ -205,7 +208,8 @@ int run(Type type, Plan plan, const Geometry& geometry, const void* source, void
   emulator::allow(source, bytes(p.source), false);
   emulator::allow(destination, bytes(p.destination), true);
   for (int i = 0; i < p.terms.active; i++)
-    emulator::allow(p.terms.data[i], static_cast<size_t>(geometry.out_channels) * p.terms.group_sizes[i] * 9 * (p.terms.wide ? 4 : bytes_of(type)), false);
+    emulator::allow(p.terms.data[i], static_cast<size_t>(geometry.out_channels) * p.terms.group_sizes[i] * 9 * (p.terms.wide ? 4 : bytes_of(type)),
+                    false);
   if (p.terms.gates) emulator::allow(p.terms.gates, p.terms.active * sizeof(float), false);
 #else
   static_cast<void>(geometry);
@@ -221,10 +225,9 @@ int convolve(Type type, const Geometry& geometry, const Series& series, bool tra
              const Device& device, Stream stream) {
   constexpr int invalid_value = 1;  // cudaErrorInvalidValue
   Plan plan;
-  const auto too_large = [&](int64_t channels, int64_t height, int64_t width) {  // 32 bits count pieces of 16 bytes
-    return geometry.images * height * width * channels * bytes_of(type) >= int64_t{16} << 32;
-  };
-  if (too_large(geometry.in_channels, geometry.in_h, geometry.in_w) || too_large(geometry.out_channels, geometry.out_h, geometry.out_w)) return invalid_value;
+  const int64_t numbers = geometry.images * std::max(geometry.in_channels * geometry.in_h * geometry.in_w,
+                                                     geometry.out_channels * geometry.out_h * geometry.out_w);
+  if (numbers * bytes_of(type) >= int64_t{16} << 32) return invalid_value;  // 32 bits count pieces of 16 bytes
   if (!plan_convolution(plan, type, geometry, active_terms(series, geometry, type), transposed, device, any_plan)) return invalid_value;
   return run(type, plan, geometry, source, destination, stream);
 }

@@ -66,6 +66,11 @@ struct Problem {
   Tile tile;
 };
 
+// Weights and sums take 4 · (9 · steps + 3 · atoms) registers of a thread: so many teams share the 64 K of a multiprocessor.
+constexpr int teams_of_registers(int steps, int atoms) {
+  return 9 * steps + 3 * atoms <= 21 ? 4 : 9 * steps + 3 * atoms <= 30 ? 3 : 2;
+}
+
 template <Walk walk_, Type type_, int steps_, int atoms_, bool many_>
 struct Shape {
   static constexpr Walk walk = walk_;
@@ -74,8 +79,7 @@ struct Shape {
   static constexpr int atoms = atoms_;  // eight pixels each, of one warp
   static constexpr bool many = many_;   // several images side by side
   static constexpr int spread = walk == Walk::doubling ? 2 : 1;  // destination columns of a pixel of the tile
-  // Registers for weights and sums are 4 · (9 · steps + 3 · atoms): what is left of 64 K for each thread decides how many teams fit.
-  static constexpr int most_teams = 9 * steps + 3 * atoms <= 21 ? 4 : 9 * steps + 3 * atoms <= 30 ? 3 : 2;
+  static constexpr int most_teams = teams_of_registers(steps, atoms);
 };
 
 // Which image a pixel of a row of images side by side belongs to.
@@ -150,7 +154,8 @@ struct Reader {
     GROSS_NO_UNROLL
     for (int j = 0; j < t.read_rounds; j++) {
       const bool there = channel < place.slab.source.end && slot + j * t.read_pixels < slots;
-      const bool in_image = channel < p.channels.source && (S::many || static_cast<unsigned>(column + j * t.read_pixels) < static_cast<unsigned>(p.source.width));
+      const bool in_image = channel < p.channels.source &&
+                            (S::many || static_cast<unsigned>(column + j * t.read_pixels) < static_cast<unsigned>(p.source.width));
       pieces |= (there ? 1u : 0u) << 2 * j | (in_image ? 2u : 0u) << 2 * j;
     }
     to = place.rows_at + piece * 16 + (S::many ? t.gap : 0);
@@ -199,7 +204,8 @@ struct Reader {
         GROSS_UNROLL
         for (int j = 0; j < 4; j++) {
           const int image = image_at(first + j);
-          const uint32_t offset = from + (first + j) * t.read_step + image * p.source.image_gap, destination = piece_at(first + j, image) + stage;
+          const uint32_t offset = from + (first + j) * t.read_step + image * p.source.image_gap;
+          const uint32_t destination = piece_at(first + j, image) + stage;
           const bool on = (left & 1u << 2 * j) && (!S::many || image < images), valid = left & 2u << 2 * j;
           const char* source = static_cast<const char*>(p.source.data) + 16ull * offset;
           copy_async_16(destination, source, valid, on && both);
@@ -238,8 +244,8 @@ struct Reader {
       for (int plane = 0; plane < (halving ? 2 : 1); plane++)
         for (int first = 0; first < count; first += team_threads) {
           const int k = first + place.member, image = k / each, piece = k - image * each - of_pixel;
-          store_shared_128(place.rows_at + stage * place.stage_step + plane * 2 * t.plane_bytes + image * (t.columns * t.pitch + t.gap) + piece * 16,
-                           {0, 0, 0, 0}, k < count && (image > 0 || piece >= 0));
+          const uint32_t at = place.rows_at + stage * place.stage_step + plane * 2 * t.plane_bytes + image * (t.columns * t.pitch + t.gap);
+          store_shared_128(at + piece * 16, {0, 0, 0, 0}, k < count && (image > 0 || piece >= 0));
         }
   }
 };
@@ -271,7 +277,8 @@ struct Writer {
     GROSS_UNROLL
     for (int j = 0; j < rounds; j++) {
       const int m = pixel + j * t.write_pixels, image = S::many ? image_of(m, t.write_magic) : 0;
-      const bool on = channel < p.channels.destination && image < t.images && m - image * columns < smaller(columns, p.destination.width - column0);
+      const bool on = channel < p.channels.destination && image < t.images &&
+                      m - image * columns < smaller(columns, p.destination.width - column0);
       pieces |= (on ? 1u : 0u) << j;
     }
     piece_from = place.staging + pixel * t.staging_pitch + piece * 16;
@@ -342,7 +349,8 @@ GROSS_DEVICE void wait_for_stage(const Reader<S>& reader, uint32_t stage) {
 // Requests the terms, then `early_rows` steps' rows, and assembles the weights while those travel; then requests the rest.
 // request(i): the rows of the i-th step.
 template <class S, class Request>
-GROSS_DEVICE void assemble(uint32_t (&weight)[9][S::steps][4], const Problem& p, const Place& place, const Reader<S>& reader, const Request& request) {
+GROSS_DEVICE void assemble(uint32_t (&weight)[9][S::steps][4], const Problem& p, const Place& place, const Reader<S>& reader,
+                           const Request& request) {
   using Weights = Assembly<S::type, S::steps>;
   const Tile& t = p.tile;
   const uint32_t matrix = shared_base() + early_rows * place.stage_step, raw = matrix + Weights::matrix_bytes(t.tiles);
@@ -386,7 +394,8 @@ struct Fragments {
 
   GROSS_DEVICE Fragments(const Problem& p, const Place& place) : t(p.tile) {
     const int pixel = place.first_pixel + place.lane / 16 * 8 + place.lane % 8;
-    const int source = p.channels.tile_begin(place.slab.source, place.slab.first + place.tile * tile_channels, Assembly<S::type, S::steps>::columns);
+    const int first = place.slab.first + place.tile * tile_channels;
+    const int source = p.channels.tile_begin(place.slab.source, first, Assembly<S::type, S::steps>::columns);
     at = place.rows_at + pixel * t.pitch + t.gap + ((source - place.slab.source.begin) / p.channels.chunk + place.lane / 8 % 2) * 16;
     if (S::many) {  // one byte for each pair of atoms; pixels past the last read the last image's rows: never stored
       GROSS_UNROLL
@@ -537,7 +546,8 @@ GROSS_KERNEL GROSS_BOUNDS(S::most_teams* team_threads) march_halving(const Probl
       for (int k = 0; k < S::steps; k++) {
         // Odd columns lie one pixel to the left and at the pixel, even ones at the pixel of the second plane.
         const uint32_t column = kw == 0 ? 0 - t.pitch : kw == 1 ? t.plane_bytes : 0;
-        fragments.each(ring.stage + column, k, [&](int a, uint32_t b0, uint32_t b1) { multiply<S::type>(sum[now][a], weight[3 + kw][k], b0, b1); });
+        fragments.each(ring.stage + column, k,
+                       [&](int a, uint32_t b0, uint32_t b1) { multiply<S::type>(sum[now][a], weight[3 + kw][k], b0, b1); });
         fragments.each(ring.stage + column + 2 * t.plane_bytes, k, [&](int a, uint32_t b0, uint32_t b1) {
           multiply<S::type>(sum[now][a], weight[6 + kw][k], b0, b1);
           if (kw == 0 && k == 0)

@@ -91,27 +91,28 @@ GROSS_DEVICE void load_matrix_x2_transposed(uint32_t (&r)[4], uint32_t address) 
   asm volatile("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3}, {" a_words "}, {" b_words "}, {" addend "};\n"     \
                : output(d[0]), output(d[1]), output(d[2]), output(d[3])                                                                \
                : __VA_ARGS__)
+#define GROSS_OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)
 // d += a · b over 32 bytes of k.
 template <Type type>
 GROSS_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   static_assert(type != Type::float64);
   if constexpr (type == Type::float16)
-    GROSS_MMA("m16n8k16", "f16.f16", "%4,%5,%6,%7", "%8,%9", "%0,%1,%2,%3", "+f", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    GROSS_MMA("m16n8k16", "f16.f16", "%4,%5,%6,%7", "%8,%9", "%0,%1,%2,%3", "+f", GROSS_OPERANDS);
   else if constexpr (type == Type::bfloat16)
-    GROSS_MMA("m16n8k16", "bf16.bf16", "%4,%5,%6,%7", "%8,%9", "%0,%1,%2,%3", "+f", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    GROSS_MMA("m16n8k16", "bf16.bf16", "%4,%5,%6,%7", "%8,%9", "%0,%1,%2,%3", "+f", GROSS_OPERANDS);
   else
-    GROSS_MMA("m16n8k8", "tf32.tf32", "%4,%5,%6,%7", "%8,%9", "%0,%1,%2,%3", "+f", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    GROSS_MMA("m16n8k8", "tf32.tf32", "%4,%5,%6,%7", "%8,%9", "%0,%1,%2,%3", "+f", GROSS_OPERANDS);
 }
 // d = a · b: starts a sum without clearing registers.
 template <Type type>
 GROSS_DEVICE void multiply_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   static_assert(type != Type::float64);
   if constexpr (type == Type::float16)
-    GROSS_MMA("m16n8k16", "f16.f16", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+    GROSS_MMA("m16n8k16", "f16.f16", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", GROSS_OPERANDS, "f"(0.f));
   else if constexpr (type == Type::bfloat16)
-    GROSS_MMA("m16n8k16", "bf16.bf16", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+    GROSS_MMA("m16n8k16", "bf16.bf16", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", GROSS_OPERANDS, "f"(0.f));
   else
-    GROSS_MMA("m16n8k8", "tf32.tf32", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+    GROSS_MMA("m16n8k8", "tf32.tf32", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", GROSS_OPERANDS, "f"(0.f));
 }
 // d += a · b over 16 bytes of k: a[0], a[1] and b[0] of the above.
 template <Type type>
@@ -124,6 +125,7 @@ GROSS_DEVICE void multiply_half(float (&d)[4], uint32_t a0, uint32_t a1, uint32_
   else
     GROSS_MMA("m16n8k4", "tf32.tf32", "%4,%5", "%6", "%0,%1,%2,%3", "+f", "r"(a0), "r"(a1), "r"(b));
 }
+#undef GROSS_OPERANDS
 #undef GROSS_MMA
 
 GROSS_DEVICE float as_float(uint32_t word) { return __uint_as_float(word); }
@@ -242,7 +244,9 @@ GROSS_DEVICE int block_y() { return emulator::block_y(); }
 GROSS_DEVICE int grid_x() { return emulator::grid_x(); }
 GROSS_DEVICE uint32_t shared_base() { return 0; }
 
-inline void copy_async_16(uint32_t destination, const void* source, bool valid, bool on) { emulator::start_copy(destination, source, valid, on); }
+inline void copy_async_16(uint32_t destination, const void* source, bool valid, bool on) {
+  emulator::start_copy(destination, source, valid, on);
+}
 inline void copy_async_commit() { emulator::commit_copies(); }
 template <int pending>
 inline void copy_async_wait() {

@@ -34,7 +34,8 @@ struct Numbers {
     if (type == Type::float32) {
       std::memcpy(&bytes[4 * i], &narrow, 4);
     } else {
-      const uint16_t half = static_cast<uint16_t>(type == Type::float16 ? round_half<Type::float16>(narrow) : round_half<Type::bfloat16>(narrow));
+      const uint16_t half = static_cast<uint16_t>(type == Type::float16 ? round_half<Type::float16>(narrow)
+                                                                          : round_half<Type::bfloat16>(narrow));
       std::memcpy(&bytes[2 * i], &half, 2);
     }
   }
@@ -85,7 +86,8 @@ void expect(bool condition, const std::string& what) {
 // Runs a case under the plan that the launcher would choose among those that `accept` takes, and checks every value.
 template <class Accept>
 Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = {}) {
-  Geometry g{c.images, c.in_channels, c.out_channels, c.height, c.width, (c.height - 1) / c.stride + 1, (c.width - 1) / c.stride + 1, c.sizes.back(), c.stride};
+  const int out_h = (c.height - 1) / c.stride + 1, out_w = (c.width - 1) / c.stride + 1;
+  const Geometry g{c.images, c.in_channels, c.out_channels, c.height, c.width, out_h, out_w, c.sizes.back(), c.stride};
   const size_t in_count = static_cast<size_t>(c.images) * c.height * c.width * c.in_channels;
   const size_t out_count = static_cast<size_t>(c.images * g.out_h * g.out_w * c.out_channels);
   Numbers source(c.type, c.transposed ? out_count : in_count), destination(c.type, c.transposed ? in_count : out_count);
@@ -110,7 +112,8 @@ Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = 
 
   Result result{};
   result.compulsory = compulsory;
-  expect(supports_convolution(c.transposed ? Operation::input_grad : Operation::forward, c.type, c.terms_type, g, c.device), label(c) + ": not supported");
+  const Operation operation = c.transposed ? Operation::input_grad : Operation::forward;
+  expect(supports_convolution(operation, c.type, c.terms_type, g, c.device), label(c) + ": not supported");
   if (!plan_convolution(result.plan, c.type, g, active_terms(series, g, c.type), c.transposed, c.device, accept)) {
     expect(false, label(c) + ": no plan");
     return result;
@@ -170,7 +173,8 @@ Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = 
   }
   expect(wrong == 0, text + ": " + std::to_string(wrong) + " of " + std::to_string(sum.size()) + " values wrong, worst " + std::to_string(worst));
   expect(result.counted.of[emulator::global_write].bytes == destination.bytes.size(), text + ": not every value written once");
-  printf("%s: %.2f of the accepted error, %.2f x compulsory traffic\n", text.c_str(), worst, static_cast<double>(result.counted.global_bytes()) / compulsory);
+  printf("%s: %.2f of the accepted error, %.2f x compulsory traffic\n", text.c_str(), worst,
+         static_cast<double>(result.counted.global_bytes()) / compulsory);
   return result;
 }
 
@@ -322,10 +326,13 @@ void traffic() {
     while (channels < 64) channels += multiple(s);
     if (s >= 29 && s <= 31) {  // five products in k: the Triton kernels serve them
       Geometry g{1, channels, channels, 56, 56, 56, 56, s, 1};
-      expect(!supports_convolution(Operation::forward, Type::bfloat16, Type::bfloat16, g, {90, 132, 227 * 1024}), "size " + std::to_string(s) + " is served: count it");
+      expect(!supports_convolution(Operation::forward, Type::bfloat16, Type::bfloat16, g, {90, 132, 227 * 1024}),
+             "size " + std::to_string(s) + " is served: count it");
       continue;
     }
-    const std::vector<int> sizes = s == 16 ? std::vector<int>{1, 2, 4, 8, 16} : s == 32 ? std::vector<int>{1, 2, 4, 8, 16, 32} : std::vector<int>{s};
+    std::vector<int> sizes{s};
+    if (s == 16) sizes = {1, 2, 4, 8, 16};
+    if (s == 32) sizes = {1, 2, 4, 8, 16, 32};
     const Device device{90, divide_up(channels, 64), 227 * 1024};
     const auto within = [&](const Case& c, double most) {
       const Result result = check(c, any_plan);

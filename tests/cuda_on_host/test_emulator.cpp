@@ -139,7 +139,8 @@ int main() {
   });
   if (counted.of[emulator::shared_write].units != 33 || counted.global_bytes() != 128 || counted.of[emulator::global_write].units != 8) {
     failures++;
-    printf("FAILED counts: %d turns, %d bytes\n", static_cast<int>(counted.of[emulator::shared_write].units), static_cast<int>(counted.global_bytes()));
+    printf("FAILED counts: %d turns, %d bytes\n", static_cast<int>(counted.of[emulator::shared_write].units),
+           static_cast<int>(counted.global_bytes()));
   }
   return failures > 0;
 }
