@@ -105,7 +105,7 @@ def test_shared_memory(device: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("architectures", "capabilities"),
-    [("8.0;9.0a;10.0+PTX", {80, 86, 89, 90, 100, 103, 120}), ("9.0a", {90}), ("9.0", {90}), ("8.6", {86, 89}),
+    [("8.0;9.0a;10.0+PTX", {80, 86, 89, 90, 100, 103, 120}), ("9.0a", {90}), ("9.0", {90}), ("8.6", {86, 89}), ("10.0a", {100}),
      ("8.0+PTX 9.0a", {80, 86, 89, 90, 100, 103, 120})],
 )  # fmt: skip
 def test_built_for(architectures: str, capabilities: set[int]) -> None:
@@ -213,3 +213,10 @@ def test_what_a_choice_depends_on(what: str, monkeypatch: pytest.MonkeyPatch) ->
     assert dispatch.serving(operation, input, terms, active, *geometry) == 2
     assert asked[0] != asked[1]
     assert asked[0].channels_last
+
+
+def test_memory_that_is_both() -> None:
+    """Catches images of one pixel taken for channels-last: their output would not have the format that is promised."""
+    arguments = ([torch.randn(8, 2, 3, 3)], 1, (1, 1), (1, 1), (1, 1))
+    assert not Call.of(torch.randn(2, 8, 1, 1), *arguments).channels_last
+    assert Call.of(INPUT, *arguments).channels_last
