@@ -105,8 +105,8 @@ def test_shared_memory(device: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("architectures", "capabilities"),
-    [("8.0;9.0a;10.0+PTX", {80, 86, 89, 90, 100, 103, 120}), ("9.0a", {90}), ("9.0", {90}), ("8.6", {86, 89}), ("10.0a", {100}),
-     ("8.0+PTX 9.0a", {80, 86, 89, 90, 100, 103, 120})],
+    [("8.0;9.0a;10.0+PTX", {80, 86, 89, 90, 100, 103, 120}), ("9.0a", {90}), ("9.0", {90}), ("8.6", {86, 89}),
+     ("10.0a", {100}), ("8.0+PTX 9.0a", {80, 86, 89, 90, 100, 103, 120})],
 )  # fmt: skip
 def test_built_for(architectures: str, capabilities: set[int]) -> None:
     """Catches code for one GPU that is launched on another, and a GPU that could run it but is refused."""
