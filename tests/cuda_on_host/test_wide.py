@@ -49,6 +49,6 @@ FAULTS = {
 def test_planted_fault(with_fault: Callable[..., Path], what: str) -> None:
     """A test that does not notice these would not notice the real ones either."""
     old, new, report = FAULTS[what]
-    finished = run(with_fault("test_wide.cpp", "wide.h", (old, new)), "quick")
+    finished = run(with_fault("test_wide.cpp", ("wide.h", old, new)), "quick")
     assert finished.returncode == 1
     assert re.search(report, finished.stdout), finished.stdout[-2000:]
