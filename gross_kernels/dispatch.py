@@ -1,9 +1,10 @@
 """Which backend serves a call, and why.
 
-A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and ``supports(call)``. The
-CPU's kernels are registered by the C++ library itself; on CUDA the public operators are Python functions that ask this
-module. ``GROSS_KERNELS_BACKEND`` or :func:`use_backend` force one backend for the functions and layers of this
-package; ``GROSS_KERNELS_FUSED`` or :func:`use_fused` say whether a layer may run in one pass.
+A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and ``supports(call)``; it may
+have ``refusal(call)``, which says in a clause why it does not serve a call. The CPU's kernels are registered by the C++
+library itself; on CUDA the public operators are Python functions that ask this module. ``GROSS_KERNELS_BACKEND`` or
+:func:`use_backend` force one backend for the functions and layers of this package; ``GROSS_KERNELS_FUSED`` or
+:func:`use_fused` say whether a layer may run in one pass.
 """
 
 from __future__ import annotations
@@ -18,23 +19,35 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends import cpu, reference
+from .backends import cpu, cuda, reference
+from .backends.precision import float32_precision
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
 
 #: Backends by device type, the preferred one first.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("reference",)}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "reference")}
 
 if find_spec("triton") is not None:
     from .backends import triton
 
     BACKENDS["triton"] = triton
-    PREFERENCE["cuda"] = ("triton", "reference")
+    PREFERENCE["cuda"] = ("cuda", "triton", "reference")
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend looks at to say whether it serves a call: device type, dtypes and geometry."""
+    """What a backend looks at to say whether it serves a call.
+
+    Attributes:
+        device, index: type of the device, and which one of it.
+        dtype, terms_dtype: of the input and of the terms.
+        in_channels, out_channels, group_sizes, kernel_size: of all terms.
+        stride, padding, dilation: the geometry.
+        active: how many leading terms are summed.
+        operation: "forward", "input_grad", "weight_grad" or "series_sum".
+        channels_last: whether the input is dense channels-last memory, and only that.
+        float32: how float32 may be multiplied, see :mod:`~gross_kernels.backends.precision`; "" for other dtypes.
+    """
 
     device: str
     dtype: torch.dtype
@@ -46,15 +59,22 @@ class Call:
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    active: int
+    operation: str = "forward"
+    channels_last: bool = False
+    float32: str = ""
+    index: int | None = None
 
     @classmethod
     def of(
         cls,
         input: Tensor,
         terms: Sequence[Tensor],
+        active: int,
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
+        operation: str = "forward",
     ) -> Call:
         """Describe a call of the operator by its arguments."""
         return cls(
@@ -68,7 +88,20 @@ class Call:
             tuple(stride),
             tuple(padding),
             tuple(dilation),
+            active,
+            operation,
+            _is_channels_last(input),
+            _float32(input),
+            input.device.index,
         )
+
+
+def _is_channels_last(input: Tensor) -> bool:
+    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+
+
+def _float32(input: Tensor) -> str:
+    return float32_precision() if input.dtype is torch.float32 else ""
 
 
 @dataclass(frozen=True)
@@ -91,13 +124,21 @@ def choose(call: Call) -> Choice:
     """
     if _forced is not None:
         if not BACKENDS[_forced].supports(call):
-            raise ValueError(f"backend: {_forced!r} is forced but does not serve {call}")
+            raise ValueError(f"backend: {_forced!r} is forced but does not serve {call}{_refusal(_forced, call)}")
         return Choice(_forced, "forced by GROSS_KERNELS_BACKEND or use_backend")
     names = PREFERENCE.get(call.device, ("reference",))
+    reason = f"first of {', '.join(names)} for {call.device} tensors that serves this call"
     for name in names:
         if BACKENDS[name].supports(call):
-            return Choice(name, f"first of {', '.join(names)} for {call.device} tensors that serves this call")
+            return Choice(name, reason)
+        reason += _refusal(name, call)
     raise ValueError(f"backend: none of {', '.join(names)} serves {call}")
+
+
+def _refusal(name: str, call: Call) -> str:
+    """What a backend says of a call that it does not serve, if it says anything."""
+    says = getattr(BACKENDS[name], "refusal", None)
+    return "" if says is None else f"; {name} {says(call)}"
 
 
 def choose_layer(device: str) -> Choice:
@@ -112,17 +153,36 @@ def choose_layer(device: str) -> Choice:
 
 
 def serving(
-    input: Tensor, terms: Sequence[Tensor], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    operation: str,
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> ModuleType:
     """The backend that :func:`choose` chooses for a call of the operator; what it said of a kind of calls is kept, for
     asking takes a third of the time that a launch may take."""
     if _forced is not None:
-        return choose(Call.of(input, terms, stride, padding, dilation)).backend
-    shapes = tuple([term.shape for term in terms])
-    key = (input.device.type, input.dtype, terms[0].dtype, input.shape[1], shapes, *stride, *padding, *dilation)
+        return choose(Call.of(input, terms, active, stride, padding, dilation, operation)).backend
+    key = (
+        operation,
+        input.device,
+        input.dtype,
+        terms[0].dtype,
+        input.shape[1],
+        tuple([term.shape for term in terms]),
+        active,
+        _is_channels_last(input),
+        _float32(input),
+        *stride,
+        *padding,
+        *dilation,
+    )
     backend = _serving.get(key)
     if backend is None:
-        backend = _serving[key] = choose(Call.of(input, terms, stride, padding, dilation)).backend
+        call = Call.of(input, terms, active, stride, padding, dilation, operation)
+        backend = _serving[key] = choose(call).backend
     return backend
 
 
@@ -143,7 +203,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend for the functions and layers of this package, process-wide, while the context lasts.
 
     Args:
-        name: "cpu", "reference" or, where Triton is installed, "triton".
+        name: "cpu", "cuda", "reference" or, where Triton is installed, "triton".
 
     Raises:
         ValueError: for an unknown name.

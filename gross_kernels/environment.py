@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import ops
-from .backends import cpu
+from .backends import cpu, cuda
 from .functional import explain
 
 
@@ -32,6 +32,7 @@ def facts() -> list[tuple[str, str]]:
         ("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
         ("gpu", _gpu()),
         ("cpu kernels", _cpu_library()),
+        ("cuda kernels", _cuda_library()),
         ("variables", ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("GROSS_")) or "none set"),
         *((f"{device} call", _typical_call(device)) for device in ("cpu", "cuda")),
     ]
@@ -45,10 +46,20 @@ def _cpu_library() -> str:
     return f"running as {library.gross_cpu_isa().decode()}, built with {library.gross_cpu_build().decode()}"
 
 
+def _cuda_library() -> str:
+    if cuda.load_error is not None:
+        return f"not loaded: {cuda.load_error}"
+    if not cuda.available():
+        return "not built" if torch.version.cuda else "not loaded: torch is no CUDA build"
+    of_torch, toolkit, architectures = torch.ops.gross_cuda.build()
+    return f"built with torch {of_torch}, CUDA {toolkit // 1000}.{toolkit % 1000 // 10}, for {architectures}"
+
+
 def _typical_call(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no GPU"
-    input = torch.empty(1, 64, 8, 8, device=device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    input = torch.empty(1, 64, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     terms = [torch.empty(64, s, 3, 3, device=device) for s in (1, 4, 16, 32)]
     return explain(input, terms, padding=1)
 

@@ -63,8 +63,8 @@ def explain(
     gates: Tensor | None = None,
 ) -> str:
     """One sentence: which backend serves this call of :func:`series_conv2d`, and why. Arguments and errors are its."""
-    input, terms, _, _, *geometry = _checked(input, terms, active, stride, padding, dilation, gates)
-    choice = dispatch.choose(dispatch.Call.of(input, terms, *geometry))
+    input, terms, count, _, stride, padding, dilation = _checked(input, terms, active, stride, padding, dilation, gates)
+    choice = dispatch.choose(dispatch.Call.of(input, terms, int(count), stride, padding, dilation))
     return f"{choice.name}: {choice.reason}"
 
 
@@ -107,10 +107,12 @@ def apply(
     dilation: tuple[int, int],
 ) -> Tensor:
     """Run the operator, or the backend that is forced in its place, on checked four-dimensional arguments."""
-    if dispatch.forced_backend() is not None:
-        choice = dispatch.choose(dispatch.Call.of(input, terms, stride, padding, dilation))
-        if choice.name == "reference":
-            return reference.forward(input, terms, int(active), gates, stride, padding, dilation)
+    forced = dispatch.forced_backend()
+    if forced == "reference":
+        return reference.forward(input, terms, int(active), gates, stride, padding, dilation)
+    if forced is not None and input.device.type != "cuda":
+        # On CUDA the operator asks, and knows the value of `active` even in a compiled graph.
+        dispatch.choose(dispatch.Call.of(input, terms, len(terms), stride, padding, dilation))
     return torch.ops.gross.series_conv2d(input, terms, active, gates, stride, padding, dilation)
 
 

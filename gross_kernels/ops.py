@@ -236,8 +236,9 @@ def _cuda_forward(
     dilation: Sequence[int],
 ) -> Tensor:
     geometry = (stride, padding, dilation)
-    backend = dispatch.serving(input, terms, *geometry)
-    return backend.forward(input, terms, _host_int(active, terms), gates, *geometry)
+    count = _host_int(active, terms)
+    backend = dispatch.serving("forward", input, terms, count, *geometry)
+    return backend.forward(input, terms, count, gates, *geometry)
 
 
 def _cuda_backward(
@@ -252,12 +253,13 @@ def _cuda_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     geometry = (stride, padding, dilation)
-    backend = dispatch.serving(input, terms, *geometry)
-    args = (grad, input, terms, _host_int(active, terms), gates, *geometry)
+    count = _host_int(active, terms)
+    args = (grad, input, terms, count, gates, *geometry)
     grad_input, grad_terms, grad_gates = input.new_empty(0), [], None
     if needs[0]:
-        grad_input = backend.input_grad(*args)
+        grad_input = dispatch.serving("input_grad", input, terms, count, *geometry).input_grad(*args)
     if needs[1] or needs[2]:
+        backend = dispatch.serving("weight_grad", input, terms, count, *geometry)
         grad_terms, grad_gates = backend.weight_grad(*args)
     return (
         grad_input,
@@ -267,9 +269,10 @@ def _cuda_backward(
 
 
 def _cuda_sum(terms: Sequence[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
-    # The choice is that of a pointwise convolution with these weights.
-    backend = dispatch.serving(terms[0], terms, (1, 1), (0, 0), (1, 1))
-    return backend.series_sum(terms, _host_int(active, terms), gates)
+    # Described as a pointwise convolution of the first term with all of them.
+    count = _host_int(active, terms)
+    backend = dispatch.serving("series_sum", terms[0], terms, count, (1, 1), (0, 0), (1, 1))
+    return backend.series_sum(terms, count, gates)
 
 
 def _host_int(active: Tensor, terms: Sequence[Tensor]) -> int:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Proves and measures the GPU kernels on the GPU at hand: scripts/check_gpu.sh [--sanitize] OUTPUT_DIR
+# Proves and measures the GPU kernels, CUDA C++ and Triton, on the GPU at hand: scripts/check_gpu.sh [--sanitize] OUTPUT_DIR
 #
-# Needs this repository, torch, Triton, nvcc, pytest and pytest-benchmark; no network. Builds for this GPU alone, runs the
-# GPU tests, measures, and leaves in OUTPUT_DIR: environment.txt, tests.txt, tests.xml, gpu.json, gpu.md, gpu.png (where
-# matplotlib is installed), in at most eight minutes. With --sanitize it runs a few tests under compute-sanitizer instead
-# and leaves sanitizer.txt; where the device refuses it, that file says so.
+# Needs this repository, torch, Triton, nvcc, pytest and pytest-benchmark; no network. Builds for this GPU alone (that comes
+# on top), runs the GPU tests, the primitives of the CUDA kernels first, measures, and leaves in OUTPUT_DIR: environment.txt,
+# tests.txt, tests.xml, gpu.json, gpu.md, gpu.png (where matplotlib is installed), in at most eight minutes. With --sanitize it
+# runs a few tests under compute-sanitizer instead, for memory and for races, and leaves sanitizer.txt; where the device refuses
+# it, that file says so.
 #
 # PYTHON names the interpreter (default: python3).
 set -euo pipefail
@@ -25,7 +26,6 @@ output=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
-begin=$SECONDS
 
 # Before anything is built: what is missing?
 "$python" - <<'EOF' || exit 1
@@ -42,8 +42,11 @@ if not torch.cuda.is_available():
 EOF
 command -v nvcc >/dev/null || [[ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]] || fail "nvcc is not on the PATH"
 
+# 9.0a has the instructions for warp groups, 9.0 has not.
 capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
-TORCH_CUDA_ARCH_LIST=$capability "$python" setup.py --quiet build_ext --inplace
+[[ $capability == 9.0 ]] && capability=9.0a
+GROSS_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability "$python" setup.py --quiet build_ext --inplace
+begin=$SECONDS
 "$python" -m gross_kernels.environment | tee "$output/environment.txt"
 
 if $sanitize; then
@@ -58,15 +61,20 @@ if $sanitize; then
     exit 0
   fi
   # Without torch's allocator, which would hide an access beside a tensor but inside its block.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 480 "$sanitizer" --tool memcheck --error-exitcode 9 \
-    "$python" -m pytest tests/gpu --confcutdir=tests/gpu -q -p no:cacheprovider -k "values or repeated" \
+  # racecheck sees shared memory alone, which is where the CUDA kernels exchange everything.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  timeout 240 "$sanitizer" --tool memcheck --error-exitcode 9 \
+    "$python" -m pytest tests/gpu --confcutdir=tests/gpu -q -p no:cacheprovider -k "groups or repeated" \
     2>&1 | tee "$output/sanitizer.txt"
+  timeout 240 "$sanitizer" --tool racecheck --error-exitcode 9 \
+    "$python" -m pytest tests/gpu/test_cuda.py --confcutdir=tests/gpu -q -p no:cacheprovider -k "test_values and groups" \
+    2>&1 | tee -a "$output/sanitizer.txt"
   exit 0
 fi
 
 # --confcutdir: the other tests' conftest needs packages that a GPU machine may lack.
 tests=0
-timeout 240 "$python" -m pytest tests/gpu --confcutdir=tests/gpu -q -p no:cacheprovider \
+timeout 240 "$python" -m pytest tests/gpu/test_{cuda,backends,triton}.py --confcutdir=tests/gpu -q -p no:cacheprovider \
   --junitxml="$output/tests.xml" 2>&1 | tee "$output/tests.txt" || tests=$?
 
 # What is left of eight minutes, less half a minute to write it down.

@@ -22,7 +22,7 @@ def test_shapes_are_the_papers() -> None:
         core = cores[shape.label]
         assert (core.kernel_size, core.padding) == ((3, 3), (1, 1))
         assert core.batch(torch.device("cuda")) == shape.batch
-        assert set(gpu.SIZES) <= set(core.group_sizes)
+        assert set(gpu.SIZES[:-1]) <= set(core.group_sizes)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_everything_is_measured_and_checked(written: Path) -> None:
     """Catches an operation, size or baseline that is left out: each entry is compared with the definition first."""
     entries = json.loads((written / "gpu.json").read_text())["entries"]
-    assert len(entries) == 2 * len(gpu.SIZES) * len(gpu.OPERATIONS)
+    assert len(entries) == 2 * len([size for size in gpu.SIZES if size <= 32]) * len(gpu.OPERATIONS)
     assert all(set(e["ratios"]) == {"ours", "cuDNN", "expand + sum + cuDNN", "copy"} for e in entries)
     assert entries[-1]["macs"] == 1 * 32 * 3 * 3 * 32 * 9
 
@@ -46,10 +46,14 @@ def test_table(written: Path) -> None:
     entries = json.loads((written / "gpu.json").read_text())["entries"]
     text = (written / "gpu.md").read_text()
     entry = entries[0]
-    assert f"| 32@5 | 1 | forward | {entry['milliseconds']['ours']:.3f} | {entry['ratios']['copy']:.2f} |" in text
+    assert f"| 32@5 | 1 | forward | {entry['milliseconds']['ours']:.3f} | {entry['ratios']['copy']:.2f} | – |" in text
     made = [e | {"ratios": {"ours": 1.0, "copy": 0.5, "cuDNN": 2.0, "expand + sum + cuDNN": 8.0}} for e in entries]
     made[0]["ratios"] = {"ours": 1.0, "copy": 0.3, "cuDNN": 0.5, "expand + sum + cuDNN": 2.0}
-    assert "| forward | 1 | 2 | 0.40 / 0.30 | 0.50 | 1.00 / 0.50 | 4.00 / 2.00 |" in gpu.markdown(made, {})
+    assert "| forward | smaller | 1 | 2 | 0.40 / 0.30 | 0.80 | – | 1.00 / 0.50 | 4.00 / 2.00 |" in gpu.markdown(
+        made, {}
+    )
+    made[0] |= {"size": 56, "ratios": made[0]["ratios"] | {"Triton": 1.5}}
+    assert "| forward | 56 and larger | 1 | 1 | 0.30 / 0.30 | 0.88 | 1.50 / 1.50 | 0.50" in gpu.markdown(made, {})
 
 
 def test_deadline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

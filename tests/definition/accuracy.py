@@ -43,7 +43,8 @@ class Target:
         """Whether the backend says so."""
         widths = (case.in_channels, case.out_channels)
         geometry = (case.group_sizes, case.kernel_size, *case.geometry)
-        return BACKENDS[self.backend].supports(Call(self.device, self.dtype, self.terms_dtype, *widths, *geometry))
+        call = Call(self.device, self.dtype, self.terms_dtype, *widths, *geometry, case.active)
+        return BACKENDS[self.backend].supports(call)
 
     def arguments(self, case: Case) -> Arguments:
         """Input, terms, gates and an output gradient of the right dtypes, on the right device."""
@@ -67,8 +68,17 @@ def definition(case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor
     return [output.detach(), *torch.autograd.grad(output, leaves, grad.cpu().double(), materialize_grads=True)]
 
 
-def library(case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor) -> list[Tensor]:
+def to_tf32(tensor: Tensor) -> Tensor:
+    """The nearest numbers with TF32's 11 significant bits, ties to even."""
+    bits = tensor.float().contiguous().view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def library(
+    case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor, tf32: bool = False
+) -> list[Tensor]:
     """The same list from torch's convolution on the exactly summed weight, everything rounded to the input's dtype.
+    With ``tf32`` factors are rounded to TF32 first.
 
     16-bit calls are computed in float32 and rounded once, which is stricter than torch's own: its bfloat16 input
     gradient adds in bfloat16. Without oneDNN: its bfloat16 weight gradient reads memory that nobody wrote where the
@@ -79,6 +89,8 @@ def library(case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | 
     host_gates = None if gates is None else gates.cpu()
     weight = exact.dense_weight([t.cpu() for t in terms], case.active, host_gates, input.shape[1])
     weight = weight.to(input.device, input.dtype).to(wide)
+    if tf32:
+        weight, input, grad = to_tf32(weight), to_tf32(input), to_tf32(grad)
     grad_input, grad_weight = torch.zeros_like(input), torch.zeros_like(weight)
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         output = F.conv2d(input.to(wide), weight, None, *case.geometry)
@@ -116,8 +128,8 @@ def largest_error(value: Tensor, truth: Tensor) -> float:
     return (value.cpu().double() - truth).abs().nan_to_num(nan=torch.inf).max().item()
 
 
-def assert_accurate(results: Sequence[Tensor], case: Case, arguments: Arguments) -> None:
-    """Apply the tolerance rule to ``results``, a list as ``Target.run`` returns it."""
+def assert_accurate(results: Sequence[Tensor], case: Case, arguments: Arguments, tf32: bool = False) -> None:
+    """Apply the tolerance rule to ``results``, a list as ``Target.run`` returns it; ``tf32``: of products in TF32."""
     input, terms, gates, grad = arguments
     positive = input.abs(), [t.abs() for t in terms], None if gates is None else gates.abs(), grad.abs()
     columns = [
@@ -126,7 +138,7 @@ def assert_accurate(results: Sequence[Tensor], case: Case, arguments: Arguments)
         results,
         definition(case, *arguments),
         definition(case, *positive),
-        library(case, *arguments),
+        library(case, *arguments, tf32=tf32),
     ]
     for what, source, result, truth, magnitude, rival in zip(*columns, strict=True):
         assert result.shape == truth.shape, what

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / folder) for folder in ("definition", "gross_kernels/triton")]
+sys.path += [str(TESTS / folder) for folder in ("definition", "gross_kernels/triton", "gpu")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -297,7 +297,7 @@ def test_expand(error: type[Exception], argument: str, got: str, accepted: str, 
 def test_unknown_backend() -> None:
     """Catches a misspelt name that silently leaves the default in place."""
     for name in ("triton-x", "", None):
-        assert_refuses(ValueError, "backend", repr(name), "'cpu', 'reference'", use_backend(name).__enter__)
+        assert_refuses(ValueError, "backend", repr(name), "'cpu', 'cuda', 'reference'", use_backend(name).__enter__)
 
 
 def test_group_sizes_name_is_used() -> None:

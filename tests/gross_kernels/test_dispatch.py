@@ -95,7 +95,7 @@ def test_explain() -> None:
 
 def test_backend_that_does_not_serve_the_call() -> None:
     """Catches a forced backend that is silently replaced by another one."""
-    call = dispatch.Call.of(INPUT.to("meta"), TERMS, (1, 1), (0, 0), (1, 1))
+    call = dispatch.Call.of(INPUT.to("meta"), TERMS, 2, (1, 1), (0, 0), (1, 1))
     with use_backend("cpu"), pytest.raises(ValueError, match=r"backend: 'cpu' is forced but does not serve .*'meta'"):
         dispatch.choose(call)
     assert dispatch.choose(call).name == "reference"
@@ -103,7 +103,7 @@ def test_backend_that_does_not_serve_the_call() -> None:
 
 def test_first_backend_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a preference that is not followed, and a call that nobody serves but somebody gets."""
-    call = dispatch.Call.of(INPUT, TERMS, (1, 1), (0, 0), (1, 1))
+    call = dispatch.Call.of(INPUT, TERMS, 2, (1, 1), (0, 0), (1, 1))
     refuses = SimpleNamespace(supports=lambda call: False)
     monkeypatch.setitem(dispatch.BACKENDS, "refuses", refuses)
     monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("refuses", "reference", "cpu"))
@@ -118,8 +118,11 @@ def test_first_backend_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_call_describes_the_arguments() -> None:
     """Catches a description in which input and output, or stride and padding, are exchanged."""
     terms = [torch.empty(12, s, 3, 2, dtype=torch.float32) for s in (2, 6)]
-    call = dispatch.Call.of(torch.empty(5, 6, 7, 8, dtype=torch.bfloat16), terms, (1, 2), (3, 4), (5, 6))
-    assert call == dispatch.Call("cpu", torch.bfloat16, torch.float32, 6, 12, (2, 6), (3, 2), (1, 2), (3, 4), (5, 6))
+    input = torch.empty(5, 6, 7, 8, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    call = dispatch.Call.of(input, terms, 1, (1, 2), (3, 4), (5, 6), "input_grad")
+    geometry = ((3, 2), (1, 2), (3, 4), (5, 6))
+    types = ("cpu", torch.bfloat16, torch.float32)
+    assert call == dispatch.Call(*types, 6, 12, (2, 6), *geometry, 1, "input_grad", channels_last=True)
 
 
 def test_backends_have_the_same_functions() -> None:
@@ -143,7 +146,7 @@ def test_variable_with_an_unknown_backend() -> None:
     """Catches a misspelt variable that is ignored: importing the package fails and says what is accepted."""
     result = run("-c", "import gross_kernels", GROSS_KERNELS_BACKEND="cuda9")
     assert result.returncode == 1
-    assert "ValueError: backend: got 'cuda9', accepted are 'cpu', 'reference'" in result.stderr
+    assert "ValueError: backend: got 'cuda9', accepted are 'cpu', 'cuda', 'reference'" in result.stderr
 
 
 def test_variable_with_an_unknown_instruction_set() -> None:
@@ -189,6 +192,7 @@ def test_environment_report() -> None:
     assert sys.version.split()[0] in facts["python"]
     assert "built with" in facts["cpu kernels"]
     assert "-O3" in facts["cpu kernels"]
+    assert facts["cuda kernels"].split()[0] in ("built", "not")
     assert "GROSS_KERNELS_BACKEND=reference" in facts["variables"]
     assert facts["cpu call"].strip() == "reference: forced by GROSS_KERNELS_BACKEND or use_backend"
 

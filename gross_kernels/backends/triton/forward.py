@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...series import output_size
+from ..precision import float32_precision
 from . import tiles
 from .correlate import gather, march
 from .geometry import Axis, Packs, axis, channels_last, flat
@@ -17,7 +18,6 @@ from .launch import (
     Plans,
     architecture,
     dense,
-    float32_precision,
     layout,
     on_device,
     precision_of,

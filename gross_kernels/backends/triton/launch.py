@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..precision import float32_precision
 from . import tiles
 
 #: Plans kept; more kinds of calls than this (images of many sizes) begin anew.
@@ -95,17 +96,6 @@ def architecture(index: int | None) -> str:
 def processors(index: int | None) -> int:
     """Multiprocessors of a device."""
     return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def float32_precision() -> str:
-    """How float32 is multiplied: "tf32", "tf32x3" (three passes) or "ieee" (strict).
-
-    The setting of cuDNN's convolutions governs. Where it is strict, ``torch.set_float32_matmul_precision("high")``
-    still allows the three passes, whose products are good to 2⁻²² or so.
-    """
-    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
-        return "tf32"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
 
 def precision_of(dtype: torch.dtype, device: int | None) -> str:

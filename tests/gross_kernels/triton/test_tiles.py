@@ -126,7 +126,7 @@ def test_float32_where_there_is_no_such_product(
 def call(**changes: object) -> dispatch.Call:
     values = {"device": "cuda", "dtype": torch.bfloat16, "terms_dtype": torch.float32} | changes
     return dispatch.Call(**values, in_channels=64, out_channels=64, group_sizes=(1, 4), kernel_size=(3, 3),
-                         stride=(1, 1), padding=(1, 1), dilation=(1, 1))  # fmt: skip
+                         stride=(1, 1), padding=(1, 1), dilation=(1, 1), active=2)  # fmt: skip
 
 
 @pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), True)])
@@ -154,9 +154,9 @@ def test_choices_are_kept_but_not_against_a_forced_one(monkeypatch: pytest.Monke
     input, terms = torch.randn(1, 4, 5, 5), [torch.randn(4, 2, 3, 3)]
     geometry = ((1, 1), (0, 0), (1, 1))
     monkeypatch.setattr(dispatch, "_serving", {})
-    assert dispatch.serving(input, terms, *geometry) is dispatch.BACKENDS["cpu"]
+    assert dispatch.serving("forward", input, terms, 1, *geometry) is dispatch.BACKENDS["cpu"]
     monkeypatch.setattr(dispatch, "choose", lambda call: SimpleNamespace(backend="chosen anew"))
-    assert dispatch.serving(input, terms, *geometry) is dispatch.BACKENDS["cpu"]
-    assert dispatch.serving(input.double(), terms, *geometry) == "chosen anew"
+    assert dispatch.serving("forward", input, terms, 1, *geometry) is dispatch.BACKENDS["cpu"]
+    assert dispatch.serving("forward", input.double(), terms, 1, *geometry) == "chosen anew"
     with dispatch.use_backend("reference"):
-        assert dispatch.serving(input, terms, *geometry) == "chosen anew"
+        assert dispatch.serving("forward", input, terms, 1, *geometry) == "chosen anew"
