@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Proves and measures the GPU kernels, CUDA C++ and Triton, on the GPU at hand: scripts/check_gpu.sh [--sanitize] OUTPUT_DIR
 #
-# Needs this repository, torch, Triton, nvcc, pytest and pytest-benchmark; no network. Builds for this GPU alone (that comes
-# on top), runs the GPU tests, the primitives of the CUDA kernels first, measures, and leaves in OUTPUT_DIR: environment.txt,
-# tests.txt, tests.xml, gpu.json, gpu.md, gpu.png (where matplotlib is installed), in at most eight minutes. With --sanitize it
-# runs a few tests under compute-sanitizer instead, for memory and for races, and leaves sanitizer.txt; where the device refuses
-# it, that file says so.
+# Needs this repository, torch, Triton, nvcc, pytest and pytest-benchmark; no network. Builds for this GPU alone, runs the GPU
+# tests, the primitives of the CUDA kernels first, measures, and leaves in OUTPUT_DIR: environment.txt, tests.txt, tests.xml,
+# gpu.json, gpu.md, gpu.png (where matplotlib is installed), all in at most eight minutes. With --sanitize it runs a few tests
+# under compute-sanitizer instead, for memory and for races, and leaves sanitizer.txt; where the device refuses it, that file
+# says so.
 #
 # PYTHON names the interpreter (default: python3).
 set -euo pipefail
@@ -42,11 +42,11 @@ if not torch.cuda.is_available():
 EOF
 command -v nvcc >/dev/null || [[ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]] || fail "nvcc is not on the PATH"
 
+begin=$SECONDS
 # 9.0a has the instructions for warp groups, 9.0 has not.
 capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
 [[ $capability == 9.0 ]] && capability=9.0a
 GROSS_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability "$python" setup.py --quiet build_ext --inplace
-begin=$SECONDS
 "$python" -m gross_kernels.environment | tee "$output/environment.txt"
 
 if $sanitize; then
