@@ -574,12 +574,109 @@ inline Image in_pairs(const Image& image) {
   return {image.data, image.channels / 2, image.height, image.width, image.stride_n / 2, 1, image.stride_h / 2, image.stride_w / 2};
 }
 
+// One row of a kernel with taps −1, 0 and 1: its row relative to the target's, and where its weights are.
+struct KernelRow {
+  int64_t row;
+  int64_t weight[3];
+};
+
+// Group size 1 with such rows, between channels-last tensors of whole vectors: a pixel's channels already lie as the lanes want them, so rows are
+// read in place. The kernel's rows downwards; none where the convolution is another.
+template <class T>
+std::vector<KernelRow> depthwise_rows(const Plan& plan, const Image& source, const Image& target, const Channels<T>& channels) {
+  constexpr int64_t least_columns = 7;  // fewer would leave the multiply–add units waiting for their own sums
+  const Lattice &from = plan.sources[0], &to = plan.targets[0].lattice;
+  if (channels.fetch != Fetch::lanes || plan.sources.size() > 1 || plan.targets.size() > 1 || from.row_step != 1 || from.col_step != 1 || to.row_step != 1 ||
+      to.col_step != 1 || source.stride_c != 1 || target.stride_c != 1 || channels.groups % lanes<T> != 0 || target.width < least_columns ||
+      source.width != target.width)
+    return {};
+  std::vector<KernelRow> rows;
+  for (const Tap& tap : plan.targets[0].taps) {
+    const int64_t row = from.first_row + tap.row - to.first_row, col = from.first_col + tap.col - to.first_col;
+    if (col < -1 || col > 1) return {};
+    auto found = std::find_if(rows.begin(), rows.end(), [&](const KernelRow& other) { return other.row == row; });
+    if (found == rows.end()) found = rows.insert(found, {row, {-1, -1, -1}});
+    found->weight[col + 1] = tap.index * lanes<T>;
+  }
+  for (const KernelRow& row : rows)
+    if (*std::min_element(row.weight, row.weight + 3) < 0) return {};
+  std::sort(rows.begin(), rows.end(), [](const KernelRow& a, const KernelRow& b) { return a.row < b.row; });
+  return rows;
+}
+
+// `Columns` pixels of one vector of channels; `edge` stands in for the pixel beyond the left or right border.
+template <class T, int Columns>
+__attribute__((noinline)) void correlate_rows(const KernelRow* rows, int64_t count, const T* from, int64_t row_stride, int64_t pitch, bool left, bool right,
+                                              const T* edge, const T* weights, T* to, int64_t to_pitch) {
+  Vector<T> sum[Columns]{};
+  for (int64_t r = 0; r < count; r++) {
+    Vector<T> weight[3];
+#pragma GCC unroll 3
+    for (int c = 0; c < 3; c++) {
+      weight[c] = load<T>(weights + rows[r].weight[c]);
+      keep_in_register(weight[c]);
+    }
+    const T* at = from + rows[r].row * row_stride - pitch;
+#pragma GCC unroll 32
+    for (int k = 0; k < Columns + 2; k++, at += pitch) {
+      Vector<T> value = load<T>((k == 0 && left) || (k == Columns + 1 && right) ? edge : at);
+      keep_in_register(value);
+#pragma GCC unroll 3
+      for (int c = 0; c < 3; c++)
+        if (k - c >= 0 && k - c < Columns) sum[k - c] += value * weight[c];
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < Columns; k++) store<T>(to + k * to_pitch, sum[k]);
+}
+
+template <class T>
+void convolve_depthwise(const std::vector<KernelRow>& kernel, const Channels<T>& channels, const Image& source, const Series& series, const Image& target, const Geometry& g,
+                        const Threads& threads) {
+  const int64_t blocks = channels.blocks.size(), width = target.width;
+  Buffer<T> weights(blocks * channels.packed);
+  auto pack = [&](int64_t begin, int64_t end) {
+    T* const sum = scratch<T>(channels.summed);
+    for (int64_t b = begin; b < end; b++) pack_weights<T, T>(series, g, channels, channels.blocks[b], sum, weights.data() + b * channels.packed);
+  };
+  run(threads, blocks, pack);
+  constexpr int most = std::min(14, max_sums);
+  const int64_t columns = width % most == 0 ? most : width >= 8 ? 8 : 7;
+  const auto correlate = columns == most ? correlate_rows<T, most> : columns == 8 ? correlate_rows<T, 8> : correlate_rows<T, 7>;
+  const T edge[lanes<T>] = {};
+  auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t y = i % target.height;
+      const T* const from = static_cast<const T*>(source.data) + i / target.height * source.stride_n + y * source.stride_h;
+      T* const to = static_cast<T*>(target.data) + i / target.height * target.stride_n + y * target.stride_h;
+      // The kernel's rows that lie in the image are neighbours.
+      auto inside = [&](const KernelRow& row) { return y + row.row >= 0 && y + row.row < source.height; };
+      const auto* first = std::find_if(kernel.data(), kernel.data() + kernel.size(), inside);
+      const int64_t count = std::count_if(kernel.data(), kernel.data() + kernel.size(), inside);
+      const int64_t ahead = (kernel.back().row + 1) * source.stride_h;
+      for (int64_t b = 0; b < blocks; b++)
+        for (int64_t k = 0; k < width; k += columns) {
+          const int64_t at = std::min(k, width - columns);
+          const T* const x = from + at * source.stride_w + b * lanes<T>;
+          for (int64_t c = 0; c < columns; c++) __builtin_prefetch(x + ahead + c * source.stride_w, 0, 2);
+          correlate(first, count, x, source.stride_h, source.stride_w, at == 0, at + columns == width, edge, weights.data() + b * channels.packed,
+                    to + at * target.stride_w + b * lanes<T>, target.stride_w);
+        }
+    }
+  };
+  run(threads, g.images * target.height, work);
+}
+
 template <class T, class S, Product product = Product::numbers>
 void convolve(const Plan& plan, const Image& source, const Series& series, const Image& target_image, const Geometry& g,
               bool backward, const Threads& threads) {
   constexpr bool pairs = product == Product::pairs;
   const Direction direction(g, backward);
   const Channels<T> channels(g, backward, product);
+  if constexpr (std::is_same_v<S, T>) {
+    const std::vector<KernelRow> rows = depthwise_rows(plan, source, target_image, channels);
+    if (!rows.empty()) return convolve_depthwise(rows, channels, source, series, target_image, g, threads);
+  }
   // Units of work: a set of channels times a strip. More sets than the budgets ask for where strips are few.
   std::vector<Set> sets = sets_of(channels, set_vectors, 1);
   const std::vector<Strip> strips = plan_strips(plan, g.images, source_vectors(channels, sets) * GROSS_VECTOR_BYTES,
