@@ -10,7 +10,6 @@ namespace gross::cpu::GROSS_ISA {
 constexpr int64_t sums_budget = 8 << 20, least_slices = 4, most_slices = 32;
 
 // The sums of one slice, as numbers from its first: dP by vectors of dp, dR by blocks, dQ and the bias's gradient by vectors of outputs.
-template <class T>
 struct LayerSums {
   int64_t of_first, of_grouped, of_last, of_bias;  // numbers per vector, or block
   int64_t at_grouped, at_last, at_bias, size;
@@ -27,7 +26,7 @@ struct BackwardPacking {
   bool same;                       // whether `middle` and `sources` are the same vectors
   int64_t middle_size, input_size;  // numbers per vector of Qᵀ and Pᵀ
   int64_t at_middle, at_sources, at_turned, at_inputs, size;
-  LayerSums<T> sums;
+  LayerSums sums;
 
   explicit BackwardPacking(const Layer& layer) : forward(layer), turned(layer.geometry, true) {
     const Geometry& g = layer.geometry;
@@ -55,8 +54,13 @@ struct BackwardPacking {
   }
 };
 
+// Which of the products a call takes, and so which weights it packs: p (not where it was kept), r, dr by r's vectors and by its readers', dp, dx.
+struct Needed {
+  bool inner, middle, middle_grad, sources, slopes, input;
+};
+
 template <class T, class S>
-void pack_backward(const Layer& layer, const BackwardPacking<T>& packing, T* to, const Threads& threads) {
+void pack_backward(const Layer& layer, const BackwardPacking<T>& packing, const Needed& needed, T* to, const Threads& threads) {
   const Packing<T>& forward = packing.forward;
   const Direction first(forward.first, false), first_turned(forward.first, true), last_turned(forward.last, true);
   struct Piece {
@@ -73,12 +77,12 @@ void pack_backward(const Layer& layer, const BackwardPacking<T>& packing, T* to,
       at += step;
     }
   };
-  add(layer.pointwise_in, forward.first, first, forward.inner, 0, forward.inner_size);
-  add(layer.grouped, layer.geometry, forward.grouped, forward.grouped.blocks, forward.at_grouped, forward.grouped.packed);
-  if (!packing.same) add(layer.pointwise_out, forward.last, last_turned, packing.middle, packing.at_middle, packing.middle_size);
-  add(layer.pointwise_out, forward.last, last_turned, packing.sources, packing.at_sources, packing.middle_size);
-  add(layer.grouped, layer.geometry, packing.turned, packing.turned.blocks, packing.at_turned, packing.turned.packed);
-  add(layer.pointwise_in, forward.first, first_turned, forward.inputs, packing.at_inputs, packing.input_size);
+  if (needed.inner) add(layer.pointwise_in, forward.first, first, forward.inner, 0, forward.inner_size);
+  if (needed.middle) add(layer.grouped, layer.geometry, forward.grouped, forward.grouped.blocks, forward.at_grouped, forward.grouped.packed);
+  if (needed.middle_grad && !packing.same) add(layer.pointwise_out, forward.last, last_turned, packing.middle, packing.at_middle, packing.middle_size);
+  if (needed.sources) add(layer.pointwise_out, forward.last, last_turned, packing.sources, packing.at_sources, packing.middle_size);
+  if (needed.slopes) add(layer.grouped, layer.geometry, packing.turned, packing.turned.blocks, packing.at_turned, packing.turned.packed);
+  if (needed.input) add(layer.pointwise_in, forward.first, first_turned, forward.inputs, packing.at_inputs, packing.input_size);
   const int64_t rows = std::max({forward.inner_size, forward.grouped.summed, packing.middle_size, packing.turned.summed, packing.input_size});
   auto work = [&](int64_t begin, int64_t end) {
     T* const sum = scratch<T>(rows);
@@ -183,14 +187,15 @@ void run_layer_backward(const Image& grad, const Image& input, const Layer& laye
   const BackwardPacking<T> packing(layer);
   const Packing<T>& forward = packing.forward;
   const Channels<T>&channels = forward.grouped, &turned = packing.turned;
-  const LayerSums<T>& sums = packing.sums;
+  const LayerSums& sums = packing.sums;
   const LayerPlans plans(g, input, grad);
   const bool for_last = gradient.pointwise_out.wanted(), for_grouped = gradient.grouped.wanted(), for_first = gradient.pointwise_in.wanted();
   const bool for_inner = for_first || gradient.input.data, for_middle = for_inner || for_grouped;
   const int64_t inner_vectors = forward.inner.size(), blocks = packing.middle.size(), slope_vectors = packing.slopes.size(), outputs = forward.outputs.size();
 
   Buffer<T> packed(packing.size);
-  pack_backward<T, S>(layer, packing, packed.data(), threads);
+  pack_backward<T, S>(layer, packing, {!inner.data && (for_last || for_grouped), for_last, for_grouped, for_middle, for_inner, gradient.input.data != nullptr},
+                      packed.data(), threads);
 
   const int64_t slices = slice_count(layer, grad.height * grad.width, sums.size * sizeof(T));
   const int64_t row_bytes = sizeof(T) * (g.stride_h * input.width * (layer.in_channels + 2 * g.in_channels) + grad.width * (2 * g.out_channels + layer.out_channels));

@@ -139,14 +139,6 @@ inline Plan input_grad_plan(const Geometry& g, int64_t in_h, int64_t in_w, int64
   return plan;
 }
 
-// Consecutive groups, or some outputs of one group, that a thread works on at once.
-struct ChannelBlock {
-  int64_t group, groups;  // first group, number of groups
-  int64_t output, outputs;  // first output within the group, outputs per group
-
-  int64_t blocks() const { return groups * outputs; }
-};
-
 // Consecutive output rows of one image, or several whole images.
 struct Strip {
   int64_t image, images, row, rows;
