@@ -18,6 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 ROOT = Path(__file__).parent
 FLAGS = [
     "-O3",
+    "-g0",  # Python's own flags ask for what a debugger needs: 105 of 109 MB, and a fifth of the time
     "-std=c++17",
     "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",

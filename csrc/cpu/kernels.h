@@ -574,109 +574,12 @@ inline Image in_pairs(const Image& image) {
   return {image.data, image.channels / 2, image.height, image.width, image.stride_n / 2, 1, image.stride_h / 2, image.stride_w / 2};
 }
 
-// One row of a kernel with taps −1, 0 and 1: its row relative to the target's, and where its weights are.
-struct KernelRow {
-  int64_t row;
-  int64_t weight[3];
-};
-
-// Group size 1 with such rows, between channels-last tensors of whole vectors: a pixel's channels already lie as the lanes want them, so rows are
-// read in place. The kernel's rows downwards; none where the convolution is another.
-template <class T>
-std::vector<KernelRow> depthwise_rows(const Plan& plan, const Image& source, const Image& target, const Channels<T>& channels) {
-  constexpr int64_t least_columns = 7;  // fewer would leave the multiply–add units waiting for their own sums
-  const Lattice &from = plan.sources[0], &to = plan.targets[0].lattice;
-  if (channels.fetch != Fetch::lanes || plan.sources.size() > 1 || plan.targets.size() > 1 || from.row_step != 1 || from.col_step != 1 || to.row_step != 1 ||
-      to.col_step != 1 || source.stride_c != 1 || target.stride_c != 1 || channels.groups % lanes<T> != 0 || target.width < least_columns ||
-      source.width != target.width)
-    return {};
-  std::vector<KernelRow> rows;
-  for (const Tap& tap : plan.targets[0].taps) {
-    const int64_t row = from.first_row + tap.row - to.first_row, col = from.first_col + tap.col - to.first_col;
-    if (col < -1 || col > 1) return {};
-    auto found = std::find_if(rows.begin(), rows.end(), [&](const KernelRow& other) { return other.row == row; });
-    if (found == rows.end()) found = rows.insert(found, {row, {-1, -1, -1}});
-    found->weight[col + 1] = tap.index * lanes<T>;
-  }
-  for (const KernelRow& row : rows)
-    if (*std::min_element(row.weight, row.weight + 3) < 0) return {};
-  std::sort(rows.begin(), rows.end(), [](const KernelRow& a, const KernelRow& b) { return a.row < b.row; });
-  return rows;
-}
-
-// `Columns` pixels of one vector of channels; `edge` stands in for the pixel beyond the left or right border.
-template <class T, int Columns>
-__attribute__((noinline)) void correlate_rows(const KernelRow* rows, int64_t count, const T* from, int64_t row_stride, int64_t pitch, bool left, bool right,
-                                              const T* edge, const T* weights, T* to, int64_t to_pitch) {
-  Vector<T> sum[Columns]{};
-  for (int64_t r = 0; r < count; r++) {
-    Vector<T> weight[3];
-#pragma GCC unroll 3
-    for (int c = 0; c < 3; c++) {
-      weight[c] = load<T>(weights + rows[r].weight[c]);
-      keep_in_register(weight[c]);
-    }
-    const T* at = from + rows[r].row * row_stride - pitch;
-#pragma GCC unroll 32
-    for (int k = 0; k < Columns + 2; k++, at += pitch) {
-      Vector<T> value = load<T>((k == 0 && left) || (k == Columns + 1 && right) ? edge : at);
-      keep_in_register(value);
-#pragma GCC unroll 3
-      for (int c = 0; c < 3; c++)
-        if (k - c >= 0 && k - c < Columns) sum[k - c] += value * weight[c];
-    }
-  }
-#pragma GCC unroll 16
-  for (int k = 0; k < Columns; k++) store<T>(to + k * to_pitch, sum[k]);
-}
-
-template <class T>
-void convolve_depthwise(const std::vector<KernelRow>& kernel, const Channels<T>& channels, const Image& source, const Series& series, const Image& target, const Geometry& g,
-                        const Threads& threads) {
-  const int64_t blocks = channels.blocks.size(), width = target.width;
-  Buffer<T> weights(blocks * channels.packed);
-  auto pack = [&](int64_t begin, int64_t end) {
-    T* const sum = scratch<T>(channels.summed);
-    for (int64_t b = begin; b < end; b++) pack_weights<T, T>(series, g, channels, channels.blocks[b], sum, weights.data() + b * channels.packed);
-  };
-  run(threads, blocks, pack);
-  constexpr int most = std::min(14, max_sums);
-  const int64_t columns = width % most == 0 ? most : width >= 8 ? 8 : 7;
-  const auto correlate = columns == most ? correlate_rows<T, most> : columns == 8 ? correlate_rows<T, 8> : correlate_rows<T, 7>;
-  const T edge[lanes<T>] = {};
-  auto work = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t y = i % target.height;
-      const T* const from = static_cast<const T*>(source.data) + i / target.height * source.stride_n + y * source.stride_h;
-      T* const to = static_cast<T*>(target.data) + i / target.height * target.stride_n + y * target.stride_h;
-      // The kernel's rows that lie in the image are neighbours.
-      auto inside = [&](const KernelRow& row) { return y + row.row >= 0 && y + row.row < source.height; };
-      const auto* first = std::find_if(kernel.data(), kernel.data() + kernel.size(), inside);
-      const int64_t count = std::count_if(kernel.data(), kernel.data() + kernel.size(), inside);
-      const int64_t ahead = (kernel.back().row + 1) * source.stride_h;
-      for (int64_t b = 0; b < blocks; b++)
-        for (int64_t k = 0; k < width; k += columns) {
-          const int64_t at = std::min(k, width - columns);
-          const T* const x = from + at * source.stride_w + b * lanes<T>;
-          for (int64_t c = 0; c < columns; c++) __builtin_prefetch(x + ahead + c * source.stride_w, 0, 2);
-          correlate(first, count, x, source.stride_h, source.stride_w, at == 0, at + columns == width, edge, weights.data() + b * channels.packed,
-                    to + at * target.stride_w + b * lanes<T>, target.stride_w);
-        }
-    }
-  };
-  run(threads, g.images * target.height, work);
-}
-
 template <class T, class S, Product product = Product::numbers>
 void convolve(const Plan& plan, const Image& source, const Series& series, const Image& target_image, const Geometry& g,
               bool backward, const Threads& threads) {
   constexpr bool pairs = product == Product::pairs;
   const Direction direction(g, backward);
   const Channels<T> channels(g, backward, product);
-  if constexpr (std::is_same_v<S, T>) {
-    const std::vector<KernelRow> rows = depthwise_rows(plan, source, target_image, channels);
-    if (!rows.empty()) return convolve_depthwise(rows, channels, source, series, target_image, g, threads);
-  }
   // Units of work: a set of channels times a strip. More sets than the budgets ask for where strips are few.
   std::vector<Set> sets = sets_of(channels, set_vectors, 1);
   const std::vector<Strip> strips = plan_strips(plan, g.images, source_vectors(channels, sets) * GROSS_VECTOR_BYTES,
@@ -971,6 +874,47 @@ void write_gradients(const Series& series, const SeriesGradient& gradient, const
   }
 }
 
+// Where D of every block goes: to the gradients of the terms, and to the gates' shares.
+template <class T>
+class GradientBlocks {
+ public:
+  GradientBlocks(const Channels<T>& channels, const Series& series, const SeriesGradient& gradient, const Geometry& g)
+      : channels_(channels), series_(series), gradient_(gradient), g_(g), count_(channels.blocks.size()), shares_(gradient.gates ? count_ * max_terms : 0) {}
+
+  void write(int64_t block, const T* from, T* rows) {
+    write_gradients(series_, gradient_, g_, channels_, channels_.blocks[block], from, rows, gradient_.gates ? &shares_[block * max_terms] : nullptr);
+  }
+  // All blocks from [slice][block], summed in one order for any number of threads; `partial` is changed.
+  void write_slices(T* partial, int64_t slices, const Threads& threads) {
+    const int64_t packed = channels_.packed;
+    auto reduce = [&](int64_t begin, int64_t end) {
+      T* const rows = scratch<T>(channels_.summed);
+      for (int64_t b = begin; b < end; b++) {
+        T* total = partial + b * packed;
+        for (int64_t slice = 1; slice < slices; slice++)
+          for (int64_t k = 0; k < packed; k++) total[k] += total[slice * count_ * packed + k];
+        write(b, total, rows);
+      }
+    };
+    run(threads, count_, reduce);
+  }
+  // The gates' gradients; after all blocks.
+  void write_gates() const {
+    for (int i = 0; gradient_.gates && i < series_.active; i++) {
+      gradient_.gates[i] = 0;
+      for (int64_t b = 0; b < count_; b++) gradient_.gates[i] += shares_[b * max_terms + i];
+    }
+  }
+
+ private:
+  const Channels<T>& channels_;
+  const Series& series_;
+  const SeriesGradient& gradient_;
+  const Geometry& g_;
+  int64_t count_;
+  std::vector<double> shares_;
+};
+
 // The weight gradient in pairs of pixels: a multiply–add of bfloat16 numbers takes two, so a lane holds an output channel's gradient at two
 // neighbouring columns, and a source channel's row is read two columns at a time, from any column on.
 
@@ -1109,7 +1053,6 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
     grad_size = std::max(grad_size, blocks * (Planes::of<T>(grad_plan, strip).vector_stride + (pairs ? strip.images * strip.rows * pair_rows.row_size<T>() : 0)));
   }
   Buffer<T> partial(slices > 1 ? slices * count * packed : 0);
-  std::vector<double> shares(gradient.gates ? count * max_terms : 0);
 
   // D of the blocks of a set over the strips of one slice.
   auto accumulate = [&](const Set& set, int64_t slice, T* planes_at, T* grads_at, T* to) {
@@ -1170,10 +1113,7 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
       }
     }
   };
-  auto write = [&](int64_t b, const T* from, T* rows) {
-    write_gradients(series, gradient, g, channels, channels.blocks[b], from, rows, gradient.gates ? &shares[b * max_terms] : nullptr);
-  };
-
+  GradientBlocks<T> output(channels, series, gradient, g);
   auto work = [&](int64_t begin, int64_t end) {
     T* const planes_at = scratch<T>(plane_size + grad_size + blocks * packed + channels.summed);
     T* const grads_at = planes_at + plane_size;
@@ -1187,27 +1127,12 @@ void weight_grad(const Image& grad, const Image& input, const Series& series, co
         continue;
       }
       accumulate(set, 0, planes_at, grads_at, sums);
-      for (int64_t b = set.first; b < set.last; b++) write(b, sums + (b - set.first) * packed, rows);
+      for (int64_t b = set.first; b < set.last; b++) output.write(b, sums + (b - set.first) * packed, rows);
     }
   };
   run(threads, set_count * slices, work);
-  if (slices > 1) {
-    auto reduce = [&](int64_t begin, int64_t end) {
-      T* const rows = scratch<T>(channels.summed);
-      for (int64_t b = begin; b < end; b++) {
-        T* total = partial.data() + b * packed;
-        for (int64_t slice = 1; slice < slices; slice++)
-          for (int64_t k = 0; k < packed; k++) total[k] += total[slice * count * packed + k];
-        write(b, total, rows);
-      }
-    };
-    run(threads, count, reduce);
-  }
-  if (gradient.gates)
-    for (int i = 0; i < series.active; i++) {
-      gradient.gates[i] = 0;
-      for (int64_t b = 0; b < count; b++) gradient.gates[i] += shares[b * max_terms + i];
-    }
+  if (slices > 1) output.write_slices(partial.data(), slices, threads);
+  output.write_gates();
 }
 
 // Plain sum -------------------------------------------------------------------------------------------------------------------
@@ -1231,6 +1156,8 @@ void sum(const Series& series, int64_t count, S* output, const Threads& threads)
 }
 
 }  // namespace gross::cpu::GROSS_ISA
+
+#include "in_place.h"
 
 #include "bottleneck.h"
 
@@ -1256,6 +1183,9 @@ void convolve_entry(Type type, const Plan& plan, const Image& source, const Seri
   with_type(type, [&](auto s) {
     using S = decltype(s);
     if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(source, series, target, g, backward, threads);
+    const Channels<Sum<S>> channels(g, backward);
+    const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(plan, source, target, channels);
+    if (!rows.empty()) return convolve_in_place<Sum<S>, S>(rows, channels, source, series, target, g, threads);
     if constexpr (product == Product::pairs && std::is_same_v<S, bfloat16>)
       if (has_pairs(source, Direction(g, backward))) return convolve<float, S, product>(plan, source, series, target, g, backward, threads);
     convolve<Sum<S>, S>(plan, source, series, target, g, backward, threads);
@@ -1281,6 +1211,9 @@ void weight_grad_entry(Type type, const Image& grad, const Image& input, const S
       if (has_pairs(input, Direction(g, false)) && !is_pointwise(g) && Channels<float>(g, false).fetch == Fetch::broadcast &&
           Channels<float>(g, false, product).fetch == Fetch::broadcast)
         return weight_grad<float, S, product>(grad, input, series, gradient, g, threads);
+    const Channels<Sum<S>> channels(g, false);
+    const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(forward_plan(g, input.height, input.width, grad.height, grad.width), input, grad, channels);
+    if (has_row_weights(rows, channels.fetch)) return weight_grad_in_place<Sum<S>, S>(rows[0], channels, grad, input, series, gradient, g, threads);
     weight_grad<Sum<S>, S>(grad, input, series, gradient, g, threads);
   });
 }

@@ -97,6 +97,30 @@ def test_values_of_wide_groups(target: Target, case: Case) -> None:
     assert_accurate(target.run(case, *arguments), case, arguments)
 
 
+#: Vectors of whole pixels, which the CPU's kernels read in place: every tile's width, strides, unequal widths.
+PIXELS = [
+    Case(2, 64, 64, (1,), (3, 3), (9, 14), padding=(1, 1), gated=True, channels_last=True),
+    Case(3, 32, 32, (1, 2), (3, 3), (5, 9), (2, 2), (1, 1), active=1, channels_last=True),
+    Case(2, 32, 32, (2, 4), (3, 3), (7, 7), padding=(1, 1), active=1, channels_last=True),
+    Case(5, 16, 16, (1, 2, 4, 8), (3, 3), (2, 2), padding=(1, 1), active=4, gated=True, channels_last=True),
+    Case(3, 48, 48, (4,), (3, 3), (4, 4), padding=(1, 1), channels_last=True),
+    Case(2, 32, 32, (4,), (3, 3), (8, 15), (2, 2), (1, 1), channels_last=True),
+    Case(2, 32, 32, (2,), (3, 3), (6, 16), (1, 2), (1, 1), channels_last=True),
+    Case(2, 32, 32, (8,), (3, 3), (6, 11), (2, 1), (1, 1), channels_last=True),
+    Case(2, 32, 32, (4,), (5, 3), (9, 15), padding=(2, 1), channels_last=True),
+    Case(2, 32, 64, (4,), (3, 3), (5, 28), padding=(1, 1), channels_last=True),
+    Case(2, 32, 32, (2,), (3, 1), (5, 6), padding=(1, 0), channels_last=True),
+]
+
+
+@every_target
+@pytest.mark.parametrize("case", PIXELS, ids=str)
+def test_values_of_whole_pixels(target: Target, case: Case) -> None:
+    """Catches a fault of kernels without a copy of the input: borders, the last of several rows, taps that are not."""
+    arguments = target.arguments(case)
+    assert_accurate(target.run(case, *arguments), case, arguments)
+
+
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 #: Instruction sets below this processor's best, which the rest of the tests run with.
 ISAS = ["portable", *["avx2"] * (CAPABILITY in ("AVX2", "AVX512")), *["avx512"] * (CAPABILITY == "AVX512")]
@@ -282,11 +306,12 @@ def test_nothing_leaks_from_inactive_terms(target: Target, gated: bool) -> None:
 
 
 @every_target
-def test_infinite_input(target: Target) -> None:
+@pytest.mark.parametrize(("channels", "channels_last"), [(12, False), (16, True)])
+def test_infinite_input(target: Target, channels: int, channels_last: bool) -> None:
     """Catches an infinity that spreads to outputs whose group or window does not hold it, or that gets lost. On the
     matrix unit's tile groups of Triton's kernels stand side by side, and zero times infinity is not zero: there it may
     spread to the window's other groups."""
-    case = Case(2, 12, 12, (2, 4), (3, 3), (8, 8), padding=(1, 1), active=2)
+    case = Case(2, channels, channels, (2, 4), (3, 3), (8, 8), padding=(1, 1), active=2, channels_last=channels_last)
     input, terms, gates, _ = target.arguments(case)
     forward = BACKENDS[target.backend].forward
     clean = forward(input, terms, 2, gates, *case.geometry)
@@ -295,7 +320,7 @@ def test_infinite_input(target: Target) -> None:
     reached = torch.zeros_like(output, dtype=torch.bool)
     reached[0, slice(None) if target.backend == "triton" else slice(4, 8), 3:6, 3:6] = True
     assert torch.equal(output[~reached], clean[~reached])
-    weight = exact.dense_weight([t.cpu() for t in terms], 2, None, 12)[4:8, 5].flip(1, 2)
+    weight = exact.dense_weight([t.cpu() for t in terms], 2, None, channels)[4:8, 5].flip(1, 2)
     assert torch.equal(output[0, 4:8, 3:6, 3:6].cpu().double(), weight.sign() * torch.inf)
 
 

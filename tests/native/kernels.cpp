@@ -105,6 +105,15 @@ bool draw(Case& c) {
   g.padding_h = pick(0, 4), g.padding_w = pick(0, 4);
   g.dilation_h = pick(1, 3), g.dilation_w = pick(1, 3);
   c.h = pick(1, 18), c.w = pick(1, 18);
+  // Every fourth is one whose pixels can be read in place.
+  if (!pick(0, 3)) {
+    c.growth = 1 << pick(0, 3), c.smallest = c.growth > 4 ? 1 : pick(1, 2);
+    g.group_size = c.smallest * c.growth;
+    g.in_channels = g.out_channels = 16 * pick(1, 3);
+    g.kernel_h = 3, g.kernel_w = 3;
+    g.stride_h = pick(1, 2), g.stride_w = pick(1, 2);
+    g.padding_h = g.padding_w = g.dilation_h = g.dilation_w = 1;
+  }
   const int64_t room_h = c.h + 2 * g.padding_h - g.dilation_h * (g.kernel_h - 1) - 1;
   const int64_t room_w = c.w + 2 * g.padding_w - g.dilation_w * (g.kernel_w - 1) - 1;
   c.out_h = room_h / g.stride_h + 1, c.out_w = room_w / g.stride_w + 1;

@@ -1,0 +1,412 @@
+// Convolutions that read the pixels of a channels-last tensor where they lie, without planes.
+//
+// They are those whose every output vector reads one vector of source channels (group size 1, and those that divide the lanes) at the columns left of,
+// at and right of its own. One load of a pixel serves every source channel in it and three taps: 14 columns × 4 channels × 3 taps are 168 multiply–adds
+// for 16 loads and 64 shuffles. Reading rows of planes instead, the copy alone takes a third of the time.
+namespace gross::cpu::GROSS_ISA {
+
+// Bytes of pixels that are read and written at once, for one vector of outputs after the other: they stay in the second-level cache.
+constexpr int64_t rows_budget = 128 << 10;
+
+// Rows of a kernel that is applied in place.
+constexpr int max_kernel_rows = 7;
+
+// One row of a kernel: target row i reads source row i · step + `row`, with the weights of columns −1, 0 and 1.
+struct KernelRow {
+  int64_t row;
+  int64_t weight[3];
+};
+
+// One target of a plan in such rows: target column k reads the columns around k · step.
+struct RowTarget {
+  Lattice lattice;
+  int64_t rows, cols, row_step, step;
+  bool right;  // the last column reads the one beyond the border
+  int taps;    // which columns the kernel has: 1 for −1, 2 for 0, 4 for 1
+  std::vector<KernelRow> kernel;
+};
+
+// The plan's targets, where pixels can be read in place; none where they cannot.
+template <class T, class S>
+std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const Image& target_image, const Channels<T>& channels) {
+  const bool spreads = std::is_same_v<S, float> && registers == 32;
+  if (source.stride_c != 1 || target_image.stride_c != 1 || channels.fetch == Fetch::broadcast || (channels.fetch != Fetch::lanes && !spreads)) return {};
+  if (channels.together * channels.sources != lanes<T> || channels.groups % channels.together != 0) return {};
+  if (channels.fetch == Fetch::permuted && channels.sources % 2 != 0) return {};
+  for (const LaneBlock& block : channels.blocks)
+    if (block.lanes() != lanes<T>) return {};
+  std::vector<RowTarget> targets;
+  for (const Target& target : plan.targets) {
+    RowTarget rows{target.lattice, target.rows, target.cols, plan.sources[0].row_step, plan.sources[0].col_step, false, 0, {}};
+    const int64_t last = (target.cols - 1) * rows.step + 1;
+    if (target.cols < 2 || last > source.width) return {};
+    rows.right = last == source.width;
+    for (const Tap& tap : target.taps) {
+      const Lattice& lattice = plan.sources[tap.source];
+      const int64_t row = lattice.first_row + tap.row * lattice.row_step, col = lattice.first_col + tap.col * lattice.col_step;
+      if (col < -1 || col > 1) return {};
+      auto found = std::find_if(rows.kernel.begin(), rows.kernel.end(), [&](const KernelRow& other) { return other.row == row; });
+      if (found == rows.kernel.end()) found = rows.kernel.insert(found, {row, {}});
+      found->weight[col + 1] = tap.index * lanes<T>;
+      rows.taps |= 1 << (col + 1);
+    }
+    // Those of a kernel three columns wide at strides 1 and 2, and of its input gradient.
+    if (!(rows.taps == 7 && rows.step <= 2) && !(rows.step == 1 && (rows.taps == 2 || rows.taps == 3 || rows.taps == 6))) return {};
+    if (rows.kernel.size() > max_kernel_rows) return {};
+    targets.push_back(rows);
+  }
+  return targets;
+}
+
+// One vector of a pixel beyond the borders.
+template <class T, class S>
+inline constexpr S no_pixel[lanes<T>] = {};
+
+// One row of source pixels; beyond the image's borders zeros that no offset leaves.
+template <class S>
+struct PixelRow {
+  const S* at;
+  int64_t pitch, mask;
+};
+// One row of a target, the source rows that it goes with, and rows of both that come later.
+template <class S>
+struct OutputRow {
+  PixelRow<S> from[max_kernel_rows];
+  S* to;
+  const S *ahead, *ahead_to;
+};
+
+template <class T>
+struct RowStencil {
+  const std::vector<KernelRow>& kernel;
+  int64_t weight_stride;  // from one source channel to the next
+  const Index<T>* permutation;
+  int64_t sources;     // channels per output
+  int64_t pitch;       // from one source pixel to the next
+  int64_t row_stride;  // from one source row to the next
+};
+
+#define GROSS_LAMBDA __attribute__((always_inline))
+
+// f(0), …, f(N − 1) with constants: register arrays that loops index are not always taken apart.
+template <class F, int... I>
+GROSS_INLINE void unrolled(F f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+GROSS_INLINE void unrolled(F f) {
+  unrolled(f, std::make_integer_sequence<int, N>{});
+}
+
+// Source channel J of each lane's group, of groups of `Quad` channels within 16 bytes.
+template <class T, int Quad, int J, int... L>
+GROSS_INLINE Vector<T> spread(Vector<T> v, std::integer_sequence<int, L...>) {
+  return shuffle<T>(v, v, std::integer_sequence<int, (L / Quad * Quad + J)...>{});
+}
+
+// to[segment][column][lane] = Σ_row Σ_source Σ_tap weight[source][row, tap][lane] · from[segment][row][step · column + tap][source], two source channels
+// at a time: with four the chains of additions to one sum would be too long to overlap (170 instead of 207 GFLOP/s). Groups of `Quad` channels lie
+// within 16 bytes. `from` and `to` say where in the rows the tile lies, `from` at the column left of its first; `left` and `right` that the outermost columns
+// lie beyond the border.
+template <class T, class S, Fetch fetch, int Quad, int Taps, int Step, int Columns, int Segments>
+__attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, const T* weights, const OutputRow<S>* rows, int64_t from, int64_t ahead, int64_t to,
+                                              int64_t to_pitch, bool left, bool right) {
+  constexpr int together = fetch == Fetch::lanes ? 1 : 2, last = (Columns - 1) * Step + 2;
+  Vector<T> sum[Segments][Columns]{};
+  const int64_t count = stencil.kernel.size();
+  unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
+    unrolled<Step>([&](auto row) GROSS_LAMBDA {
+      const S* at = rows[segment].ahead + ahead - row * stencil.row_stride;
+      unrolled<Columns * Step>([&](auto k) GROSS_LAMBDA { __builtin_prefetch(at + k * lanes<T>, 0, 2); });
+    });
+  });
+  for (int64_t r = 0; r < count; r++) {
+    auto add = [&](auto j) GROSS_LAMBDA {
+      Vector<T> weight[together][3];
+      [[maybe_unused]] Vector<Index<T>> index[together];
+      unrolled<together>([&](auto i) GROSS_LAMBDA {
+        unrolled<3>([&](auto c) GROSS_LAMBDA {
+          if constexpr (Taps >> c & 1) {
+            weight[i][c] = load<T>(weights + (j + i) * stencil.weight_stride + stencil.kernel[r].weight[c]);
+            keep_in_register(weight[i][c]);
+          }
+        });
+        if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index[i], stencil.permutation + (j + i) * lanes<T>, sizeof index[i]);
+      });
+      unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
+        const PixelRow<S>& row = rows[segment].from[r];
+        const S* at = row.at + (from & row.mask);
+        // Or the compiler would load all pixels before a loop over channels, and keep them in memory.
+        asm volatile("" : "+r"(at));
+        unrolled<last + 1>([&](auto k) GROSS_LAMBDA {
+          Vector<T> pixel = load<T>((k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at);
+          keep_in_register(pixel);
+          at += row.pitch;
+          unrolled<together>([&](auto i) GROSS_LAMBDA {
+            Vector<T> value = pixel;
+            if constexpr (fetch == Fetch::within_quads) value = spread<T, Quad, j + i>(pixel, std::make_integer_sequence<int, lanes<T>>{});
+            if constexpr (fetch == Fetch::permuted) value = permute<T>(pixel, index[i]);
+            if constexpr (fetch != Fetch::lanes) keep_in_register(value);
+            unrolled<3>([&](auto c) GROSS_LAMBDA {
+              if constexpr ((Taps >> c & 1) && k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[segment][(k - c) / Step] += value * weight[i][c];
+            });
+          });
+        });
+      });
+    };
+    if constexpr (fetch == Fetch::permuted) {
+      for (int64_t j = 0; j < stencil.sources; j += together) add(j);
+    } else {
+      unrolled<Quad / together>([&](auto pair) GROSS_LAMBDA { add(std::integral_constant<int, pair * together>{}); });
+    }
+  }
+  unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
+    unrolled<Columns>([&](auto k) GROSS_LAMBDA { store<T>(rows[segment].to + to + k * to_pitch, sum[segment][k]); });
+  });
+}
+
+// Rows of a tile of so many columns: enough for 8 chains of additions and more. Two rows of 7 columns at once took 1.7 times as long at stride 2
+// (256 channels at 14×14, s = 4).
+template <int columns>
+constexpr int row_segments = columns >= 7 ? 1 : std::min(max_segments, max_sums / columns);
+
+template <class T, class S>
+struct RowTile {
+  int64_t columns, segments;
+  void (*correlate)(const RowStencil<T>&, const T*, const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, bool, bool);
+};
+template <class T, class S, Fetch fetch, int Quad, int Taps, int Step, int... Columns>
+RowTile<T, S> row_tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
+  RowTile<T, S> best{};
+  int64_t least = 0;
+  auto consider = [&](auto columns) {
+    constexpr int c = columns;
+    if constexpr (c <= max_sums) {
+      const int64_t computed = round_up(width, c);
+      if (c <= width && (!best.correlate || computed < least)) {
+        least = computed;
+        best = {c, row_segments<c>, correlate_rows<T, S, fetch, Quad, Taps, Step, c, row_segments<c>>};
+      }
+    }
+  };
+  (consider(std::integral_constant<int, Columns>{}), ...);
+  return best;
+}
+template <class T, class S, Fetch fetch, int Quad>
+RowTile<T, S> row_tile_of(const RowTarget& target) {
+  using Columns = std::integer_sequence<int, 14, 8, 7, 4, 2>;
+  if (target.step == 2) return row_tile_of<T, S, fetch, Quad, 7, 2>(target.cols, Columns{});
+  switch (target.taps) {
+    case 2: return row_tile_of<T, S, fetch, Quad, 2, 1>(target.cols, Columns{});
+    case 3: return row_tile_of<T, S, fetch, Quad, 3, 1>(target.cols, Columns{});
+    case 6: return row_tile_of<T, S, fetch, Quad, 6, 1>(target.cols, Columns{});
+    default: return row_tile_of<T, S, fetch, Quad, 7, 1>(target.cols, Columns{});
+  }
+}
+template <class T, class S>
+RowTile<T, S> row_tile_for(const Channels<T>& channels, const RowTarget& target) {
+  if constexpr (std::is_same_v<S, float> && registers == 32) {
+    if (channels.fetch == Fetch::permuted) return row_tile_of<T, S, Fetch::permuted, 2>(target);
+    if (channels.fetch == Fetch::within_quads)
+      return channels.sources == 4 ? row_tile_of<T, S, Fetch::within_quads, 4>(target) : row_tile_of<T, S, Fetch::within_quads, 2>(target);
+  }
+  return row_tile_of<T, S, Fetch::lanes, 1>(target);
+}
+
+// The rows of targets, those of all images one after the other, in units that stay in the cache.
+template <class T, class S>
+struct RowUnits {
+  const Image &source, &target_image;
+  int64_t height, total, together, count;
+
+  RowUnits(const std::vector<RowTarget>& targets, const Image& source, const Image& target_image, int64_t images, int64_t at_least)
+      : source(source), target_image(target_image), height(0) {
+    for (const RowTarget& target : targets) height = std::max(height, target.rows);
+    total = images * height;
+    const int64_t row_bytes =
+        sizeof(S) * (source.height * source.width * source.channels + target_image.height * target_image.width * target_image.channels) / height;
+    together = std::clamp<int64_t>(std::min(rows_budget / row_bytes, total / at_least), 1, total);
+    count = ceil_div(total, together);
+  }
+
+  // The target's rows of one unit; filled up to a multiple of `segments` with the last of them.
+  void rows_of(int64_t unit, const RowTarget& target, int64_t segments, std::vector<OutputRow<S>>& rows) const {
+    const S* const from = static_cast<const S*>(source.data);
+    S* const to = static_cast<S*>(target_image.data);
+    auto target_row = [&](int64_t n, int64_t y) {
+      return to + n * target_image.stride_n + (target.lattice.first_row + y * target.lattice.row_step) * target_image.stride_h +
+             target.lattice.first_col * target_image.stride_w;
+    };
+    rows.clear();
+    for (int64_t i = unit * together; i < std::min(total, (unit + 1) * together); i++) {
+      const int64_t n = i / height, y = i % height, later = std::min(i + together, total - 1), later_y = std::min(later % height, target.rows - 1);
+      if (y >= target.rows) continue;
+      OutputRow<S> row{};
+      for (size_t r = 0; r < target.kernel.size(); r++) {
+        const int64_t at = y * target.row_step + target.kernel[r].row;
+        const bool inside = at >= 0 && at < source.height;
+        row.from[r] = inside ? PixelRow<S>{from + n * source.stride_n + at * source.stride_h - source.stride_w, source.stride_w, -1} : PixelRow<S>{no_pixel<T, S>, 0, 0};
+      }
+      row.to = target_row(n, y);
+      row.ahead = from + later / height * source.stride_n + std::clamp<int64_t>(later_y * target.row_step + target.kernel.back().row, 0, source.height - 1) * source.stride_h;
+      row.ahead_to = target_row(later / height, later_y);
+      rows.push_back(row);
+    }
+    while (!rows.empty() && rows.size() % segments) rows.push_back(rows.back());
+  }
+};
+
+template <class T, class S>
+void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels, const Image& source, const Series& series, const Image& target_image,
+                       const Geometry& g, const Threads& threads) {
+  const int64_t blocks = channels.blocks.size();
+  Buffer<T> weights(blocks * channels.packed);
+  auto pack = [&](int64_t begin, int64_t end) {
+    T* const sum = scratch<T>(channels.summed);
+    for (int64_t b = begin; b < end; b++) pack_weights<T, S>(series, g, channels, channels.blocks[b], sum, weights.data() + b * channels.packed);
+  };
+  run(threads, blocks, pack);
+
+  const RowUnits<T, S> units(targets, source, target_image, g.images, 4 * threads.count);
+  auto work = [&](int64_t begin, int64_t end) {
+    std::vector<OutputRow<S>> rows;
+    for (int64_t unit = begin; unit < end; unit++)
+      for (const RowTarget& target : targets) {
+        const RowTile<T, S> tile = row_tile_for<T, S>(channels, target);
+        const int64_t to_pitch = target.lattice.col_step * target_image.stride_w;
+        units.rows_of(unit, target, tile.segments, rows);
+        for (int64_t b = 0; b < blocks; b++) {
+          const RowStencil<T> stencil{target.kernel, g.taps() * lanes<T>, channels.permutation_of(b), channels.sources, source.stride_h};
+          const int64_t channel = channels.cluster(b) * lanes<T>, output = channels.blocks[b].first(channels);
+          for (size_t first = 0; first < rows.size(); first += tile.segments)
+            for (int64_t k = 0; k < target.cols; k += tile.columns) {
+              const int64_t col = std::min(k, target.cols - tile.columns);
+              tile.correlate(stencil, weights.data() + b * channels.packed, &rows[first], col * target.step * source.stride_w + channel,
+                             (b * target.cols + col) * target.step * lanes<T>, col * to_pitch + output, to_pitch, col == 0,
+                             target.right && col + tile.columns == target.cols);
+            }
+        }
+      }
+  };
+  run(threads, units.count, work);
+}
+
+// D[source][row, tap][lane] += Σ_column grads[column][lane] · from[row][step · column + tap][source] over `count` rows of gradients, for `Rows` rows of the
+// kernel and groups of `Quad` channels: so many chains of additions that they overlap, and no more than registers hold.
+template <class T, class S, int Quad, int Rows, int Step, int Columns>
+__attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, int64_t count, int64_t row_stride, int64_t from, int64_t ahead, int64_t to,
+                                                     int64_t to_pitch, bool left, bool right, const std::vector<KernelRow>& kernel, T* sums, int64_t sum_stride) {
+  constexpr int last = (Columns - 1) * Step + 2;
+  for (int first = 0; first < 3; first += Rows) {
+    Vector<T> sum[Rows][Quad][3]{};
+    for (int64_t i = 0; i < count; i++) {
+      const OutputRow<S>& row = rows[i];
+      if (first == 0) {
+        unrolled<Step>([&](auto r) GROSS_LAMBDA {
+          const S* at = row.ahead + ahead * Step - r * row_stride;
+          unrolled<Columns * Step>([&](auto k) GROSS_LAMBDA { __builtin_prefetch(at + k * lanes<T>, 0, 2); });
+        });
+        unrolled<Columns>([&](auto k) GROSS_LAMBDA { __builtin_prefetch(row.ahead_to + ahead + k * lanes<T>, 0, 2); });
+      }
+      Vector<T> grad[Columns];
+      unrolled<Columns>([&](auto k) GROSS_LAMBDA {
+        grad[k] = load<T>(row.to + to + k * to_pitch);
+        keep_in_register(grad[k]);
+      });
+      const PixelRow<S>* const source = row.from + first;
+      const S* at[Rows];
+      unrolled<Rows>([&](auto r) GROSS_LAMBDA { at[r] = source[r].at + (from & source[r].mask); });
+      unrolled<last + 1>([&](auto k) GROSS_LAMBDA {
+        unrolled<Rows>([&](auto r) GROSS_LAMBDA {
+          Vector<T> pixel = load<T>((k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at[r]);
+          keep_in_register(pixel);
+          at[r] += source[r].pitch;
+          unrolled<Quad>([&](auto j) GROSS_LAMBDA {
+            Vector<T> value = pixel;
+            if constexpr (Quad > 1) {
+              value = spread<T, Quad, j>(pixel, std::make_integer_sequence<int, lanes<T>>{});
+              keep_in_register(value);
+            }
+            unrolled<3>([&](auto c) GROSS_LAMBDA {
+              if constexpr (k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[r][j][c] += grad[(k - c) / Step] * value;
+            });
+          });
+        });
+      });
+    }
+    unrolled<Rows>([&](auto r) GROSS_LAMBDA {
+      unrolled<Quad>([&](auto j) GROSS_LAMBDA {
+        unrolled<3>([&](auto c) GROSS_LAMBDA {
+          T* const at = sums + j * sum_stride + kernel[first + r].weight[c];
+          store<T>(at, load<T>(at) + sum[r][j][c]);
+        });
+      });
+    });
+  }
+}
+
+template <class T, class S>
+struct RowWeightsTile {
+  int64_t columns;
+  void (*correlate)(const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, const std::vector<KernelRow>&, T*, int64_t);
+};
+// The next tile of a row of which `rest` columns are left: one that divides them, or the widest.
+template <class T, class S, int Quad, int Rows, int... Columns>
+RowWeightsTile<T, S> row_weights_tile(int64_t rest, int64_t step, std::integer_sequence<int, Columns...>) {
+  RowWeightsTile<T, S> tile{};
+  auto consider = [&](auto columns, bool divides) {
+    constexpr int c = columns;
+    if constexpr (Rows * Quad * 3 + c + 2 <= registers || c <= 4)
+      if (!tile.correlate && (divides ? c > 4 && rest % c == 0 : c <= rest))
+        tile = {c, step == 1 ? correlate_row_weights<T, S, Quad, Rows, 1, c> : correlate_row_weights<T, S, Quad, Rows, 2, c>};
+  };
+  (consider(std::integral_constant<int, Columns>{}, true), ...);
+  (consider(std::integral_constant<int, Columns>{}, false), ...);
+  return tile;
+}
+template <class T, class S>
+RowWeightsTile<T, S> row_weights_tile(const Channels<T>& channels, int64_t rest, int64_t step) {
+  using Columns = std::integer_sequence<int, 14, 8, 7, 4, 2, 1>;
+  if constexpr (std::is_same_v<S, float> && registers == 32)
+    if (channels.fetch == Fetch::within_quads)
+      return channels.sources == 4 ? row_weights_tile<T, S, 4, 1>(rest, step, Columns{}) : row_weights_tile<T, S, 2, 3>(rest, step, Columns{});
+  return row_weights_tile<T, S, 1, 3>(rest, step, Columns{});
+}
+
+// Whether the weight gradient can be computed in place: group size 1, or within 16 bytes, and kernels of 3 × 3.
+inline bool has_row_weights(const std::vector<RowTarget>& targets, Fetch fetch) {
+  return targets.size() == 1 && fetch != Fetch::permuted && targets[0].kernel.size() == 3 && targets[0].taps == 7;
+}
+
+template <class T, class S>
+void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels, const Image& grad, const Image& input, const Series& series,
+                          const SeriesGradient& gradient, const Geometry& g, const Threads& threads) {
+  const int64_t blocks = channels.blocks.size(), packed = channels.packed;
+  const RowUnits<T, S> units({target}, input, grad, g.images, 1);
+  const int64_t slices = std::min(grad_tasks, units.count);
+  Buffer<T> partial(slices * blocks * packed);
+  auto work = [&](int64_t begin, int64_t end) {
+    std::vector<OutputRow<S>> rows;
+    for (int64_t slice = begin; slice < end; slice++) {
+      T* const sums = partial.data() + slice * blocks * packed;
+      std::fill_n(sums, blocks * packed, T(0));
+      for (int64_t unit = units.count * slice / slices; unit < units.count * (slice + 1) / slices; unit++) {
+        units.rows_of(unit, target, 1, rows);
+        for (int64_t b = 0; b < blocks; b++)
+          for (int64_t col = 0, columns; col < target.cols; col += columns) {
+            const RowWeightsTile<T, S> tile = row_weights_tile<T, S>(channels, target.cols - col, target.step);
+            columns = tile.columns;
+            tile.correlate(rows.data(), rows.size(), input.stride_h, col * target.step * input.stride_w + b * lanes<T>, (b * target.cols + col) * lanes<T>,
+                           col * grad.stride_w + b * lanes<T>, grad.stride_w, col == 0, target.right && col + columns == target.cols, target.kernel,
+                           sums + b * packed, g.taps() * lanes<T>);
+          }
+      }
+    }
+  };
+  run(threads, slices, work);
+  GradientBlocks<T> output(channels, series, gradient, g);
+  output.write_slices(partial.data(), slices, threads);
+  output.write_gates();
+}
+
+}  // namespace gross::cpu::GROSS_ISA
