@@ -29,12 +29,17 @@ struct RowTarget {
 // The plan's targets, where pixels can be read in place; none where they cannot.
 template <class T, class S>
 std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const Image& target_image, const Channels<T>& channels) {
-  const bool spreads = std::is_same_v<S, float> && registers == 32;
-  if (source.stride_c != 1 || target_image.stride_c != 1 || channels.fetch == Fetch::broadcast || (channels.fetch != Fetch::lanes && !spreads)) return {};
-  if (channels.together * channels.sources != lanes<T> || channels.groups % channels.together != 0) return {};
-  if (channels.fetch == Fetch::permuted && channels.sources % 2 != 0) return {};
-  for (const LaneBlock& block : channels.blocks)
-    if (block.lanes() != lanes<T>) return {};
+  if (source.stride_c != 1 || target_image.stride_c != 1) return {};
+  if (channels.fetch == Fetch::broadcast) {
+    if (!std::is_same_v<S, T>) return {};
+  } else {
+    if (is_permuted(channels.fetch) && !(std::is_same_v<S, float> && registers == 32)) return {};
+    // One vector of source channels, and all of its lanes.
+    if (channels.together * channels.sources != lanes<T> || channels.groups % channels.together != 0) return {};
+    if (channels.fetch == Fetch::permuted && channels.sources % 2 != 0) return {};
+    for (const LaneBlock& block : channels.blocks)
+      if (block.lanes() != lanes<T>) return {};
+  }
   std::vector<RowTarget> targets;
   for (const Target& target : plan.targets) {
     RowTarget rows{target.lattice, target.rows, target.cols, plan.sources[0].row_step, plan.sources[0].col_step, false, 0, {}};
@@ -52,6 +57,8 @@ std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const 
     }
     // Those of a kernel three columns wide at strides 1 and 2, and of its input gradient.
     if (!(rows.taps == 7 && rows.step <= 2) && !(rows.step == 1 && (rows.taps == 2 || rows.taps == 3 || rows.taps == 6))) return {};
+    // In planes, tiles of several short rows are faster where nothing is permuted (4×4, s = 16: 5.5 instead of 8.8 ms), and phases of one tap.
+    if (channels.fetch == Fetch::broadcast && (target.cols < 7 || rows.taps != 7)) return {};
     if (rows.kernel.size() > max_kernel_rows) return {};
     targets.push_back(rows);
   }
@@ -105,13 +112,13 @@ GROSS_INLINE Vector<T> spread(Vector<T> v, std::integer_sequence<int, L...>) {
 }
 
 // to[segment][column][lane] = Σ_row Σ_source Σ_tap weight[source][row, tap][lane] · from[segment][row][step · column + tap][source], two source channels
-// at a time: with four the chains of additions to one sum would be too long to overlap (170 instead of 207 GFLOP/s). Groups of `Quad` channels lie
-// within 16 bytes. `from` and `to` say where in the rows the tile lies, `from` at the column left of its first; `left` and `right` that the outermost columns
+// at a time: with four the chains of additions to one sum would be too long to overlap (170 instead of 207 GFLOP/s); one that is broadcast. Groups of
+// `Quad` channels lie within 16 bytes. `from` and `to` say where in the rows the tile lies, `from` at the column left of its first; `left` and `right` that the outermost columns
 // lie beyond the border.
 template <class T, class S, Fetch fetch, int Quad, int Taps, int Step, int Columns, int Segments>
 __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, const T* weights, const OutputRow<S>* rows, int64_t from, int64_t ahead, int64_t to,
-                                              int64_t to_pitch, bool left, bool right) {
-  constexpr int together = fetch == Fetch::lanes ? 1 : 2, last = (Columns - 1) * Step + 2;
+                                              int64_t to_pitch, int64_t outputs, bool left, bool right) {
+  constexpr int together = is_permuted(fetch) ? 2 : 1, last = (Columns - 1) * Step + 2;
   Vector<T> sum[Segments][Columns]{};
   const int64_t count = stencil.kernel.size();
   unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
@@ -135,18 +142,23 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, cons
       });
       unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
         const PixelRow<S>& row = rows[segment].from[r];
-        const S* at = row.at + (from & row.mask);
+        const S* at = row.at + ((fetch == Fetch::broadcast ? from + j : from) & row.mask);
         // Or the compiler would load all pixels before a loop over channels, and keep them in memory.
         asm volatile("" : "+r"(at));
         unrolled<last + 1>([&](auto k) GROSS_LAMBDA {
-          Vector<T> pixel = load<T>((k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at);
-          keep_in_register(pixel);
+          const S* const place = (k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at;
           at += row.pitch;
+          Vector<T> pixel;
+          if constexpr (fetch == Fetch::broadcast)
+            pixel = broadcast<T>(*place);
+          else
+            pixel = load<T>(place);
+          keep_in_register(pixel);
           unrolled<together>([&](auto i) GROSS_LAMBDA {
             Vector<T> value = pixel;
             if constexpr (fetch == Fetch::within_quads) value = spread<T, Quad, j + i>(pixel, std::make_integer_sequence<int, lanes<T>>{});
             if constexpr (fetch == Fetch::permuted) value = permute<T>(pixel, index[i]);
-            if constexpr (fetch != Fetch::lanes) keep_in_register(value);
+            if constexpr (is_permuted(fetch)) keep_in_register(value);
             unrolled<3>([&](auto c) GROSS_LAMBDA {
               if constexpr ((Taps >> c & 1) && k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[segment][(k - c) / Step] += value * weight[i][c];
             });
@@ -154,26 +166,32 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, cons
         });
       });
     };
-    if constexpr (fetch == Fetch::permuted) {
+    if constexpr (fetch == Fetch::permuted || fetch == Fetch::broadcast) {
       for (int64_t j = 0; j < stencil.sources; j += together) add(j);
     } else {
       unrolled<Quad / together>([&](auto pair) GROSS_LAMBDA { add(std::integral_constant<int, pair * together>{}); });
     }
   }
   unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
-    unrolled<Columns>([&](auto k) GROSS_LAMBDA { store<T>(rows[segment].to + to + k * to_pitch, sum[segment][k]); });
+    unrolled<Columns>([&](auto k) GROSS_LAMBDA {
+      S* const at = rows[segment].to + to + k * to_pitch;
+      if (fetch != Fetch::broadcast || outputs == lanes<T>)
+        store<T>(at, sum[segment][k]);
+      else
+        store_first<T>(at, sum[segment][k], outputs);
+    });
   });
 }
 
-// Rows of a tile of so many columns: enough for 8 chains of additions and more. Two rows of 7 columns at once took 1.7 times as long at stride 2
-// (256 channels at 14×14, s = 4).
-template <int columns>
-constexpr int row_segments = columns >= 7 ? 1 : std::min(max_segments, max_sums / columns);
+// Rows of a tile of so many columns. Where a pixel serves several channels 7 chains of additions are enough, and two rows of 7 columns took 1.7 times as
+// long at stride 2 (256 channels at 14×14, s = 4); where it serves one, weights are read less often by larger tiles.
+template <Fetch fetch, int columns>
+constexpr int row_segments = fetch != Fetch::broadcast && columns >= 7 ? 1 : std::min(max_segments, max_sums / columns);
 
 template <class T, class S>
 struct RowTile {
   int64_t columns, segments;
-  void (*correlate)(const RowStencil<T>&, const T*, const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, bool, bool);
+  void (*correlate)(const RowStencil<T>&, const T*, const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool);
 };
 template <class T, class S, Fetch fetch, int Quad, int Taps, int Step, int... Columns>
 RowTile<T, S> row_tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
@@ -185,7 +203,7 @@ RowTile<T, S> row_tile_of(int64_t width, std::integer_sequence<int, Columns...>)
       const int64_t computed = round_up(width, c);
       if (c <= width && (!best.correlate || computed < least)) {
         least = computed;
-        best = {c, row_segments<c>, correlate_rows<T, S, fetch, Quad, Taps, Step, c, row_segments<c>>};
+        best = {c, row_segments<fetch, c>, correlate_rows<T, S, fetch, Quad, Taps, Step, c, row_segments<fetch, c>>};
       }
     }
   };
@@ -194,7 +212,7 @@ RowTile<T, S> row_tile_of(int64_t width, std::integer_sequence<int, Columns...>)
 }
 template <class T, class S, Fetch fetch, int Quad>
 RowTile<T, S> row_tile_of(const RowTarget& target) {
-  using Columns = std::integer_sequence<int, 14, 8, 7, 4, 2>;
+  using Columns = std::integer_sequence<int, fetch == Fetch::broadcast ? 16 : 14, 14, 8, 7, 4, 2>;
   if (target.step == 2) return row_tile_of<T, S, fetch, Quad, 7, 2>(target.cols, Columns{});
   switch (target.taps) {
     case 2: return row_tile_of<T, S, fetch, Quad, 2, 1>(target.cols, Columns{});
@@ -210,6 +228,8 @@ RowTile<T, S> row_tile_for(const Channels<T>& channels, const RowTarget& target)
     if (channels.fetch == Fetch::within_quads)
       return channels.sources == 4 ? row_tile_of<T, S, Fetch::within_quads, 4>(target) : row_tile_of<T, S, Fetch::within_quads, 2>(target);
   }
+  if constexpr (std::is_same_v<S, T>)
+    if (channels.fetch == Fetch::broadcast) return row_tile_of<T, S, Fetch::broadcast, 1>(target);
   return row_tile_of<T, S, Fetch::lanes, 1>(target);
 }
 
@@ -268,27 +288,30 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
   run(threads, blocks, pack);
 
   const RowUnits<T, S> units(targets, source, target_image, g.images, 4 * threads.count);
+  // A few rows are shared by blocks.
+  const int64_t parts = std::clamp<int64_t>(4 * threads.count / units.count, 1, blocks);
   auto work = [&](int64_t begin, int64_t end) {
     std::vector<OutputRow<S>> rows;
-    for (int64_t unit = begin; unit < end; unit++)
+    for (int64_t i = begin; i < end; i++)
       for (const RowTarget& target : targets) {
         const RowTile<T, S> tile = row_tile_for<T, S>(channels, target);
-        const int64_t to_pitch = target.lattice.col_step * target_image.stride_w;
-        units.rows_of(unit, target, tile.segments, rows);
-        for (int64_t b = 0; b < blocks; b++) {
+        const int64_t to_pitch = target.lattice.col_step * target_image.stride_w, part = i % parts;
+        units.rows_of(i / parts, target, tile.segments, rows);
+        for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; b++) {
+          const LaneBlock& block = channels.blocks[b];
           const RowStencil<T> stencil{target.kernel, g.taps() * lanes<T>, channels.permutation_of(b), channels.sources, source.stride_h};
-          const int64_t channel = channels.cluster(b) * lanes<T>, output = channels.blocks[b].first(channels);
+          const int64_t channel = (channels.fetch == Fetch::broadcast ? block.group : block.group / channels.together * channels.together) * channels.sources;
           for (size_t first = 0; first < rows.size(); first += tile.segments)
             for (int64_t k = 0; k < target.cols; k += tile.columns) {
               const int64_t col = std::min(k, target.cols - tile.columns);
               tile.correlate(stencil, weights.data() + b * channels.packed, &rows[first], col * target.step * source.stride_w + channel,
-                             (b * target.cols + col) * target.step * lanes<T>, col * to_pitch + output, to_pitch, col == 0,
+                             (b * target.cols + col) * target.step * lanes<T>, col * to_pitch + block.first(channels), to_pitch, block.lanes(), col == 0,
                              target.right && col + tile.columns == target.cols);
             }
         }
       }
   };
-  run(threads, units.count, work);
+  run(threads, units.count * parts, work);
 }
 
 // D[source][row, tap][lane] += Σ_column grads[column][lane] · from[row][step · column + tap][source] over `count` rows of gradients, for `Rows` rows of the
@@ -375,7 +398,7 @@ RowWeightsTile<T, S> row_weights_tile(const Channels<T>& channels, int64_t rest,
 
 // Whether the weight gradient can be computed in place: group size 1, or within 16 bytes, and kernels of 3 × 3.
 inline bool has_row_weights(const std::vector<RowTarget>& targets, Fetch fetch) {
-  return targets.size() == 1 && fetch != Fetch::permuted && targets[0].kernel.size() == 3 && targets[0].taps == 7;
+  return targets.size() == 1 && (fetch == Fetch::lanes || fetch == Fetch::within_quads) && targets[0].kernel.size() == 3 && targets[0].taps == 7;
 }
 
 template <class T, class S>
