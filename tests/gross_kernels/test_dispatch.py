@@ -202,3 +202,28 @@ def test_environment_report_without_the_library(without_library: Path) -> None:
     result = run("-m", "gross_kernels.environment", root=without_library)
     assert result.returncode == 0, result.stderr
     assert "not loaded" in result.stdout
+
+
+THREADS = """
+import os, torch
+from gross_kernels import GroSSConv2d
+
+def threads(size):
+    input = torch.randn(1, 16, size, size, requires_grad=True)
+    layer(input).sum().backward()
+    with torch.no_grad():
+        layer.eval().pack()(input)
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+layer = GroSSConv2d(16, 16, 3, padding=1, group_sizes=(4, 16))
+before = len(os.listdir("/proc/self/task"))
+assert threads(4) == before, "little work"
+assert threads(64) > before, "much work"
+"""
+
+
+def test_little_work_stays_on_its_thread() -> None:
+    """Catches work of a few microseconds that is given to other threads, and much work that is not."""
+    result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
