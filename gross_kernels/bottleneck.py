@@ -1,11 +1,12 @@
-"""The operators ``gross::bottleneck``, ``gross::bottleneck_backward`` and ``gross::bottleneck_pack``: a whole layer,
-pointwise → grouped → pointwise, in one pass.
+"""The operators ``gross::bottleneck``, ``gross::bottleneck_backward``, ``gross::bottleneck_pack`` and
+``gross::bottleneck_packed``: a whole layer, pointwise → grouped → pointwise, in one pass.
 
 ``y = relu(Q_n · conv(P_n · x, R_n) + bias)`` with ``P_n = Σ gate_i p_i``, ``R_n = Σ gate_i Ψ(r_i)``, ``Q_n = Σ gate_i
 q_i`` over the first n = ``active`` terms (GroSS, Table 1 and equation 5). On the CPU it is one C++ kernel whose inner
 tensors never leave the second-level cache, and so are all its gradients; elsewhere it is :func:`parts`. What a backward
 pass needs of the inner tensors it computes again, so that training keeps the input alone, or the input and the first
-pointwise's output where ``keep_inner`` says so.
+pointwise's output where ``keep_inner`` says so. For inference the weights may be summed and put into the kernel's
+order beforehand, by ``bottleneck_pack``; what it returns serves ``bottleneck_packed``, which has no gradients.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, bool relu"
 
 _library = torch.library.Library("gross", "FRAGMENT")
 for _schema in (
-    f"bottleneck(Tensor input, {_WEIGHTS}, Tensor? packed, {_GEOMETRY}, bool keep_inner) "
-    "-> (Tensor output, Tensor inner)",
+    f"bottleneck(Tensor input, {_WEIGHTS}, {_GEOMETRY}, bool keep_inner) -> (Tensor output, Tensor inner)",
     f"bottleneck_backward(Tensor grad, Tensor input, Tensor inner, Tensor? output, {_WEIGHTS}, {_GEOMETRY}, "
     "bool[6] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor, Tensor)",
+    "bottleneck_packed(Tensor input, Tensor packed, int[] shape, bool relu) -> Tensor",
     f"bottleneck_pack(Tensor like, {_WEIGHTS}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides))
@@ -88,7 +89,6 @@ def _bottleneck_shape(
     bias: Tensor | None,
     active: Tensor,
     gates: Tensor | None,
-    packed: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -131,6 +131,18 @@ def _bottleneck_backward_shape(
     )
 
 
+def _pairs(shape: Sequence[int]) -> list[Pair]:
+    """``shape`` of ``gross::bottleneck_packed`` in pairs: width; group size and C_out; kernel size, stride, padding and
+    dilation."""
+    return [shape[i : i + 2] for i in range(0, 12, 2)]
+
+
+@torch.library.register_fake("gross::bottleneck_packed", lib=_library)
+def _bottleneck_packed_shape(input: Tensor, packed: Tensor, shape: Sequence[int], relu: bool) -> Tensor:
+    _, (_, out_channels), *geometry = _pairs(shape)
+    return _image(input, out_channels, output_size(input.shape[2:], *geometry))
+
+
 @torch.library.register_fake("gross::bottleneck_pack", lib=_library)
 def _bottleneck_pack_shape(like: Tensor, *weights: Any) -> Tensor:
     # How many numbers depends on the processor's vectors.
@@ -142,7 +154,7 @@ def _bottleneck_pack_shape(like: Tensor, *weights: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    input, first, grouped, last, bias, active, gates, _, *geometry, _ = inputs
+    input, first, grouped, last, bias, active, gates, *geometry, _ = inputs
     ctx.geometry, ctx.count = geometry, len(grouped)
     relu = geometry[-1]
     ctx.mark_non_differentiable(output[1])
@@ -150,28 +162,25 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(input, output[1], output[0] if relu else None, bias, active, gates, *first, *grouped, *last)
 
 
-def _bottleneck_grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
-    n = ctx.count
+def _bottleneck_grad(ctx: Any, needs: Sequence[Any], grad: Tensor | None, _: Tensor | None) -> tuple:
     if grad is None:
-        return (None, [None] * n, [None] * n, [None] * n, *[None] * 9)
+        return (None,) * len(needs)
+    n = ctx.count
     input, inner, output, bias, active, gates, *terms = ctx.saved_tensors
     series = (terms[:n], terms[n : 2 * n], terms[2 * n :])
-    need_input, *need_series, need_bias, _, need_gates = ctx.needs_input_grad[:7]
-    needs = [need_input, *(any(need) for need in need_series), need_bias, need_gates]
+    need_input, *need_series, need_bias, _, need_gates = needs
+    wanted = [need_input, *(any(need) for need in need_series), need_bias, need_gates]
     if torch.is_grad_enabled():
-        results = _differentiable(grad, input, series, bias, active, gates, ctx.geometry, needs)
+        results = _differentiable(grad, input, series, bias, active, gates, ctx.geometry, wanted)
     else:
-        results = torch.ops.gross.bottleneck_backward(
-            grad, input, inner, output, *series, bias, active, gates, *ctx.geometry, needs
+        results = torch.ops.gross.bottleneck_backward.default(
+            grad, input, inner, output, *series, bias, active, gates, *ctx.geometry, wanted
         )
-    grads = [result if need else None for result, need in zip(results, needs, strict=True)]
-    for i in (1, 2, 3):
-        grads[i] = grads[i] or [None] * n
-    grad_input, *grad_series, grad_bias, grad_gates = grads
-    return (grad_input, *grad_series, grad_bias, None, grad_gates, None, None, None, None, None, None)
+    *grads, grad_gates = [result if need else None for result, need in zip(results, wanted, strict=True)]
+    return (*grads, None, grad_gates)
 
 
-torch.library.register_autograd("gross::bottleneck", _bottleneck_grad, setup_context=_save, lib=_library)
+ops.register_gradient(_library, torch.ops.gross.bottleneck.default, _save, _bottleneck_grad)
 
 
 def _differentiable(
@@ -309,21 +318,9 @@ def _gate_shares(total: Tensor, terms: Series, active: int) -> Tensor:
 # Autocast, implementations, FLOP counts -------------------------------------------------------------------------------
 
 
-def _register_autocast(device: str, key: str) -> None:
-    """The input alone is cast: the weights are summed in float32 and cast once."""
-
-    def bottleneck(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device)
-        if input.device.type == device and input.is_floating_point() and input.dtype != torch.float64:
-            input = input.to(dtype)
-        with torch.amp.autocast(device, enabled=False):
-            return torch.ops.gross.bottleneck(input, *rest)
-
-    _library.impl("bottleneck", bottleneck, key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+# The input alone is cast: the weights are summed in float32 and cast once.
+for _name in ("bottleneck", "bottleneck_packed"):
+    ops.register_autocast(_library, _name)
 
 
 def _by_parts(
@@ -334,7 +331,6 @@ def _by_parts(
     bias: Tensor | None,
     active: Tensor,
     gates: Tensor | None,
-    packed: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -358,21 +354,34 @@ if ops.load_error is not None:
     _library.impl("bottleneck", ops.missing, "CPU")
     _library.impl("bottleneck_backward", ops.missing, "CPU")
     _library.impl("bottleneck_pack", ops.missing, "CPU")
+    _library.impl("bottleneck_packed", ops.missing, "CPU")
 
 
 def _flops(
-    input: Tensor, first: Tensor, grouped: Series, last: Tensor, active: Tensor, geometry: Sequence[Pair]
+    input: Tensor, width: Pair, out_channels: int, group_size: int, kernel: Pair, *geometry: Pair
 ) -> tuple[int, int, int]:
-    """FLOP of the three convolutions, two per multiply–accumulate, at the active group size."""
-    kernel = grouped[0].shape[2:]
+    """FLOP of the three convolutions, two per multiply–accumulate."""
     size = output_size(input.shape[2:], kernel, *geometry)
-    group_size = grouped[int(active) - 1].shape[1]
     images = 2 * input.shape[0]
     return (
-        images * convolution_macs(first.shape[0], first.shape[1], (1, 1), input.shape[2:]),
-        images * convolution_macs(grouped[0].shape[0], group_size, kernel, size),
-        images * convolution_macs(last.shape[0], last.shape[1], (1, 1), size),
+        images * convolution_macs(width[0], input.shape[1], (1, 1), input.shape[2:]),
+        images * convolution_macs(width[1], group_size, kernel, size),
+        images * convolution_macs(out_channels, width[1], (1, 1), size),
     )
+
+
+def _series_flops(
+    input: Tensor,
+    pointwise_in: Series,
+    grouped: Series,
+    pointwise_out: Series,
+    active: Tensor,
+    geometry: Sequence[Pair],
+) -> tuple[int, int, int]:
+    """The same at the active group size."""
+    width = (pointwise_in[0].shape[0], grouped[0].shape[0])
+    group_size = grouped[int(active) - 1].shape[1]
+    return _flops(input, width, pointwise_out[0].shape[0], group_size, grouped[0].shape[2:], *geometry)
 
 
 @register_flop_formula(torch.ops.gross.bottleneck, get_raw=True)
@@ -384,12 +393,18 @@ def _bottleneck_flops(
     bias: Tensor | None,
     active: Tensor,
     gates: Tensor | None,
-    packed: Tensor | None,
     *geometry: Any,
     **_: Any,
 ) -> int:
     """The three convolutions'."""
-    return sum(_flops(input, pointwise_in[0], grouped, pointwise_out[0], active, geometry[:3]))
+    return sum(_series_flops(input, pointwise_in, grouped, pointwise_out, active, geometry[:3]))
+
+
+@register_flop_formula(torch.ops.gross.bottleneck_packed, get_raw=True)
+def _bottleneck_packed_flops(input: Tensor, packed: Tensor, shape: Sequence[int], relu: bool, **_: Any) -> int:
+    """The same."""
+    width, (group_size, out_channels), *geometry = _pairs(shape)
+    return sum(_flops(input, width, out_channels, group_size, *geometry))
 
 
 @register_flop_formula(torch.ops.gross.bottleneck_backward, get_raw=True)
@@ -411,7 +426,7 @@ def _bottleneck_backward_flops(
     again of the inner tensors."""
     geometry, needs = rest[:3], rest[-1]
     need_input, need_first, need_grouped, need_last, _, need_gates = needs
-    flops = _flops(input, pointwise_in[0], grouped, pointwise_out[0], active, geometry)
+    flops = _series_flops(input, pointwise_in, grouped, pointwise_out, active, geometry)
     need_inner = need_input or need_first or need_gates
     again = not inner.numel() and (need_grouped or need_last or need_gates)
     return (

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,8 +105,7 @@ def _float32(input: Tensor) -> str:
     return float32_precision() if input.dtype is torch.float32 else ""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What serves a call, a backend or a way to run a layer, and the reason."""
 
     name: str

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, ops
 from .backends import reference
 from .series import check_group_sizes, same_padding
 
@@ -113,14 +113,14 @@ def apply(
     if forced is not None and input.device.type != "cuda":
         # On CUDA the operator asks, and knows the value of `active` even in a compiled graph.
         dispatch.choose(dispatch.Call.of(input, terms, len(terms), stride, padding, dilation))
-    return torch.ops.gross.series_conv2d(input, terms, active, gates, stride, padding, dilation)
+    return ops.call(torch.ops.gross.series_conv2d.default, input, terms, active, gates, stride, padding, dilation)
 
 
 def series_sum(terms: list[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
     """``Σ_{i≤n} gate_i t_i`` (equation 5 for P and Q), by the operator or by the backend that is forced."""
     if dispatch.forced_backend() == "reference":
         return reference.series_sum(terms, int(active), gates)
-    return torch.ops.gross.series_sum(terms, active, gates)
+    return ops.call(torch.ops.gross.series_sum.default, terms, active, gates)
 
 
 def pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, int]:
@@ -181,11 +181,13 @@ def check_input(input: Tensor, weight: Tensor) -> None:
 
 def check_fits(input: Tensor, kernel_size: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
     """Check that the dilated kernel is not larger than the padded input."""
-    for axis, i, k, p, d in zip("HW", input.shape[-2:], kernel_size, padding, dilation, strict=True):
-        if i + 2 * p < d * (k - 1) + 1:
+    for axis in (0, 1):
+        size = input.shape[axis - 2] + 2 * padding[axis]
+        extent = dilation[axis] * (kernel_size[axis] - 1) + 1
+        if size < extent:
             raise ValueError(
-                f"kernel_size: got {k} (dilated: {d * (k - 1) + 1}) along {axis}, accepted is at most the padded input "
-                f"size {i + 2 * p}"
+                f"kernel_size: got {kernel_size[axis]} (dilated: {extent}) along {'HW'[axis]}, accepted is at most the "
+                f"padded input size {size}"
             )
 
 

@@ -8,7 +8,8 @@ replays a stale ``active``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,30 +92,134 @@ def _series_sum_shape(terms: Sequence[Tensor], active: Tensor, gates: Tensor | N
 # Gradients ------------------------------------------------------------------------------------------------------------
 
 
+def call(operator: Callable[..., Any], *args: Any) -> Any:
+    """``operator(*args)``; where gradients are off, past the Python code of :func:`register_gradient`: that it is
+    entered at all takes 5 µs."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def register_gradient(
+    library: torch.library.Library,
+    operator: torch._ops.OpOverload,
+    save: Callable[[Any, tuple, Any], None],
+    gradient: Callable[..., Sequence[Any]],
+) -> None:
+    """Make ``operator`` differentiable, as ``torch.library.register_autograd`` does, whose lists of tensors go through
+    torch.utils._pytree: 100 µs for a layer's forward and backward.
+
+    Args:
+        library: what registers the implementation.
+        operator: its arguments are positional and without defaults, those that are tensors or lists of tensors first.
+        save: ``save(ctx, args, output)`` keeps what the backward pass wants.
+        gradient: ``gradient(ctx, needs, *grads)`` returns the gradients of those first arguments. What is a list of
+            tensors is a list in ``needs`` and ``grads``, and a list or None among the returned gradients.
+    """
+    schema = operator._schema
+    inputs = [a.type.kind() == "ListType" for a in schema.arguments if "Tensor" in str(a.type)]
+    outputs = [a.type.kind() == "ListType" for a in schema.returns]
+    name = operator.name().replace("::", "_")
+
+    def below(keyset: torch._C.DispatchKeySet, args: tuple) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    # `flat` are the tensors of `args` once more: a function's graph is made of the tensors among its own arguments.
+    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, args: tuple, lengths: list, *flat: Any) -> Any:
+        output = below(keyset, args)
+        save(ctx, args, output)
+        ctx.inputs = lengths[0]
+        if len(outputs) == 1:
+            ctx.outputs = [None]
+            return output
+        ctx.outputs = _lengths(output, outputs)
+        lengths.append(ctx.outputs)
+        return tuple(_flat(output, ctx.outputs))
+
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        needs = _nested(ctx.needs_input_grad[3:], ctx.inputs)
+        return (None, None, None, *_flat(gradient(ctx, needs, *_nested(grads, ctx.outputs)), ctx.inputs))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            lengths = _lengths(args, inputs)
+            flat = _flat(args, lengths)
+            if any(tensor is not None and tensor.requires_grad for tensor in flat):
+                both = [lengths]
+                output = function.apply(keyset, args, both, *flat)
+                return tuple(_nested(output, both[1])) if len(both) == 2 else output
+        return below(keyset, args)
+
+    library.impl(operator, autograd, "Autograd", with_keyset=True)
+
+
+#: How many tensors each of an operator's arguments or outputs is: None for one that is not a list.
+Lengths = list[int | None]
+
+
+def _lengths(values: Sequence[Any], lists: Sequence[bool]) -> Lengths:
+    return [len(value) if is_list else None for value, is_list in zip(values, lists, strict=False)]
+
+
+def _flat(values: Sequence[Any], lengths: Lengths) -> list[Any]:
+    """The values, and what is in the lists among them, one by one; None stands for a list of Nones."""
+    flat: list[Any] = []
+    for value, length in zip(values, lengths, strict=False):
+        if length is None:
+            flat.append(value)
+        else:
+            flat += [None] * length if value is None else value
+    return flat
+
+
+def _nested(flat: Sequence[Any], lengths: Lengths) -> list[Any]:
+    """The inverse of :func:`_flat`."""
+    values: list[Any] = []
+    at = 0
+    for length in lengths:
+        if length is None:
+            values.append(flat[at])
+            at += 1
+        else:
+            values.append(list(flat[at : at + length]))
+            at += length
+    return values
+
+
 def _save(ctx: Any, inputs: tuple, output: Any) -> None:
     input, terms, active, gates, ctx.stride, ctx.padding, ctx.dilation = inputs
-    ctx.count = len(terms)
     ctx.save_for_backward(input, active, gates, *terms)
 
 
-def _series_conv2d_grad(ctx: Any, grad: Tensor) -> tuple:
+def _series_conv2d_grad(ctx: Any, needs: Sequence[Any], grad: Tensor) -> tuple:
     input, active, gates, *terms = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[0], any(ctx.needs_input_grad[1]), ctx.needs_input_grad[3]]
-    grad_input, grad_terms, grad_gates = torch.ops.gross.series_conv2d_backward(
-        grad, input, terms, active, gates, ctx.stride, ctx.padding, ctx.dilation, needs
+    need_input, need_terms, need_gates = needs[0], any(needs[1]), needs[3]
+    grad_input, grad_terms, grad_gates = call(
+        torch.ops.gross.series_conv2d_backward,
+        grad,
+        input,
+        terms,
+        active,
+        gates,
+        ctx.stride,
+        ctx.padding,
+        ctx.dilation,
+        [need_input, need_terms, need_gates],
     )
     return (
-        grad_input if needs[0] else None,
-        grad_terms if needs[1] else [None] * ctx.count,
+        grad_input if need_input else None,
+        grad_terms if need_terms else None,
         None,
-        grad_gates if needs[2] else None,
-        None,
-        None,
-        None,
+        grad_gates if need_gates else None,
     )
 
 
-torch.library.register_autograd("gross::series_conv2d", _series_conv2d_grad, setup_context=_save, lib=_library)
+register_gradient(_library, torch.ops.gross.series_conv2d.default, _save, _series_conv2d_grad)
 
 
 def _save_backward(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -123,7 +228,9 @@ def _save_backward(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(grad, input, active, gates, *terms)
 
 
-def _series_conv2d_backward_grad(ctx: Any, of_input: Tensor, of_terms: list[Tensor], of_gates: Tensor) -> tuple:
+def _series_conv2d_backward_grad(
+    ctx: Any, _: Sequence[Any], of_input: Tensor, of_terms: list[Tensor], of_gates: Tensor
+) -> tuple:
     """Second derivatives.
 
     With W = Σ γ_i Ψ(r_i), the backward computes gI = convᵀ(g, W), γ_i S_i(D) and ⟨S_i(D), r_i⟩, where D is the weight
@@ -166,11 +273,11 @@ def _series_conv2d_backward_grad(ctx: Any, of_input: Tensor, of_terms: list[Tens
                 gates.dtype
             )
             grad_gates = extra_gates if grad_gates is None else grad_gates + extra_gates
-    return grad_grad, grad_input, grad_terms or [None] * ctx.count, None, grad_gates, None, None, None, None
+    return grad_grad, grad_input, grad_terms, None, grad_gates
 
 
-torch.library.register_autograd(
-    "gross::series_conv2d_backward", _series_conv2d_backward_grad, setup_context=_save_backward, lib=_library
+register_gradient(
+    _library, torch.ops.gross.series_conv2d_backward.default, _save_backward, _series_conv2d_backward_grad
 )
 
 
@@ -180,7 +287,7 @@ def _save_sum(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(active, gates, *(terms if gates is not None else ()))
 
 
-def _series_sum_grad(ctx: Any, grad: Tensor) -> tuple:
+def _series_sum_grad(ctx: Any, needs: Sequence[Any], grad: Tensor) -> tuple:
     active, gates, *terms = ctx.saved_tensors
     scaled = [grad] * ctx.count if gates is None else [grad * gate.to(grad.dtype) for gate in gates.unbind()]
     counted = torch.arange(ctx.count) < active
@@ -193,34 +300,34 @@ def _series_sum_grad(ctx: Any, grad: Tensor) -> tuple:
         each = counted.to(grad.device).unbind()
         grad_terms = [torch.where(here, g, zero) for here, g in zip(each, scaled, strict=True)]
     grad_gates = None
-    if gates is not None and ctx.needs_input_grad[2]:
+    if gates is not None and needs[2]:
         products = torch.stack([(grad * term).sum() for term in terms])
         grad_gates = torch.where(counted.to(grad.device), products, grad.new_zeros(())).to(gates.dtype)
     return grad_terms, None, grad_gates
 
 
-torch.library.register_autograd("gross::series_sum", _series_sum_grad, setup_context=_save_sum, lib=_library)
+register_gradient(_library, torch.ops.gross.series_sum.default, _save_sum, _series_sum_grad)
 
 
 # Autocast -------------------------------------------------------------------------------------------------------------
 
 
-def _register_autocast(device: str, key: str) -> None:
+def register_autocast(library: torch.library.Library, name: str) -> None:
     """Autocast casts the input alone: the kernel sums float32 terms in float32 and casts the sum once, where casting
     every term first would cost N launches and four times the weight error."""
-
-    def series_conv2d(input: Tensor, *rest: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        if input.device.type == device and input.is_floating_point() and input.dtype != torch.float64:
-            input = input.to(dtype)
-        with torch.amp.autocast(device, enabled=False):
-            return torch.ops.gross.series_conv2d(input, *rest)
-
-    _library.impl("series_conv2d", series_conv2d, key)
+    operator = getattr(torch.ops.gross, name)
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        library.impl(name, partial(_cast_input, device, operator), key)
 
 
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+def _cast_input(device: str, operator: Callable[..., Any], input: Tensor, *rest: Any) -> Any:
+    if input.device.type == device and input.is_floating_point() and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))
+    with torch.amp.autocast(device, enabled=False):
+        return operator(input, *rest)
+
+
+register_autocast(_library, "series_conv2d")
 
 
 # Implementations ------------------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """Gradients of the operators in float64, twice, and what torch asks of a custom operator."""
 
+import sys
 from collections.abc import Callable
 from itertools import product
+from types import FrameType
 
 import pytest
 import torch
 from accuracy import Target
 from case import Case
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from gross_kernels import series_conv2d, use_backend
+from gross_kernels import GroSSConv2d, series_conv2d, use_backend, use_fused
 from gross_kernels.dispatch import BACKENDS
 
 ops = torch.ops.gross
@@ -22,6 +25,7 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 #: Those that serve float64 on the CPU.
 EXACT = [name for name in BACKENDS if Target(name, "cpu", torch.float64, torch.float64).serves(CASES["plain"])]
+every_way = pytest.mark.parametrize("fused", [True, False], ids=["fused", "parts"])
 every_backend = pytest.mark.parametrize("backend", EXACT)
 
 
@@ -150,6 +154,70 @@ def test_active_tensor_is_not_written_to() -> None:
     active.fill_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def step(layer: GroSSConv2d, call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Output and all gradients."""
+    input = torch.randn(2, 8, 5, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    output = call(input)
+    return [output, *torch.autograd.grad(output.square().sum(), [input, *layer.parameters()])]
+
+
+@every_way
+def test_checkpoint(fused: bool) -> None:
+    """Catches a forward pass that cannot be run again for the backward pass, or that keeps what it should drop."""
+    layer = GroSSConv2d(8, 8, 3, padding=1, group_sizes=(2, 4), relu=True)
+    kept: list[Tensor] = []
+
+    def recomputed(input: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            return checkpoint(layer, input, use_reentrant=False)
+
+    with use_fused(fused):
+        expected, results = step(layer, layer), step(layer, recomputed)
+    assert all(map(torch.equal, results, expected))
+    assert all(tensor.shape == (2, 8, 5, 4) for tensor in kept)
+
+
+@every_way
+def test_saved_tensors_on_disk(fused: bool) -> None:
+    """Catches a backward pass that reads tensors past torch's hooks: here they come back as copies."""
+    layer = GroSSConv2d(8, 8, 3, padding=1, group_sizes=(2, 4), relu=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy)
+
+    def stored(input: Tensor) -> Tensor:
+        with hooks:
+            return layer(input)
+
+    with use_fused(fused):
+        assert all(map(torch.equal, step(layer, stored), step(layer, layer)))
+
+
+@every_way
+def test_functorch_says_no(fused: bool) -> None:
+    """Catches a transform of torch.func that returns something: the operators have no rules for them."""
+    layer = GroSSConv2d(8, 8, 3, padding=1, group_sizes=(2, 4))
+    for no_grad in (False, True):
+        with use_fused(fused), torch.set_grad_enabled(not no_grad), pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.grad(lambda input: layer(input).sum())(torch.randn(2, 8, 5, 4))
+
+
+@every_way
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_no_python_of_autograd_without_gradients(mode: Callable, fused: bool) -> None:
+    """Catches calls that enter the Python implementation of the Autograd key for nothing: 5 µs each."""
+    layer, input = GroSSConv2d(8, 8, 3, padding=1, group_sizes=(2, 4)), torch.randn(2, 8, 5, 4)
+    entered: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_qualname == "register_gradient.<locals>.autograd":
+            entered.append(event)
+
+    with mode(), use_fused(fused):
+        sys.setprofile(note)
+        layer(input)
+        sys.setprofile(None)
+    assert len(entered) == (0 if mode is not torch.enable_grad else 1 if fused else 3)
 
 
 # torch.library --------------------------------------------------------------------------------------------------------

@@ -84,7 +84,6 @@ class Layer:
     bias: bool = True
     relu: bool = False
     keep_inner: bool = False
-    packed: bool = False
 
     def arguments(self, dtype: torch.dtype, terms_dtype: torch.dtype | None = None) -> Arguments:
         """Normal numbers, weights by their fan-in: the output's are about as large as the input's."""
@@ -118,9 +117,15 @@ class Layer:
         """Output and inner tensor of the operator."""
         case = self.middle
         weights = (*given.series, given.bias, torch.tensor(case.active), given.gates)
-        with torch.no_grad():
-            packed = ops.bottleneck_pack(given.input, *weights) if self.packed else None
-        return ops.bottleneck(given.input, *weights, packed, *case.geometry, self.relu, self.keep_inner)
+        return ops.bottleneck(given.input, *weights, *case.geometry, self.relu, self.keep_inner)
+
+    def packed(self, given: Arguments) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
+        """Arguments of the operator that takes packed weights."""
+        case = self.middle
+        weights = ops.bottleneck_pack(given.input, *given.series, given.bias, torch.tensor(case.active), given.gates)
+        group_size = case.group_sizes[case.active - 1]
+        shape = (case.in_channels, case.out_channels, group_size, self.out_channels, *case.kernel_size)
+        return given.input, weights, (*shape, *(number for pair in case.geometry for number in pair)), self.relu
 
     def run(self, given: Arguments) -> Named:
         """Output, inner tensor if kept, and all gradients of the operator."""
@@ -223,7 +228,7 @@ def layers(draw: st.DrawFn) -> Layer:
     if size is not None:
         middle = replace(middle, size=tuple(map(max, middle.size, size)))
     in_channels, out_channels = draw(pairs(1, 36))
-    return Layer(middle, in_channels, out_channels, *(draw(st.booleans()) for _ in range(4)))
+    return Layer(middle, in_channels, out_channels, *(draw(st.booleans()) for _ in range(3)))
 
 
 @every_dtype
@@ -251,7 +256,7 @@ SEVERAL = {
     "two_by_two": Layer(plain(64, 64, sizes=(2, 8), size=(2, 2), batch=7), 24, 33),
     "four_by_four": Layer(plain(32, 64, sizes=(4, 16), size=(4, 4), batch=3, channels_last=False), 64, 32),
     "seven_by_seven": Layer(plain(96, 48, sizes=(2, 6), size=(7, 7), batch=1, active=1), 130, 128, keep_inner=True),
-    "many_strips": Layer(plain(16, 16, sizes=(1, 2, 16), size=(61, 53), active=2), 17, 16, packed=True),
+    "many_strips": Layer(plain(16, 16, sizes=(1, 2, 16), size=(61, 53), active=2), 17, 16),
     "many_strips_contiguous": Layer(plain(6, 6, sizes=(3,), size=(64, 40), batch=1, channels_last=False), 5, 7),
     "many_strips_dilated": Layer(
         Case(1, 12, 18, (2, 6), (5, 3), (70, 30), (1, 1), (4, 0), (3, 2), active=2, channels_last=True), 16, 32
@@ -516,19 +521,22 @@ every_checked = pytest.mark.parametrize("layer", CHECKED.values(), ids=CHECKED)
 
 
 @every_checked
-@pytest.mark.parametrize(
-    ("dtype", "requires_grad", "packed"),
-    [(torch.float32, True, False), (torch.bfloat16, True, True), (torch.float32, False, True)],
-    ids=["float32", "bfloat16_packed", "inference_packed"],
-)
-def test_opcheck_forward(layer: Layer, dtype: torch.dtype, requires_grad: bool, packed: bool) -> None:
+@float32_and_bfloat16
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_forward(layer: Layer, dtype: torch.dtype, requires_grad: bool) -> None:
     """Catches a schema, fake kernel or autograd registration that torch.compile would stumble over."""
     arguments = layer.arguments(dtype, torch.float32).map(lambda t: t.requires_grad_(requires_grad))
     weights = (*arguments.series, arguments.bias, torch.tensor(layer.middle.active), arguments.gates)
-    with torch.no_grad():
-        beforehand = ops.bottleneck_pack(arguments.input, *weights) if packed else None
-    rest = (beforehand, *layer.middle.geometry, layer.relu, layer.keep_inner)
-    torch.library.opcheck(ops.bottleneck, (arguments.input, *weights, *rest))
+    torch.library.opcheck(
+        ops.bottleneck, (arguments.input, *weights, *layer.middle.geometry, layer.relu, layer.keep_inner)
+    )
+
+
+@every_checked
+@float32_and_bfloat16
+def test_opcheck_packed(layer: Layer, dtype: torch.dtype) -> None:
+    """Catches the same in the operator that takes packed weights."""
+    torch.library.opcheck(ops.bottleneck_packed, layer.packed(layer.arguments(dtype, torch.float32)))
 
 
 @every_checked
@@ -590,9 +598,9 @@ def test_same_bits_packed(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """Catches weights that are packed otherwise beforehand than in the call, with gates or without, for any size."""
     for layer in SEVERAL.values():
         for active in range(1, len(layer.middle.group_sizes) + 1):
-            layer = replace(layer, middle=replace(layer.middle, active=active, batch=1), packed=False)
+            layer = replace(layer, middle=replace(layer.middle, active=active, batch=1), keep_inner=False)
             arguments = layer.arguments(*dtypes)
-            assert torch.equal(replace(layer, packed=True).call(arguments)[0], layer.call(arguments)[0])
+            assert torch.equal(ops.bottleneck_packed(*layer.packed(arguments)), layer.call(arguments)[0])
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -601,8 +609,10 @@ def test_same_bits_packed(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
 def test_poisoned_buffers(dtypes: tuple[torch.dtype, torch.dtype], keep_inner: bool) -> None:
     """Catches outputs and scratch tensors of which an element is never written, or is read before it is."""
     for layer in SEVERAL.values():
-        results = replace(layer, keep_inner=keep_inner).run(layer.arguments(*dtypes))
+        arguments = layer.arguments(*dtypes)
+        results = replace(layer, keep_inner=keep_inner).run(arguments)
         assert all(result.isfinite().all() for result in results.values())
+        assert ops.bottleneck_packed(*layer.packed(arguments)).isfinite().all()
 
 
 # Packed layers --------------------------------------------------------------------------------------------------------
@@ -620,7 +630,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
         self.names.append(func._schema.name)
-        self.packed += func is ops.bottleneck.default and args[7] is not None
+        self.packed += func is ops.bottleneck_packed.default
         return func(*args, **(kwargs or {}))
 
 
@@ -996,7 +1006,6 @@ def refused(**changes: object) -> dict[str, object]:
         "bias": given.bias,
         "active": torch.tensor(2),
         "gates": None,
-        "packed": None,
         "stride": (1, 1),
         "padding": (1, 1),
         "dilation": (1, 1),
@@ -1040,8 +1049,6 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "too_small": ({"input": ones(2, 5, 1, 1), "padding": (0, 0)}, "kernel_size: "),
     "stride": ({"stride": (0, 1)}, "stride, padding, dilation: "),
     "padding": ({"padding": (1, -1)}, "stride, padding, dilation: "),
-    "packed_size": ({"packed": ones(100)}, "packed: accepted is what bottleneck_pack made"),
-    "packed_dimensions": ({"packed": ones(4, 4)}, "packed: accepted is what bottleneck_pack made"),
 }
 
 
@@ -1062,15 +1069,52 @@ def test_refused_grouped(grouped: list[Tensor]) -> None:
         ops.bottleneck(**refused(grouped=grouped))
 
 
-@pytest.mark.parametrize("change", [Tensor.double, lambda t: t[:-1], lambda t: t.repeat(2)[::2], lambda t: t[None]])
-def test_refused_packed(change: Callable[[Tensor], Tensor]) -> None:
-    """Catches packed weights that are read as another dtype, beyond their end, or without their stride."""
-    given = refused()
-    names = ("pointwise_in", "grouped", "pointwise_out", "bias", "active", "gates")
-    packed = ops.bottleneck_pack(given["input"], *(given[name] for name in names))
-    assert torch.equal(ops.bottleneck(**given | {"packed": packed})[0], ops.bottleneck(**given)[0])
-    with pytest.raises(RuntimeError, match="packed: accepted is what bottleneck_pack made"):
-        ops.bottleneck(**given | {"packed": change(packed)})
+PACKED = Layer(plain(8, 12, sizes=(2, 4), size=(6, 5)), 5, 7)
+
+
+def numbers(**changes: int) -> tuple[int, ...]:
+    """The shape of ``PACKED``, some numbers replaced."""
+    shape = {"width_in": 8, "width_out": 12, "group_size": 4, "out_channels": 7}
+    for name, number in {"kernel": 3, "stride": 1, "padding": 1, "dilation": 1}.items():
+        shape |= {f"{name}h": number, f"{name}w": number}
+    assert changes.keys() <= shape.keys()
+    return tuple((shape | changes).values())
+
+
+MADE = "packed: accepted is what bottleneck_pack made"
+REFUSED_PACKED: dict[str, tuple[dict[str, object], str]] = {
+    "dtype": ({"packed": Tensor.double}, MADE),
+    "size": ({"packed": lambda t: t[:-1]}, MADE),
+    "stride": ({"packed": lambda t: t.repeat(2)[::2]}, MADE),
+    "dimensions": ({"packed": lambda t: t[None]}, MADE),
+    "input_channels": ({"input": ones(2, 6, 6, 5)}, MADE),
+    "input_dtype": ({"input": ones(2, 5, 6, 5, dtype=torch.float64)}, MADE),
+    "input_integers": ({"input": ones(2, 5, 6, 5, dtype=torch.int64)}, "input: accepted dtypes"),
+    "input_dimensions": ({"input": ones(5, 6, 5)}, "input: accepted is"),
+    "no_channels": ({"input": ones(2, 0, 6, 5)}, "input: accepted is"),
+    "too_small": ({"input": ones(2, 5, 1, 1), "shape": numbers(paddingh=0)}, "kernel_size: the dilated kernel"),
+    "few_numbers": ({"shape": numbers()[:-1]}, "shape: got 11 numbers, accepted are 12"),
+    "width": ({"shape": numbers(width_in=24)}, MADE),
+    "outputs": ({"shape": numbers(out_channels=40)}, MADE),
+    "kernel": ({"shape": numbers(kernelw=0)}, r"shape\[5\]: got 0, accepted is at least 1"),
+    "group_size": ({"shape": numbers(group_size=0)}, r"shape\[2\]: got 0, accepted is at least 1"),
+    "nesting": ({"shape": numbers(group_size=3)}, "shape: group size 3 does not nest in 8 → 12 channels"),
+    "nesting_outputs": ({"shape": numbers(group_size=1)}, "shape: group size 1 does not nest in 8 → 12 channels"),
+    "step": ({"shape": numbers(strideh=0)}, "stride, padding, dilation: "),
+    "negative": ({"shape": numbers(paddingw=-1)}, "stride, padding, dilation: "),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED_PACKED.values(), ids=REFUSED_PACKED)
+def test_refused_packed(changes: dict[str, object], message: str) -> None:
+    """Catches packed weights that are read as another dtype, beyond their end or without their stride, and an error
+    that does not name the argument."""
+    input, weights, shape, relu = PACKED.packed(PACKED.arguments(torch.float32))
+    assert shape == numbers()
+    ops.bottleneck_packed(input, weights, shape, relu)
+    change = changes.get("packed", lambda t: t)
+    with pytest.raises(RuntimeError, match=message):
+        ops.bottleneck_packed(changes.get("input", input), change(weights), changes.get("shape", shape), relu)
 
 
 # Autocast and compilation ---------------------------------------------------------------------------------------------

@@ -202,3 +202,29 @@ def test_environment_report_without_the_library(without_library: Path) -> None:
     result = run("-m", "gross_kernels.environment", root=without_library)
     assert result.returncode == 0, result.stderr
     assert "not loaded" in result.stdout
+
+
+THREADS = """
+import os, torch
+from gross_kernels import GroSSConv2d
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+layer = GroSSConv2d(16, 16, 3, padding=1, group_sizes=(4, 16))
+little, much = (torch.randn(1, 16, size, size) for size in (4, 64))
+before = threads()
+layer(little.requires_grad_()).sum().backward()
+with torch.no_grad():
+    layer.eval().pack()(little)
+    assert threads() == before, "little work"
+    layer(much)
+    assert threads() > before, "much work"
+"""
+
+
+def test_little_work_stays_on_its_thread() -> None:
+    """Catches work of a few microseconds that is given to other threads, and much work that is not."""
+    result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
