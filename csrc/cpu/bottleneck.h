@@ -2,7 +2,8 @@
 //
 // A thread marches down its rows. The first pointwise writes the planes that the grouped convolution reads, and the rows that the next
 // strip needs again are moved, not recomputed; the grouped convolution writes vectors of channels, pixel after pixel, which the last
-// pointwise reads. Both pointwise convolutions are one kernel: 14 pixels × 32 channels, 28 multiply–adds for 16 loads.
+// pointwise reads. Of one small image all threads compute the same strip, each some of its channels. Both pointwise convolutions are one kernel:
+// 14 pixels × 32 channels, 28 multiply–adds for 16 loads.
 namespace gross::cpu::GROSS_ISA {
 
 // Bytes of input, inner and output pixels that a strip may take in a 1 MB second-level cache, beside weights.
