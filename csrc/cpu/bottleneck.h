@@ -361,11 +361,13 @@ void run_layer(const Image& input, const Layer& layer, const T* packed, const Im
 
   // Strips: the pixels that one row of outputs brings into the cache.
   const int64_t row_bytes = sizeof(T) * (g.stride_h * input.width * (layer.in_channels + g.in_channels) + output.width * (g.out_channels + layer.out_channels));
-  // More weights than pixels, and too few images to go round: the threads share one strip, each has some of the channels. By rows they would each
-  // read all weights, compute the halo's rows twice and have one row more or less of seven: 512 channels at 7×7 take 109 instead of 136 µs.
+  // Few rows of large weights, and too few images to go round: the threads share one strip, each has some of the channels. By rows they would each
+  // read all weights, compute the halo's rows twice and have one row more or less of seven: 512 channels at 7×7 take 113 or 126 instead of 138 µs, by
+  // how far apart the two cores are. From four rows a thread on, handing over the grouped convolution's outputs can cost more: 8×8, 256 channels, 8 % less
+  // or 14 % more.
   const int64_t pixel_bytes = g.images * output.height * row_bytes;
-  const bool shared = g.images < threads.count && std::min(clusters, outputs / 2) >= threads.count && pixel_bytes <= 2 * strip_budget &&
-                      pixel_bytes <= 2 * packing.size * static_cast<int64_t>(sizeof(T));
+  const bool shared = g.images < threads.count && g.images * output.height < 4 * threads.count && std::min(clusters, outputs / 2) >= threads.count &&
+                      pixel_bytes <= 2 * std::min<int64_t>(strip_budget, packing.size * static_cast<int64_t>(sizeof(T)));
   const int64_t rows = shared ? output.height : std::clamp<int64_t>(std::min(strip_budget / row_bytes, ceil_div(strip_pixels, output.width)), 1, output.height);
   const int64_t together =
       shared ? g.images : rows < output.height ? 1 : std::max<int64_t>(1, std::min(strip_budget / row_bytes, strip_pixels / output.width) / output.height);
