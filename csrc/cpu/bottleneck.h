@@ -2,7 +2,8 @@
 //
 // A thread marches down its rows. The first pointwise writes the planes that the grouped convolution reads, and the rows that the next
 // strip needs again are moved, not recomputed; the grouped convolution writes vectors of channels, pixel after pixel, which the last
-// pointwise reads. Both pointwise convolutions are one kernel: 14 pixels × 32 channels, 28 multiply–adds for 16 loads.
+// pointwise reads. Of one small image all threads compute the same strip, each some of its channels. Both pointwise convolutions are one kernel:
+// 14 pixels × 32 channels, 28 multiply–adds for 16 loads.
 namespace gross::cpu::GROSS_ISA {
 
 // Bytes of input, inner and output pixels that a strip may take in a 1 MB second-level cache, beside weights.
@@ -63,22 +64,37 @@ __attribute__((noinline)) void multiply(const Pixels<T>& source, const T* from, 
 }
 
 constexpr int max_pixels = registers == 32 ? 14 : 6;
+// Memory that the first vectors' tiles ask for, `pitch` numbers for each of their pixels; none at null.
+template <class T>
+struct Ahead {
+  const T* at = nullptr;
+  int64_t pitch = 0;
+};
 // `count` pixels from `source` to `outputs` vectors, pair by pair. Before each tile place(pixel, pixels, vector, to) says where its pixels go, the
 // second vector `to_stride` further; done(pixel, pixels, vector, vectors) follows it.
 template <class T, int Vectors, class Place, class Done>
 void multiply_vectors(const Pixels<T>& source, int64_t count, const T* weights, int64_t weight_stride, int64_t vector, int64_t to_stride,
-                      const T* bias, bool relu, Place place, Done done) {
+                      const T* bias, bool relu, const Ahead<T>& next, Place place, Done done) {
+  const int64_t channels = weight_stride / lanes<T>;
   // The first tiles ask for the next vectors' weights, which follow these: from memory the layer of one 7×7 image (512 channels) takes 329
   // instead of 416 µs.
-  const int64_t tiles = std::min<int64_t>(ceil_div(count, max_pixels), 4), step = Vectors * lanes<T> / std::max<int64_t>(tiles, 1);
+  const int64_t tiles = std::min<int64_t>(ceil_div(count, max_pixels), 4);
   int64_t tile = 0;
   even_parts(count, max_pixels, [&](int64_t first, int64_t taken) {
     T* to[max_pixels];
     place(first, taken, vector, to);
-    const bool asks = tile < tiles;
-    const T* ahead = weights + (asks ? Vectors * weight_stride + tile * (weight_stride / lanes<T>) * step : 0);
+    // One line per channel: asking for a tile's lines at once held up its first loads, 193 instead of 221 GFLOP/s (64 channels at 56×56).
+    const T* ahead = weights;
+    int64_t step = 0;
+    if (vector == 0 && next.at) {
+      ahead = next.at + first * next.pitch;
+      step = taken * next.pitch / channels;
+    } else if (tile < tiles) {
+      step = Vectors * lanes<T> / tiles;
+      ahead = weights + Vectors * weight_stride + tile * channels * step;
+    }
     with_constant<max_pixels>(taken, [&](auto pixels) {
-      multiply<T, pixels, Vectors>(source, source.at + first * source.pitch, weights, weight_stride, to, to_stride, bias, relu, ahead, asks ? step : 0);
+      multiply<T, pixels, Vectors>(source, source.at + first * source.pitch, weights, weight_stride, to, to_stride, bias, relu, ahead, step);
     });
     tile++;
     done(first, taken, vector, Vectors);
@@ -86,12 +102,24 @@ void multiply_vectors(const Pixels<T>& source, int64_t count, const T* weights, 
 }
 template <class T, class Place, class Done>
 void multiply_all(const Pixels<T>& source, int64_t count, const T* weights, int64_t weight_stride, int64_t outputs, int64_t to_stride,
-                  const T* bias, bool relu, Place place, Done done) {
+                  const T* bias, bool relu, const Ahead<T>& next, Place place, Done done) {
   int64_t v = 0;
   for (; v + 2 <= outputs; v += 2)
-    multiply_vectors<T, 2>(source, count, weights + v * weight_stride, weight_stride, v, to_stride, bias ? bias + v * lanes<T> : nullptr, relu, place, done);
+    multiply_vectors<T, 2>(source, count, weights + v * weight_stride, weight_stride, v, to_stride, bias ? bias + v * lanes<T> : nullptr, relu, next, place, done);
   if (v < outputs)
-    multiply_vectors<T, 1>(source, count, weights + v * weight_stride, weight_stride, v, to_stride, bias ? bias + v * lanes<T> : nullptr, relu, place, done);
+    multiply_vectors<T, 1>(source, count, weights + v * weight_stride, weight_stride, v, to_stride, bias ? bias + v * lanes<T> : nullptr, relu, next, place, done);
+}
+
+// A pointwise convolution of `pixels` into planes, at `places`.
+template <class T>
+void multiply_to_planes(const Pixels<T>& pixels, const T* weights, int64_t weight_stride, int64_t vectors, const std::vector<int64_t>& places, T* planes,
+                        int64_t vector_stride, const Ahead<T>& next = {}) {
+  multiply_all<T>(
+      pixels, places.size(), weights, weight_stride, vectors, vector_stride, nullptr, false, next,
+      [&](int64_t first, int64_t taken, int64_t vector, T** to) {
+        for (int64_t k = 0; k < taken; k++) to[k] = planes + vector * vector_stride + places[first + k];
+      },
+      [](int64_t, int64_t, int64_t, int64_t) {});
 }
 
 // How many pixels ahead memory is asked for: what 4096 multiplications of a vector take, 0.5 µs, several times the latency of memory. It
@@ -163,20 +191,17 @@ void multiply_to_tensor(const Pixels<T>& source, const T* weights, int64_t weigh
   if constexpr (std::is_same_v<S, T>)
     if (image.stride_c == 1 && image.stride_n == pixels * image.stride_w) {
       while (direct < outputs && vectors[direct].outputs == lanes<T>) direct++;
-      T* const to = data + pixel * image.stride_w;
-      const int64_t ahead = pixels_ahead(weight_stride / lanes<T>);
+      T* const to = data + pixel * image.stride_w + vectors[0].output;
       multiply_all<T>(
           source, count, weights, weight_stride, direct, lanes<T>, bias, relu,
+          outputs * lanes<T> < image.channels ? Ahead<T>{} : Ahead<T>{to + pixels_ahead(weight_stride / lanes<T>) * image.stride_w, image.stride_w},
           [&](int64_t first, int64_t taken, int64_t vector, T** at) {
             for (int64_t k = 0; k < taken; k++) at[k] = to + (first + k) * image.stride_w + vector * lanes<T>;
           },
-          [&](int64_t first, int64_t taken, int64_t vector, int64_t together) {
-            for (int64_t k = first + ahead; k < first + ahead + taken; k++)
-              for (int64_t v = 0; v < together; v++) __builtin_prefetch(to + k * image.stride_w + (vector + v) * lanes<T>, 1);
-          });
+          [](int64_t, int64_t, int64_t, int64_t) {});
     }
   multiply_all<T>(
-      source, count, weights + direct * weight_stride, weight_stride, outputs - direct, max_pixels * lanes<T>, bias ? bias + direct * lanes<T> : nullptr, relu,
+      source, count, weights + direct * weight_stride, weight_stride, outputs - direct, max_pixels * lanes<T>, bias ? bias + direct * lanes<T> : nullptr, relu, {},
       [&](int64_t, int64_t taken, int64_t, T** at) {
         for (int64_t k = 0; k < taken; k++) at[k] = spare + k * lanes<T>;
       },
@@ -326,7 +351,8 @@ void run_layer(const Image& input, const Layer& layer, const T* packed, const Im
   const Geometry& g = layer.geometry;
   const Plan plan = forward_plan(g, input.height, input.width, output.height, output.width);
   const Target& target = plan.targets[0];
-  const int64_t inner_vectors = packing.inner.size(), blocks = channels.blocks.size();
+  const int64_t inner_vectors = packing.inner.size(), blocks = channels.blocks.size(), outputs = packing.outputs.size();
+  const int64_t clusters = channels.clusters(0, blocks), cluster_blocks = ceil_div(channels.together, channels.per_block) * ceil_div(channels.outputs, lanes<T>);
   const Tile<T> tile = tile_for<T>(channels.fetch, output.width);
   constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
   const int64_t ahead = pixels_ahead(layer.in_channels);
@@ -335,9 +361,17 @@ void run_layer(const Image& input, const Layer& layer, const T* packed, const Im
 
   // Strips: the pixels that one row of outputs brings into the cache.
   const int64_t row_bytes = sizeof(T) * (g.stride_h * input.width * (layer.in_channels + g.in_channels) + output.width * (g.out_channels + layer.out_channels));
-  const int64_t rows = std::clamp<int64_t>(std::min(strip_budget / row_bytes, ceil_div(strip_pixels, output.width)), 1, output.height);
-  const int64_t together = rows < output.height ? 1 : std::max<int64_t>(1, std::min(strip_budget / row_bytes, strip_pixels / output.width) / output.height);
-  const std::vector<std::vector<Strip>> parts = thread_strips(g.images, output.height, rows, together, threads.count);
+  // Few rows of large weights, and too few images to go round: the threads share one strip, each has some of the channels. By rows they would each
+  // read all weights, compute the halo's rows twice and have one row more or less of seven: 512 channels at 7×7 take 113 or 126 instead of 138 µs, by
+  // how far apart the two cores are. From four rows a thread on, handing over the grouped convolution's outputs can cost more: 8×8, 256 channels, 8 % less
+  // or 14 % more.
+  const int64_t pixel_bytes = g.images * output.height * row_bytes;
+  const bool shared = g.images < threads.count && g.images * output.height < 4 * threads.count && std::min(clusters, outputs / 2) >= threads.count &&
+                      pixel_bytes <= 2 * std::min<int64_t>(strip_budget, packing.size * static_cast<int64_t>(sizeof(T)));
+  const int64_t rows = shared ? output.height : std::clamp<int64_t>(std::min(strip_budget / row_bytes, ceil_div(strip_pixels, output.width)), 1, output.height);
+  const int64_t together =
+      shared ? g.images : rows < output.height ? 1 : std::max<int64_t>(1, std::min(strip_budget / row_bytes, strip_pixels / output.width) / output.height);
+  const std::vector<std::vector<Strip>> parts = thread_strips(g.images, output.height, rows, together, shared ? 1 : threads.count);
   // All strips have planes of one size, so that rows can move from one to the next.
   Planes largest{};
   int64_t input_pixels = 0, output_pixels = 0;
@@ -352,62 +386,77 @@ void run_layer(const Image& input, const Layer& layer, const T* packed, const Im
   const int64_t plane_size = inner_vectors * largest.vector_stride, stride = (output_pixels | 1) * lanes<T>;
   const int64_t input_size = static_cast<int64_t>(packing.inputs.size()) * (input_pixels | 1) * lanes<T>;
 
+  // Clusters [first, last) of a strip's inner channels, from the input to the grouped convolution's outputs.
+  auto convolve_inner = [&](const Strip& strip, const Strip* above, int64_t first, int64_t last, T* const planes_at, T* const grouped_at, T* const input_at) {
+    Planes planes = Planes::of<T>(plan, strip);
+    planes.positions = largest.positions;
+    planes.source_stride = largest.source_stride;
+    planes.vector_stride = largest.vector_stride;
+    const int64_t first_vector = first * channels.vectors, vectors = std::min(last * channels.vectors, inner_vectors) - first_vector;
+    const int64_t first_block = first * cluster_blocks, last_block = std::min(last * cluster_blocks, blocks);
+    T* const own_planes = planes_at + first_vector * planes.vector_stride;
+
+    if (inner.data) {
+      load_sources<T, S>(inner, plan, strip, planes, channels, {first_block, last_block}, own_planes);
+    } else {
+      // Rows that the strip above has computed already are moved to where this one has them.
+      const bool follows = above && above->image == strip.image && above->row + above->rows == strip.row;
+      const int64_t kept = follows ? plan.halo() : 0;
+      for (int64_t v = 0; kept > 0 && v < vectors; v++)
+        for (size_t source = 0; source < plan.sources.size(); source++) {
+          T* plane = own_planes + v * planes.vector_stride + source * planes.source_stride;
+          std::copy_n(plane + above->rows * plan.pitch * lanes<T>, kept * plan.pitch * lanes<T>, plane);
+        }
+      const Rows needed = source_rows(plan, strip, planes, kept);
+      std::vector<int64_t> places;
+      place_pixels(plan, strip, planes, kept, needed, vectors, own_planes, places);
+      const Pixels<T> source = source_pixels<T, S>(input, strip.image, strip.images, needed.begin, needed.end - needed.begin, packing.inputs, input_at);
+      // Line by line: the processor's own prefetching does not follow 14 pixels at once.
+      const bool in_place = source.pitch > lanes<T>;
+      multiply_to_planes(source, packed + first_vector * packing.inner_size, packing.inner_size, vectors, places, own_planes, planes.vector_stride,
+                         in_place ? Ahead<T>{source.at + ahead * source.pitch, source.pitch} : Ahead<T>{});
+    }
+
+    const Runs runs = runs_of<T>(plan, target, planes);
+    const int64_t width = output.width * lanes<T>;
+    std::vector<Segment> segments;
+    segments_of<T>({nullptr, 0, 0, 0, strip.rows * width, 1, width, lanes<T>}, plan, target, {0, strip.images, 0, strip.rows}, tile.columns, segments);
+    for (int64_t b = first_block; b < last_block; b++) {
+      const Stencil<T> stencil{channels.sources, planes.vector_stride, runs, g.taps() * lanes<T>, channels.permutation_of(b)};
+      correlate_tiles(stencil, packed + packing.at_grouped + b * channels.packed, tile, segments,
+                      planes_at + channels.cluster(b) * channels.vectors * planes.vector_stride + channels.first_lane(b),
+                      grouped_at + b * stride, lanes<T>);
+    }
+  };
+  // Vectors [first, last) of a strip's outputs.
+  auto multiply_last = [&](const Strip& strip, int64_t first, int64_t last, const T* grouped_at, T* spare) {
+    multiply_to_tensor<T, S>({grouped_at, lanes<T>, stride, &channels.blocks}, packed + packing.at_last + first * packing.output_size, packing.output_size,
+                             {packing.outputs.begin() + first, packing.outputs.begin() + last}, packed + packing.at_bias + first * lanes<T>, layer.relu, output,
+                             strip.image, strip.row * output.width, strip.images * strip.rows * output.width, spare);
+  };
+
+  if (shared) {
+    Buffer<T> between(plane_size + blocks * stride);
+    T* const planes_at = between.data();
+    T* const grouped_at = planes_at + plane_size;
+    const Strip& strip = parts[0][0];
+    auto inner_work = [&](int64_t begin, int64_t end) { convolve_inner(strip, nullptr, begin, end, planes_at, grouped_at, scratch<T>(input_size)); };
+    run(threads, clusters, inner_work);
+    auto last_work = [&](int64_t begin, int64_t end) { multiply_last(strip, 2 * begin, std::min(2 * end, outputs), grouped_at, scratch<T>(spare_size)); };
+    run(threads, ceil_div(outputs, 2), last_work);
+    return;
+  }
   auto work = [&](int64_t begin, int64_t end) {
     T* const planes_at = scratch<T>(plane_size + input_size + blocks * stride + spare_size);
     T* const input_at = planes_at + plane_size;
     T* const grouped_at = input_at + input_size;
     T* const spare = grouped_at + blocks * stride;
-    std::vector<int64_t> places;
-    std::vector<Segment> segments;
     for (int64_t part = begin; part < end; part++) {
       const Strip* above = nullptr;
       for (const Strip& strip : parts[part]) {
-        Planes planes = Planes::of<T>(plan, strip);
-        planes.positions = largest.positions;
-        planes.source_stride = largest.source_stride;
-        planes.vector_stride = largest.vector_stride;
-
-        if (inner.data) {
-          load_sources<T, S>(inner, plan, strip, planes, channels, {0, blocks}, planes_at);
-        } else {
-          // Rows that the strip above has computed already are moved to where this one has them.
-          const bool follows = above && above->image == strip.image && above->row + above->rows == strip.row;
-          const int64_t kept = follows ? plan.halo() : 0;
-          for (int64_t v = 0; kept > 0 && v < inner_vectors; v++)
-            for (size_t source = 0; source < plan.sources.size(); source++) {
-              T* plane = planes_at + v * planes.vector_stride + source * planes.source_stride;
-              std::copy_n(plane + above->rows * plan.pitch * lanes<T>, kept * plan.pitch * lanes<T>, plane);
-            }
-          above = &strip;
-          const Rows needed = source_rows(plan, strip, planes, kept);
-          place_pixels(plan, strip, planes, kept, needed, inner_vectors, planes_at, places);
-          const Pixels<T> source =
-              source_pixels<T, S>(input, strip.image, strip.images, needed.begin, needed.end - needed.begin, packing.inputs, input_at);
-          multiply_all<T>(
-              source, places.size(), packed, packing.inner_size, inner_vectors, planes.vector_stride, nullptr, false,
-              [&](int64_t first, int64_t taken, int64_t vector, T** to) {
-                for (int64_t k = 0; k < taken; k++) to[k] = planes_at + vector * planes.vector_stride + places[first + k];
-              },
-              [&](int64_t first, int64_t taken, int64_t vector, int64_t) {
-                // Line by line: the processor's own prefetching does not follow 14 pixels at once.
-                if (vector == 0 && source.pitch > lanes<T>)
-                  for (int64_t k = first + ahead; k < first + ahead + taken; k++)
-                    for (int64_t c = 0; c < layer.in_channels; c += 64 / sizeof(T)) __builtin_prefetch(source.at + k * source.pitch + c, 0, 2);
-              });
-        }
-
-        const Runs runs = runs_of<T>(plan, target, planes);
-        const int64_t width = output.width * lanes<T>;
-        segments_of<T>({nullptr, 0, 0, 0, strip.rows * width, 1, width, lanes<T>}, plan, target, {0, strip.images, 0, strip.rows}, tile.columns, segments);
-        for (int64_t b = 0; b < blocks; b++) {
-          const Stencil<T> stencil{channels.sources, planes.vector_stride, runs, g.taps() * lanes<T>, channels.permutation_of(b)};
-          correlate_tiles(stencil, packed + packing.at_grouped + b * channels.packed, tile, segments,
-                          planes_at + channels.cluster(b) * channels.vectors * planes.vector_stride + channels.first_lane(b),
-                          grouped_at + b * stride, lanes<T>);
-        }
-        multiply_to_tensor<T, S>({grouped_at, lanes<T>, stride, &channels.blocks}, packed + packing.at_last, packing.output_size, packing.outputs,
-                                 packed + packing.at_bias, layer.relu, output, strip.image, strip.row * output.width,
-                                 strip.images * strip.rows * output.width, spare);
+        convolve_inner(strip, above, 0, clusters, planes_at, grouped_at, input_at);
+        multiply_last(strip, 0, outputs, grouped_at, spare);
+        above = &strip;
       }
     }
   };

@@ -94,18 +94,6 @@ void pack_backward(const Layer& layer, const BackwardPacking<T>& packing, const 
   run(threads, pieces.size(), work);
 }
 
-// A pointwise convolution of `pixels` into planes, at `places`.
-template <class T>
-void multiply_to_planes(const Pixels<T>& pixels, const T* weights, int64_t weight_stride, int64_t vectors, const std::vector<int64_t>& places, T* planes,
-                        int64_t vector_stride) {
-  multiply_all<T>(
-      pixels, places.size(), weights, weight_stride, vectors, vector_stride, nullptr, false,
-      [&](int64_t first, int64_t taken, int64_t vector, T** to) {
-        for (int64_t k = 0; k < taken; k++) to[k] = planes + vector * vector_stride + places[first + k];
-      },
-      [](int64_t, int64_t, int64_t, int64_t) {});
-}
-
 // to[lane] += Σ_pixel from[pixel][lane], in four chains of additions.
 template <class T>
 void add_pixels(const T* from, int64_t count, T* to) {

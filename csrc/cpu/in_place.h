@@ -57,6 +57,8 @@ std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const 
     }
     // Those of a kernel three columns wide at strides 1 and 2, and of its input gradient.
     if (!(rows.taps == 7 && rows.step <= 2) && !(rows.step == 1 && (rows.taps == 2 || rows.taps == 3 || rows.taps == 6))) return {};
+    // Downwards: the last row is what a later target row has yet to read.
+    std::sort(rows.kernel.begin(), rows.kernel.end(), [](const KernelRow& a, const KernelRow& b) { return a.row < b.row; });
     // In planes, tiles of several short rows are faster where nothing is permuted (4×4, s = 16: 5.5 instead of 8.8 ms), and phases of one tap.
     if (channels.fetch == Fetch::broadcast && (target.cols < 7 || rows.taps != 7)) return {};
     if (rows.kernel.size() > max_kernel_rows) return {};

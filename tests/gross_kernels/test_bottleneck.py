@@ -256,6 +256,7 @@ SEVERAL = {
     "two_by_two": Layer(plain(64, 64, sizes=(2, 8), size=(2, 2), batch=7), 24, 33),
     "four_by_four": Layer(plain(32, 64, sizes=(4, 16), size=(4, 4), batch=3, channels_last=False), 64, 32),
     "seven_by_seven": Layer(plain(96, 48, sizes=(2, 6), size=(7, 7), batch=1, active=1), 130, 128, keep_inner=True),
+    "few_pixels": Layer(Case(1, 18, 36, (3,), (3, 3), (6, 5), (2, 1), (1, 1), active=1), 100, 100),
     "many_strips": Layer(plain(16, 16, sizes=(1, 2, 16), size=(61, 53), active=2), 17, 16),
     "many_strips_contiguous": Layer(plain(6, 6, sizes=(3,), size=(64, 40), batch=1, channels_last=False), 5, 7),
     "many_strips_dilated": Layer(
@@ -567,8 +568,8 @@ def test_opcheck_pack(layer: Layer, dtype: torch.dtype) -> None:
 @every_one
 @float32_and_bfloat16
 def test_same_bits_for_any_number_of_threads(layer: Layer, dtype: torch.dtype) -> None:
-    """Catches outputs and gradients that depend on how many threads share the work: on where strips are cut, or on who
-    adds first."""
+    """Catches outputs and gradients that depend on how many threads share the work: on where strips are cut, on which
+    channels of a strip are whose, or on who adds first."""
     arguments = layer.arguments(dtype, torch.float32)
     for keep_inner in (False, True):
         layer = replace(layer, keep_inner=keep_inner)
