@@ -287,7 +287,7 @@ void place_pixels(const Plan& plan, const Strip& strip, const Planes& planes, in
   }
 }
 
-// Each thread's rows, cut into strips: image by image, or several whole images together.
+// Rows in parts, cut into strips: image by image, or several whole images together.
 inline std::vector<std::vector<Strip>> thread_strips(int64_t images, int64_t rows, int64_t rows_per_strip, int64_t images_per_strip, int64_t parts) {
   std::vector<std::vector<Strip>> all(parts);
   for (int64_t part = 0; part < parts; part++) {
@@ -300,7 +300,7 @@ inline std::vector<std::vector<Strip>> thread_strips(int64_t images, int64_t row
         at += together * rows;
         continue;
       }
-      // Equal strips of what this thread has of the image.
+      // Equal strips of what this part has of the image.
       const int64_t left = std::min(end - at, rows - row), taken = ceil_div(left, ceil_div(left, rows_per_strip));
       all[part].push_back({image, 1, row, taken});
       at += taken;
@@ -371,7 +371,9 @@ void run_layer(const Image& input, const Layer& layer, const T* packed, const Im
   const int64_t rows = shared ? output.height : std::clamp<int64_t>(std::min(strip_budget / row_bytes, ceil_div(strip_pixels, output.width)), 1, output.height);
   const int64_t together =
       shared ? g.images : rows < output.height ? 1 : std::max<int64_t>(1, std::min(strip_budget / row_bytes, strip_pixels / output.width) / output.height);
-  const std::vector<std::vector<Strip>> parts = thread_strips(g.images, output.height, rows, together, shared ? 1 : threads.count);
+  // Several parts a thread where images are many: cut between images, and between strips of several.
+  const int64_t each = std::clamp<int64_t>(g.images / together / threads.count, 1, 4);
+  const std::vector<std::vector<Strip>> parts = thread_strips(g.images, output.height, rows, together, shared ? 1 : each * threads.count);
   // All strips have planes of one size, so that rows can move from one to the next.
   Planes largest{};
   int64_t input_pixels = 0, output_pixels = 0;
