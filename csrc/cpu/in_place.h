@@ -59,12 +59,21 @@ std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const 
     if (!(rows.taps == 7 && rows.step <= 2) && !(rows.step == 1 && (rows.taps == 2 || rows.taps == 3 || rows.taps == 6))) return {};
     // Downwards: the last row is what a later target row has yet to read.
     std::sort(rows.kernel.begin(), rows.kernel.end(), [](const KernelRow& a, const KernelRow& b) { return a.row < b.row; });
-    // In planes, tiles of several short rows are faster where nothing is permuted (4×4, s = 16: 5.5 instead of 8.8 ms), and phases of one tap.
-    if (channels.fetch == Fetch::broadcast && (target.cols < 7 || rows.taps != 7)) return {};
     if (rows.kernel.size() > max_kernel_rows) return {};
     targets.push_back(rows);
   }
   return targets;
+}
+
+// Whether the convolution is faster in place. In planes, tiles of several short rows are where few channels are added (4×4, s = 16: 5.5 instead of
+// 7.2 ms; 2×2, s = 4: 3.1 instead of 4.2), and phases of one tap where channels are broadcast.
+template <class T>
+bool is_faster_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels) {
+  auto faster = [&](const RowTarget& target) {
+    if (channels.fetch == Fetch::broadcast) return (target.cols >= 7 || channels.sources >= 32) && target.taps == 7;
+    return channels.fetch == Fetch::lanes || target.cols >= 4;
+  };
+  return !targets.empty() && std::all_of(targets.begin(), targets.end(), faster);
 }
 
 // One vector of a pixel beyond the borders.
@@ -95,22 +104,15 @@ struct RowStencil {
   int64_t row_stride;  // from one source row to the next
 };
 
-#define GROSS_LAMBDA __attribute__((always_inline))
-
-// f(0), …, f(N − 1) with constants: register arrays that loops index are not always taken apart.
-template <class F, int... I>
-GROSS_INLINE void unrolled(F f, std::integer_sequence<int, I...>) {
-  (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-GROSS_INLINE void unrolled(F f) {
-  unrolled(f, std::make_integer_sequence<int, N>{});
-}
-
-// Source channel J of each lane's group, of groups of `Quad` channels within 16 bytes.
+// Source channel j of each lane's group, of groups of `Quad` channels within 16 bytes. With a constant j this is one instruction without an index.
 template <class T, int Quad, int J, int... L>
 GROSS_INLINE Vector<T> spread(Vector<T> v, std::integer_sequence<int, L...>) {
   return shuffle<T>(v, v, std::integer_sequence<int, (L / Quad * Quad + J)...>{});
+}
+template <class T, int Quad>
+GROSS_INLINE Vector<T> spread(Vector<T> v, int j) {
+  constexpr auto all = std::make_integer_sequence<int, lanes<T>>{};
+  return j == 0 ? spread<T, Quad, 0>(v, all) : j == 1 ? spread<T, Quad, 1>(v, all) : j == 2 ? spread<T, Quad, 2>(v, all) : spread<T, Quad, 3>(v, all);
 }
 
 // to[segment][column][lane] = Σ_row Σ_source Σ_tap weight[source][row, tap][lane] · from[segment][row][step · column + tap][source], two source channels
@@ -123,66 +125,74 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, cons
   constexpr int together = is_permuted(fetch) ? 2 : 1, last = (Columns - 1) * Step + 2;
   Vector<T> sum[Segments][Columns]{};
   const int64_t count = stencil.kernel.size();
-  unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
-    unrolled<Step>([&](auto row) GROSS_LAMBDA {
+#pragma GCC unroll 8
+  for (int segment = 0; segment < Segments; segment++)
+#pragma GCC unroll 2
+    for (int row = 0; row < Step; row++) {
       const S* at = rows[segment].ahead + ahead - row * stencil.row_stride;
-      unrolled<Columns * Step>([&](auto k) GROSS_LAMBDA { __builtin_prefetch(at + k * lanes<T>, 0, 2); });
-    });
-  });
+#pragma GCC unroll 32
+      for (int k = 0; k < Columns * Step; k++) __builtin_prefetch(at + k * lanes<T>, 0, 2);
+    }
   for (int64_t r = 0; r < count; r++) {
-    auto add = [&](auto j) GROSS_LAMBDA {
+    auto add = [&](int64_t j) __attribute__((always_inline)) {
       Vector<T> weight[together][3];
       [[maybe_unused]] Vector<Index<T>> index[together];
-      unrolled<together>([&](auto i) GROSS_LAMBDA {
-        unrolled<3>([&](auto c) GROSS_LAMBDA {
-          if constexpr (Taps >> c & 1) {
+#pragma GCC unroll 2
+      for (int i = 0; i < together; i++) {
+#pragma GCC unroll 3
+        for (int c = 0; c < 3; c++)
+          if (Taps >> c & 1) {
             weight[i][c] = load<T>(weights + (j + i) * stencil.weight_stride + stencil.kernel[r].weight[c]);
             keep_in_register(weight[i][c]);
           }
-        });
         if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index[i], stencil.permutation + (j + i) * lanes<T>, sizeof index[i]);
-      });
-      unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
+      }
+#pragma GCC unroll 8
+      for (int segment = 0; segment < Segments; segment++) {
         const PixelRow<S>& row = rows[segment].from[r];
-        const S* at = row.at + ((fetch == Fetch::broadcast ? from + j : from) & row.mask);
+        if (!row.mask) continue;  // of a 4×4 map a sixth of the multiply–adds, of 2×2 a third
+        const S* at = row.at + (fetch == Fetch::broadcast ? from + j : from);
         // Or the compiler would load all pixels before a loop over channels, and keep them in memory.
         asm volatile("" : "+r"(at));
-        unrolled<last + 1>([&](auto k) GROSS_LAMBDA {
+#pragma GCC unroll 32
+        for (int k = 0; k <= last; k++, at += row.pitch) {
           const S* const place = (k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at;
-          at += row.pitch;
           Vector<T> pixel;
           if constexpr (fetch == Fetch::broadcast)
             pixel = broadcast<T>(*place);
           else
             pixel = load<T>(place);
           keep_in_register(pixel);
-          unrolled<together>([&](auto i) GROSS_LAMBDA {
+#pragma GCC unroll 2
+          for (int i = 0; i < together; i++) {
             Vector<T> value = pixel;
-            if constexpr (fetch == Fetch::within_quads) value = spread<T, Quad, j + i>(pixel, std::make_integer_sequence<int, lanes<T>>{});
+            if constexpr (fetch == Fetch::within_quads) value = spread<T, Quad>(pixel, j + i);
             if constexpr (fetch == Fetch::permuted) value = permute<T>(pixel, index[i]);
             if constexpr (is_permuted(fetch)) keep_in_register(value);
-            unrolled<3>([&](auto c) GROSS_LAMBDA {
-              if constexpr ((Taps >> c & 1) && k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[segment][(k - c) / Step] += value * weight[i][c];
-            });
-          });
-        });
-      });
+#pragma GCC unroll 3
+            for (int c = 0; c < 3; c++)
+              if ((Taps >> c & 1) && k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[segment][(k - c) / Step] += value * weight[i][c];
+          }
+        }
+      }
     };
     if constexpr (fetch == Fetch::permuted || fetch == Fetch::broadcast) {
       for (int64_t j = 0; j < stencil.sources; j += together) add(j);
     } else {
-      unrolled<Quad / together>([&](auto pair) GROSS_LAMBDA { add(std::integral_constant<int, pair * together>{}); });
+#pragma GCC unroll 2
+      for (int j = 0; j < Quad; j += together) add(j);
     }
   }
-  unrolled<Segments>([&](auto segment) GROSS_LAMBDA {
-    unrolled<Columns>([&](auto k) GROSS_LAMBDA {
+#pragma GCC unroll 8
+  for (int segment = 0; segment < Segments; segment++)
+#pragma GCC unroll 16
+    for (int k = 0; k < Columns; k++) {
       S* const at = rows[segment].to + to + k * to_pitch;
       if (fetch != Fetch::broadcast || outputs == lanes<T>)
         store<T>(at, sum[segment][k]);
       else
         store_first<T>(at, sum[segment][k], outputs);
-    });
-  });
+    }
 }
 
 // Rows of a tile of so many columns. Where a pixel serves several channels 7 chains of additions are enough, and two rows of 7 columns took 1.7 times as
@@ -214,7 +224,8 @@ RowTile<T, S> row_tile_of(int64_t width, std::integer_sequence<int, Columns...>)
 }
 template <class T, class S, Fetch fetch, int Quad>
 RowTile<T, S> row_tile_of(const RowTarget& target) {
-  using Columns = std::integer_sequence<int, fetch == Fetch::broadcast ? 16 : 14, 14, 8, 7, 4, 2>;
+  using Columns = std::conditional_t<fetch == Fetch::broadcast, std::integer_sequence<int, 16, 14, 8, 7, 4>,
+                                     std::conditional_t<fetch == Fetch::lanes, std::integer_sequence<int, 14, 8, 7, 4, 2>, std::integer_sequence<int, 14, 8, 7, 4>>>;
   if (target.step == 2) return row_tile_of<T, S, fetch, Quad, 7, 2>(target.cols, Columns{});
   switch (target.taps) {
     case 2: return row_tile_of<T, S, fetch, Quad, 2, 1>(target.cols, Columns{});
@@ -327,46 +338,54 @@ __attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, i
     for (int64_t i = 0; i < count; i++) {
       const OutputRow<S>& row = rows[i];
       if (first == 0) {
-        unrolled<Step>([&](auto r) GROSS_LAMBDA {
+#pragma GCC unroll 2
+        for (int r = 0; r < Step; r++) {
           const S* at = row.ahead + ahead * Step - r * row_stride;
-          unrolled<Columns * Step>([&](auto k) GROSS_LAMBDA { __builtin_prefetch(at + k * lanes<T>, 0, 2); });
-        });
-        unrolled<Columns>([&](auto k) GROSS_LAMBDA { __builtin_prefetch(row.ahead_to + ahead + k * lanes<T>, 0, 2); });
+#pragma GCC unroll 32
+          for (int k = 0; k < Columns * Step; k++) __builtin_prefetch(at + k * lanes<T>, 0, 2);
+        }
+#pragma GCC unroll 16
+        for (int k = 0; k < Columns; k++) __builtin_prefetch(row.ahead_to + ahead + k * lanes<T>, 0, 2);
       }
       Vector<T> grad[Columns];
-      unrolled<Columns>([&](auto k) GROSS_LAMBDA {
+#pragma GCC unroll 16
+      for (int k = 0; k < Columns; k++) {
         grad[k] = load<T>(row.to + to + k * to_pitch);
         keep_in_register(grad[k]);
-      });
+      }
       const PixelRow<S>* const source = row.from + first;
       const S* at[Rows];
-      unrolled<Rows>([&](auto r) GROSS_LAMBDA { at[r] = source[r].at + (from & source[r].mask); });
-      unrolled<last + 1>([&](auto k) GROSS_LAMBDA {
-        unrolled<Rows>([&](auto r) GROSS_LAMBDA {
+#pragma GCC unroll 3
+      for (int r = 0; r < Rows; r++) at[r] = source[r].at + (from & source[r].mask);
+#pragma GCC unroll 32
+      for (int k = 0; k <= last; k++)
+#pragma GCC unroll 3
+        for (int r = 0; r < Rows; r++) {
           Vector<T> pixel = load<T>((k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at[r]);
           keep_in_register(pixel);
           at[r] += source[r].pitch;
-          unrolled<Quad>([&](auto j) GROSS_LAMBDA {
+#pragma GCC unroll 4
+          for (int j = 0; j < Quad; j++) {
             Vector<T> value = pixel;
             if constexpr (Quad > 1) {
-              value = spread<T, Quad, j>(pixel, std::make_integer_sequence<int, lanes<T>>{});
+              value = spread<T, Quad>(pixel, j);
               keep_in_register(value);
             }
-            unrolled<3>([&](auto c) GROSS_LAMBDA {
-              if constexpr (k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[r][j][c] += grad[(k - c) / Step] * value;
-            });
-          });
-        });
-      });
+#pragma GCC unroll 3
+            for (int c = 0; c < 3; c++)
+              if (k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[r][j][c] += grad[(k - c) / Step] * value;
+          }
+        }
     }
-    unrolled<Rows>([&](auto r) GROSS_LAMBDA {
-      unrolled<Quad>([&](auto j) GROSS_LAMBDA {
-        unrolled<3>([&](auto c) GROSS_LAMBDA {
+#pragma GCC unroll 3
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
+      for (int j = 0; j < Quad; j++)
+#pragma GCC unroll 3
+        for (int c = 0; c < 3; c++) {
           T* const at = sums + j * sum_stride + kernel[first + r].weight[c];
           store<T>(at, load<T>(at) + sum[r][j][c]);
-        });
-      });
-    });
+        }
   }
 }
 

@@ -1185,7 +1185,7 @@ void convolve_entry(Type type, const Plan& plan, const Image& source, const Seri
     if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(source, series, target, g, backward, threads);
     const Channels<Sum<S>> channels(g, backward);
     const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(plan, source, target, channels);
-    if (!rows.empty()) return convolve_in_place<Sum<S>, S>(rows, channels, source, series, target, g, threads);
+    if (is_faster_in_place(rows, channels)) return convolve_in_place<Sum<S>, S>(rows, channels, source, series, target, g, threads);
     if constexpr (product == Product::pairs && std::is_same_v<S, bfloat16>)
       if (has_pairs(source, Direction(g, backward))) return convolve<float, S, product>(plan, source, series, target, g, backward, threads);
     convolve<Sum<S>, S>(plan, source, series, target, g, backward, threads);
