@@ -65,13 +65,14 @@ std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const 
   return targets;
 }
 
-// Whether the convolution is faster in place. In planes, tiles of several short rows are where few channels are added (4×4, s = 16: 5.5 instead of
+// Whether the convolution has tiles for it, and is faster in place. In planes, tiles of several short rows are where few channels are added (4×4, s = 16: 5.5 instead of
 // 7.2 ms; 2×2, s = 4: 3.1 instead of 4.2), and phases of one tap where channels are broadcast.
 template <class T>
 bool is_faster_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels) {
   auto faster = [&](const RowTarget& target) {
-    if (channels.fetch == Fetch::broadcast) return (target.cols >= 7 || channels.sources >= 32) && target.taps == 7;
-    return channels.fetch == Fetch::lanes || target.cols >= 4;
+    if (channels.fetch == Fetch::lanes) return true;
+    if (channels.fetch == Fetch::broadcast && (target.taps != 7 || (target.cols < 7 && channels.sources < 32))) return false;
+    return target.cols >= 4;  // the least of their tiles
   };
   return !targets.empty() && std::all_of(targets.begin(), targets.end(), faster);
 }

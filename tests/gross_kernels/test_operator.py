@@ -110,6 +110,11 @@ PIXELS = [
     Case(2, 32, 32, (4,), (5, 3), (9, 15), padding=(2, 1), channels_last=True),
     Case(2, 32, 64, (4,), (3, 3), (5, 28), padding=(1, 1), channels_last=True),
     Case(2, 32, 32, (2,), (3, 1), (5, 6), padding=(1, 0), channels_last=True),
+    Case(3, 64, 64, (32,), (3, 3), (2, 2), padding=(1, 1), channels_last=True),
+    Case(3, 64, 64, (2, 32), (3, 3), (4, 4), padding=(1, 1), active=2, channels_last=True),
+    Case(3, 64, 64, (4,), (3, 3), (5, 3), padding=(1, 1), channels_last=True),
+    Case(3, 58, 58, (29,), (3, 3), (6, 7), padding=(1, 1), channels_last=True),
+    Case(2, 32, 32, (1,), (3, 3), (6, 1), padding=(1, 1), channels_last=True),
 ]
 
 
