@@ -1,8 +1,8 @@
 // Convolutions that read the pixels of a channels-last tensor where they lie, without planes.
 //
-// They are those whose every output vector reads one vector of source channels (group size 1, and those that divide the lanes) at the columns left of,
-// at and right of its own. One load of a pixel serves every source channel in it and three taps: 14 columns × 4 channels × 3 taps are 168 multiply–adds
-// for 16 loads and 64 shuffles. Reading rows of planes instead, the copy alone takes a third of the time.
+// Their kernels are three columns wide: the one left of, at and right of a pixel. An output vector reads one vector of source channels (group size 1,
+// and those that divide the lanes), or channels that are broadcast. One load of a pixel serves two of its channels and three taps: 14 columns are
+// 84 multiply–adds for 16 loads and 32 shuffles. With planes the copy alone takes a third of the time at group sizes up to 4.
 namespace gross::cpu::GROSS_ISA {
 
 // Bytes of pixels that are read and written at once, for one vector of outputs after the other: they stay in the second-level cache.
@@ -65,8 +65,8 @@ std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const 
   return targets;
 }
 
-// Whether the convolution has tiles for it, and is faster in place. In planes, tiles of several short rows are where few channels are added (4×4, s = 16: 5.5 instead of
-// 7.2 ms; 2×2, s = 4: 3.1 instead of 4.2), and phases of one tap where channels are broadcast.
+// Whether the convolution has tiles for it, and is faster in place. In planes, tiles of several short rows are where few channels are added (4×4,
+// s = 16: 5.5 instead of 7.2 ms; 2×2, s = 4: 3.1 instead of 4.2), and phases of one tap where channels are broadcast.
 template <class T>
 bool is_faster_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels) {
   auto faster = [&](const RowTarget& target) {
@@ -101,7 +101,6 @@ struct RowStencil {
   int64_t weight_stride;  // from one source channel to the next
   const Index<T>* permutation;
   int64_t sources;     // channels per output
-  int64_t pitch;       // from one source pixel to the next
   int64_t row_stride;  // from one source row to the next
 };
 
@@ -118,8 +117,8 @@ GROSS_INLINE Vector<T> spread(Vector<T> v, int j) {
 
 // to[segment][column][lane] = Σ_row Σ_source Σ_tap weight[source][row, tap][lane] · from[segment][row][step · column + tap][source], two source channels
 // at a time: with four the chains of additions to one sum would be too long to overlap (170 instead of 207 GFLOP/s); one that is broadcast. Groups of
-// `Quad` channels lie within 16 bytes. `from` and `to` say where in the rows the tile lies, `from` at the column left of its first; `left` and `right` that the outermost columns
-// lie beyond the border.
+// `Quad` channels lie within 16 bytes. `from` and `to` say where in the rows the tile lies, `from` at the column left of its first, `ahead` what of the
+// later rows to ask memory for; `left` and `right` that the outermost columns lie beyond the border.
 template <class T, class S, Fetch fetch, int Quad, int Taps, int Step, int Columns, int Segments>
 __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, const T* weights, const OutputRow<S>* rows, int64_t from, int64_t ahead, int64_t to,
                                               int64_t to_pitch, int64_t outputs, bool left, bool right) {
