@@ -73,7 +73,7 @@ def cuda_library() -> Extension | None:
     record = f'-DGROSS_CUDA_ARCHITECTURES="{architectures.replace(" ", ";")}"'
     # Kernels for warp groups compile to nothing anywhere but on 9.0a: their launchers must know whether they exist.
     warp_groups = ["-DGROSS_CUDA_WARP_GROUPS"] if "9.0a" in architectures else []
-    nvcc = [f"-Xcompiler={flag}" if flag.startswith("-f") else flag for flag in FLAGS]
+    nvcc = [f"-Xcompiler={flag}" if flag.startswith(("-f", "-g")) else flag for flag in FLAGS]
     # The CUDA runtime is linked statically: whatever CUDA torch was built for, and where there is no driver, it loads.
     return CppExtension(
         "gross_kernels.gross_cuda",
