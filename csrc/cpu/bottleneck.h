@@ -333,13 +333,9 @@ template <class T, class S>
 void convolve_pointwise(const Image& source, const Series& series, const Image& target, const Geometry& g, bool backward, const Threads& threads) {
   const Direction d(g, backward);
   const std::vector<LaneBlock> inputs = vectors_of<T>(d.sources, d.sources), outputs = vectors_of<T>(d.outputs, d.outputs);
-  const int64_t size = d.sources * lanes<T>, count = outputs.size();
-  Buffer<T> packed(count * size);
-  auto pack = [&](int64_t begin, int64_t end) {
-    T* const sum = scratch<T>(size);
-    for (int64_t v = begin; v < end; v++) pack_weights<T, S>(series, g, d, outputs[v], sum, packed.data() + v * size);
-  };
-  run(threads, count, pack);
+  const int64_t size = d.sources * lanes<T>;
+  Buffer<T> packed(static_cast<int64_t>(outputs.size()) * size);
+  pack_blocks<T, S>(series, g, d, outputs, size, size, packed.data(), threads);
   multiply_image<T, S>(source, packed.data(), size, inputs, outputs, target, g.images, threads);
 }
 

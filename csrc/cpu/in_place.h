@@ -205,33 +205,23 @@ struct RowTile {
   int64_t columns, segments;
   void (*correlate)(const RowStencil<T>&, const T*, const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool);
 };
-template <class T, class S, Fetch fetch, int Quad, int Taps, int Step, int... Columns>
-RowTile<T, S> row_tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
-  RowTile<T, S> best{};
-  int64_t least = 0;
-  auto consider = [&](auto columns) {
-    constexpr int c = columns;
-    if constexpr (c <= max_sums) {
-      const int64_t computed = round_up(width, c);
-      if (c <= width && (!best.correlate || computed < least)) {
-        least = computed;
-        best = {c, row_segments<fetch, c>, correlate_rows<T, S, fetch, Quad, Taps, Step, c, row_segments<fetch, c>>};
-      }
-    }
-  };
-  (consider(std::integral_constant<int, Columns>{}), ...);
-  return best;
+template <class T, class S, Fetch fetch, int Quad, int Taps, int Step>
+RowTile<T, S> row_tile_of(int64_t width) {
+  using Columns = std::conditional_t<fetch == Fetch::broadcast, std::integer_sequence<int, 16, 14, 8, 7, 4>,
+                                     std::conditional_t<fetch == Fetch::lanes, std::integer_sequence<int, 14, 8, 7, 4, 2>, std::integer_sequence<int, 14, 8, 7, 4>>>;
+  return narrowest_tile<RowTile<T, S>>(width, Columns{}, [](auto columns) {
+    constexpr int c = columns, segments = row_segments<fetch, c>;
+    return RowTile<T, S>{c, segments, correlate_rows<T, S, fetch, Quad, Taps, Step, c, segments>};
+  });
 }
 template <class T, class S, Fetch fetch, int Quad>
 RowTile<T, S> row_tile_of(const RowTarget& target) {
-  using Columns = std::conditional_t<fetch == Fetch::broadcast, std::integer_sequence<int, 16, 14, 8, 7, 4>,
-                                     std::conditional_t<fetch == Fetch::lanes, std::integer_sequence<int, 14, 8, 7, 4, 2>, std::integer_sequence<int, 14, 8, 7, 4>>>;
-  if (target.step == 2) return row_tile_of<T, S, fetch, Quad, 7, 2>(target.cols, Columns{});
+  if (target.step == 2) return row_tile_of<T, S, fetch, Quad, 7, 2>(target.cols);
   switch (target.taps) {
-    case 2: return row_tile_of<T, S, fetch, Quad, 2, 1>(target.cols, Columns{});
-    case 3: return row_tile_of<T, S, fetch, Quad, 3, 1>(target.cols, Columns{});
-    case 6: return row_tile_of<T, S, fetch, Quad, 6, 1>(target.cols, Columns{});
-    default: return row_tile_of<T, S, fetch, Quad, 7, 1>(target.cols, Columns{});
+    case 2: return row_tile_of<T, S, fetch, Quad, 2, 1>(target.cols);
+    case 3: return row_tile_of<T, S, fetch, Quad, 3, 1>(target.cols);
+    case 6: return row_tile_of<T, S, fetch, Quad, 6, 1>(target.cols);
+    default: return row_tile_of<T, S, fetch, Quad, 7, 1>(target.cols);
   }
 }
 template <class T, class S>
@@ -294,11 +284,7 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
                        const Geometry& g, const Threads& threads) {
   const int64_t blocks = channels.blocks.size();
   Buffer<T> weights(blocks * channels.packed);
-  auto pack = [&](int64_t begin, int64_t end) {
-    T* const sum = scratch<T>(channels.summed);
-    for (int64_t b = begin; b < end; b++) pack_weights<T, S>(series, g, channels, channels.blocks[b], sum, weights.data() + b * channels.packed);
-  };
-  run(threads, blocks, pack);
+  pack_blocks<T, S>(series, g, channels, channels.blocks, channels.packed, channels.summed, weights.data(), threads);
 
   const RowUnits<T, S> units(targets, source, target_image, g.images, 4 * threads.count);
   // A few rows are shared by blocks.

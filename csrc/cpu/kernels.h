@@ -314,6 +314,17 @@ void pack_weights(const Series& series, const Geometry& g, const Direction& d, c
         to + j * taps * lanes<T>);
 }
 
+// Those of all blocks, `packed` numbers each; a block's summed rows take `summed`.
+template <class T, class S>
+void pack_blocks(const Series& series, const Geometry& g, const Direction& d, const std::vector<LaneBlock>& blocks, int64_t packed, int64_t summed, T* to,
+                 const Threads& threads) {
+  auto pack = [&](int64_t begin, int64_t end) {
+    T* const sum = scratch<T>(summed);
+    for (int64_t b = begin; b < end; b++) pack_weights<T, S>(series, g, d, blocks[b], sum, to + b * packed);
+  };
+  run(threads, blocks.size(), pack);
+}
+
 // The same in pairs of source channels, [pair][tap][lane]; `separate` holds them one by one meanwhile.
 template <class T>
 void pack_pairs(const Series& series, const Geometry& g, const Direction& d, const LaneBlock& block, T* sum, T* separate, T* to) {
@@ -447,33 +458,39 @@ constexpr int max_segments = 8, max_columns = 16;
 // Sums that the registers hold beside a fetched vector and the weights of a run.
 constexpr int max_sums = registers == 32 ? 16 : 8;
 
-template <class T, Fetch fetch, Product product, int... Columns>
-Tile<T> tile_of(int64_t width, std::integer_sequence<int, Columns...>) {
-  Tile<T> best{};
+// Of tiles of so many columns, as make(columns) has them, the one that computes a row of `width` columns with the fewest of them twice.
+template <class Made, class Make, int... Columns>
+Made narrowest_tile(int64_t width, std::integer_sequence<int, Columns...>, Make make) {
+  Made best{};
   int64_t least = 0;
   auto consider = [&](auto columns) {
     constexpr int c = columns;
     if constexpr (c <= max_sums) {
-      constexpr int segments = std::min(max_segments, max_sums / c);
       const int64_t computed = round_up(width, c);
       if (c <= width && (!best.correlate || computed < least)) {
         least = computed;
-        best = {c, segments, correlate<T, fetch, product, c, segments>};
+        best = make(columns);
       }
     }
   };
   (consider(std::integral_constant<int, Columns>{}), ...);
   return best;
 }
-// The tile that computes a row of `width` columns with the fewest of them twice.
+
+template <class T, Fetch fetch, Product product>
+Tile<T> tile_of(int64_t width) {
+  return narrowest_tile<Tile<T>>(width, std::integer_sequence<int, 16, 14, 8, 7, 4, 2, 1>{}, [](auto columns) {
+    constexpr int c = columns, segments = std::min(max_segments, max_sums / c);
+    return Tile<T>{c, segments, correlate<T, fetch, product, c, segments>};
+  });
+}
 template <class T, Product product = Product::numbers>
 Tile<T> tile_for(Fetch fetch, int64_t width) {
-  using Columns = std::integer_sequence<int, 16, 14, 8, 7, 4, 2, 1>;
   switch (fetch) {
-    case Fetch::lanes: return tile_of<T, Fetch::lanes, product>(width, Columns{});
-    case Fetch::within_quads: return tile_of<T, Fetch::within_quads, product>(width, Columns{});
-    case Fetch::permuted: return tile_of<T, Fetch::permuted, product>(width, Columns{});
-    default: return tile_of<T, Fetch::broadcast, product>(width, Columns{});
+    case Fetch::lanes: return tile_of<T, Fetch::lanes, product>(width);
+    case Fetch::within_quads: return tile_of<T, Fetch::within_quads, product>(width);
+    case Fetch::permuted: return tile_of<T, Fetch::permuted, product>(width);
+    default: return tile_of<T, Fetch::broadcast, product>(width);
   }
 }
 
