@@ -1,10 +1,11 @@
-"""Builds the kernels as shared libraries that remember how they were built. ``gross_kernels/gross_cpu.so`` always,
-``gross_kernels/gross_cuda.so`` wherever a CUDA compiler and a CUDA build of torch are present, whether or not a GPU is.
+"""Builds the kernels as shared libraries that remember how they were built.
+``gross_kernels/gross_cpu.so`` always, ``gross_kernels/gross_cuda.so`` wherever a CUDA compiler and
+a CUDA build of torch are present, whether or not a GPU is.
 
-``GROSS_KERNELS_CUDA=0`` leaves the CUDA kernels out, ``GROSS_KERNELS_CUDA=1`` makes a missing compiler an error;
-``TORCH_CUDA_ARCH_LIST`` names the GPUs. Everything else about the package is in pyproject.toml. The libraries use
-LibTorch's stable ABI (2.10), and no Python: one wheel serves every Python 3 and every torch from 2.10 on.
-"""
+``GROSS_KERNELS_CUDA=0`` leaves the CUDA kernels out, ``GROSS_KERNELS_CUDA=1`` makes a missing
+compiler an error; ``TORCH_CUDA_ARCH_LIST`` names the GPUs. Everything else about the package is in
+pyproject.toml. The libraries use LibTorch's stable ABI (2.10), and no Python: one wheel serves
+every Python 3 and every torch from 2.10 on."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-DTORCH_STABLE_ONLY",
 ]
-#: A100 class; H200 class with its own instructions for warp groups (which "9.0" lacks); newer ones by PTX.
+#: A100 class; H200 class with its own instructions for warp groups (which "9.0" lacks); newer ones
+#: by PTX.
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 
 
@@ -32,11 +34,16 @@ def cuda_home() -> Path | None:
     """The CUDA toolkit: CUDA_HOME, /usr/local/cuda or where nvcc on the PATH lies."""
     on_path = shutil.which("nvcc")
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [named] if named else ["/usr/local/cuda", *([Path(on_path).resolve().parents[1]] if on_path else [])]
+    candidates = (
+        [named]
+        if named
+        else ["/usr/local/cuda", *([Path(on_path).resolve().parents[1]] if on_path else [])]
+    )
     return next((Path(home) for home in candidates if (Path(home) / "bin/nvcc").is_file()), None)
 
 
-# Torch looks for the toolkit when it is imported, and takes a wrapper of nvcc in /usr/local/bin to be a part of it.
+# Torch looks for the toolkit when it is imported, and takes a wrapper of nvcc in /usr/local/bin to
+# be a part of it.
 CUDA_HOME = cuda_home()
 if CUDA_HOME is not None:
     os.environ["CUDA_HOME"] = str(CUDA_HOME)
@@ -49,7 +56,9 @@ def cpu_library() -> Extension:
     """The CPU kernels and the operators' schemas."""
     record = f'-DGROSS_BUILD_FLAGS="{" ".join(FLAGS)}"'
     sources = ["csrc/library.cpp", *found("csrc/cpu", "*.cpp")]
-    return CppExtension("gross_kernels.gross_cpu", sources, extra_compile_args=[*FLAGS, record], py_limited_api=True)
+    return CppExtension(
+        "gross_kernels.gross_cpu", sources, extra_compile_args=[*FLAGS, record], py_limited_api=True
+    )
 
 
 def cuda_library() -> Extension | None:
@@ -71,15 +80,19 @@ def cuda_library() -> Extension | None:
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     record = f'-DGROSS_CUDA_ARCHITECTURES="{architectures.replace(" ", ";")}"'
-    # Kernels for warp groups compile to nothing anywhere but on 9.0a: their launchers must know whether they exist.
+    # Kernels for warp groups compile to nothing anywhere but on 9.0a: their launchers must know
+    # whether they exist.
     warp_groups = ["-DGROSS_CUDA_WARP_GROUPS"] if "9.0a" in architectures else []
     nvcc = [f"-Xcompiler={flag}" if flag.startswith(("-f", "-g")) else flag for flag in FLAGS]
-    # The CUDA runtime is linked statically: whatever CUDA torch was built for, and where there is no driver, it loads.
+    # The CUDA runtime is linked statically: whatever CUDA torch was built for, and where there is
+    # no driver, it loads.
     return CppExtension(
         "gross_kernels.gross_cuda",
         ["csrc/cuda/library.cpp", *found("csrc/cuda", "*.cu")],
         include_dirs=[str(CUDA_HOME / "include")],
-        library_dirs=[str(CUDA_HOME / folder) for folder in ("lib64", "lib") if (CUDA_HOME / folder).is_dir()],
+        library_dirs=[
+            str(CUDA_HOME / folder) for folder in ("lib64", "lib") if (CUDA_HOME / folder).is_dir()
+        ],
         libraries=["torch_cuda", "cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={
             "cxx": [*FLAGS, "-DUSE_CUDA", *warp_groups, record],
@@ -95,7 +108,8 @@ def found(folder: str, pattern: str) -> list[str]:
 
 
 class BuildLibrary(BuildExtension):
-    """Names the libraries without Python's suffix, and says what to do when the CUDA kernels do not compile."""
+    """Names the libraries without Python's suffix, and says what to do when the CUDA kernels do not
+    compile."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))

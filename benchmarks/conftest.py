@@ -16,14 +16,19 @@ ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gross benchmarks")
-    group.addoption("--full", action="store_true", help="measure every shape, size and precision, for longer")
-    group.addoption("--threads", type=int, help=f"CPU threads (default: torch's, {torch.get_num_threads()})")
+    group.addoption(
+        "--full", action="store_true", help="measure every shape, size and precision, for longer"
+    )
+    group.addoption(
+        "--threads", type=int, help=f"CPU threads (default: torch's, {torch.get_num_threads()})"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: measured with --full alone")
     config.stash[ENTRIES] = []
-    # Options have defaults here: pytest takes none from a conftest that it meets while collecting (`pytest .`).
+    # Options have defaults here: pytest takes none from a conftest that it meets while collecting
+    # (`pytest .`).
     torch.set_num_threads(config.getoption("--threads", None) or torch.get_num_threads())
     torch.backends.cudnn.benchmark = True
     # Hundreds of rows; the summary has what they say, and --benchmark-verbose brings them back.
@@ -44,13 +49,16 @@ def keeps_memory() -> bool:
 
 
 @pytest.fixture
-def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, keeps_memory: bool) -> Callable[..., None]:
-    """:func:`measure.compare`, with its results and the ``facts`` that describe the entry put into ``extra_info``.
+def compare(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, keeps_memory: bool
+) -> Callable[..., None]:
+    """:func:`measure.compare`, with its results and the ``facts`` that describe the entry put into
+    ``extra_info``.
 
-    Facts that the report needs: ``suite``, ``subject`` (shape or network), ``setting`` (group size or configuration),
-    ``operation``, ``batch``, ``dtype``, ``memory_format``, ``macs``, ``bytes`` (that must move), ``dense_macs``
-    where a baseline is "dense", and of a layer ``narrow``: whether its bottleneck is narrower than the convolution.
-    """
+    Facts that the report needs: ``suite``, ``subject`` (shape or network), ``setting`` (group size
+    or configuration), ``operation``, ``batch``, ``dtype``, ``memory_format``, ``macs``, ``bytes``
+    (that must move), ``dense_macs`` where a baseline is "dense", and of a layer ``narrow``: whether
+    its bottleneck is narrower than the convolution."""
     budget = measure.FULL if request.config.getoption("--full", False) else measure.QUICK
 
     def run(
@@ -71,7 +79,9 @@ def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, keeps_m
     return run
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     if entries := config.stash[ENTRIES]:
         terminalreporter.section("summary")
         terminalreporter.write_line(report.summary(entries))

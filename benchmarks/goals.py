@@ -1,4 +1,5 @@
-"""What the CPU kernels must reach on two threads. The tables mark it; no test fails, because machines are noisy."""
+"""What the CPU kernels must reach on two threads. The tables mark it; no test fails, because
+machines are noisy."""
 
 from __future__ import annotations
 
@@ -10,21 +11,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Goal:
-    """The least geometric mean over the shapes of a row and, unless None, the least value of any one of them."""
+    """The least geometric mean over the shapes of a row and, unless None, the least value of any
+    one of them."""
 
     mean: float
     minimum: float | None = None
 
     def mark(self, values: Sequence[float]) -> str:
         """The goal and whether ``values`` reach it: "≥ 0.95 / 0.80 reached"."""
-        reached = statistics.geometric_mean(values) >= self.mean and min(values) >= (self.minimum or 0.0)
+        reached = statistics.geometric_mean(values) >= self.mean and min(values) >= (
+            self.minimum or 0.0
+        )
         least = "" if self.minimum is None else f" / {self.minimum:.2f}"
         return f"≥ {self.mean:.2f}{least} {'reached' if reached else 'missed'}"
 
 
 #: No grouped convolution may fall further behind the library.
 LEAST = 0.85
-#: Times as fast as the library in float32, channels-last: forward, input gradient, weight gradient, by group size.
+#: Times as fast as the library in float32, channels-last: forward, input gradient, weight gradient,
+#: by group size.
 GROUPED = {
     1: (1.1, 1.5, 1.1),
     2: (6.0, 6.0, 4.0),
@@ -35,7 +40,8 @@ GROUPED = {
     64: (0.97, 0.97, 0.97),
 }
 OPERATIONS = ("forward", "input gradient", "weight gradient")
-#: The layer's η, and its speed against three convolutions: by operation, batch, figure and group size.
+#: The layer's η, and its speed against three convolutions: by operation, batch, figure and group
+#: size.
 LAYER = {
     ("inference", 16, "η"): {1: Goal(0.90, 0.75)} | dict.fromkeys((4, 16, 32), Goal(0.95, 0.80)),
     ("inference", 1, "η"): {1: Goal(0.80, 0.65)} | dict.fromkeys((4, 16, 32), Goal(0.85, 0.70)),
@@ -44,11 +50,17 @@ LAYER = {
     ("training", 16, "η"): {4: Goal(0.8)},
 }
 #: Times as fast as the dense network in inference, batch 16, every group size 4.
-NETWORK = {"vgg16": Goal(3.0), "vgg16-cifar": Goal(4.5), "resnet18": Goal(2.6), "4-layer": Goal(1.8)}
+NETWORK = {
+    "vgg16": Goal(3.0),
+    "vgg16-cifar": Goal(4.5),
+    "resnet18": Goal(2.6),
+    "4-layer": Goal(1.8),
+}
 
 
 def goal(figure: str, entry: Mapping[str, Any]) -> Goal | None:
-    """The goal of a row, of which ``entry`` is one, for "η" or for its ratio to the baseline ``figure``."""
+    """The goal of a row, of which ``entry`` is one, for "η" or for its ratio to the baseline
+    ``figure``."""
     if entry["device_type"] != "cpu":
         return None
     precision = (entry["dtype"], entry["memory_format"])
@@ -60,6 +72,11 @@ def goal(figure: str, entry: Mapping[str, Any]) -> Goal | None:
     if entry["suite"] == "GroSSConv2d" and main and not entry["narrow"]:
         return LAYER.get((entry["operation"], entry["batch"], figure), {}).get(entry["setting"])
     uniform = set(entry["setting"].split()) == {"4"} if entry["suite"] == "networks" else False
-    if uniform and main and figure == "dense" and (entry["operation"], entry["batch"]) == ("inference", 16):
+    if (
+        uniform
+        and main
+        and figure == "dense"
+        and (entry["operation"], entry["batch"]) == ("inference", 16)
+    ):
         return NETWORK.get(entry["subject"])
     return None

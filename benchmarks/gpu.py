@@ -1,10 +1,10 @@
-"""The grouped convolution on a GPU, as dispatch serves it, beside the Triton kernels, cuDNN, expand + sum + cuDNN, and
-beside a copy of what must move: ``python -m benchmarks.gpu FOLDER`` writes gpu.json, gpu.md and, where matplotlib is
-installed, a plot.
+"""The grouped convolution on a GPU, as dispatch serves it, beside the Triton kernels, cuDNN, expand
++ sum + cuDNN, and beside a copy of what must move: ``python -m benchmarks.gpu FOLDER`` writes
+gpu.json, gpu.md and, where matplotlib is installed, a plot.
 
-16-bit, channels-last, every call below autograd and from a cold second-level cache. Needs torch, Triton and
-pytest-benchmark alone; the shapes are those of ``shapes.cores()`` at the widths that are powers of two.
-"""
+16-bit, channels-last, every call below autograd and from a cold second-level cache. Needs torch,
+Triton and pytest-benchmark alone; the shapes are those of ``shapes.cores()`` at the widths that are
+powers of two."""
 
 from __future__ import annotations
 
@@ -46,16 +46,38 @@ class Shape(NamedTuple):
 #: The most telling first: a run that is short of time leaves out the last.
 SHAPES = (
     *(Shape(128, 64, 56), Shape(128, 128, 28), Shape(128, 256, 14), Shape(128, 512, 7)),
-    *(Shape(128, 64, 56, 2), Shape(256, 64, 32), Shape(256, 256, 8), Shape(128, 128, 56), Shape(128, 64, 112)),
-    *(Shape(128, 256, 28), Shape(128, 512, 14), Shape(256, 512, 4), Shape(128, 256, 14, 2), Shape(256, 64, 16)),
-    *(Shape(128, 128, 28, 2), Shape(256, 128, 16), Shape(256, 128, 8), Shape(256, 256, 4), Shape(128, 64, 224)),
+    *(
+        Shape(128, 64, 56, 2),
+        Shape(256, 64, 32),
+        Shape(256, 256, 8),
+        Shape(128, 128, 56),
+        Shape(128, 64, 112),
+    ),
+    *(
+        Shape(128, 256, 28),
+        Shape(128, 512, 14),
+        Shape(256, 512, 4),
+        Shape(128, 256, 14, 2),
+        Shape(256, 64, 16),
+    ),
+    *(
+        Shape(128, 128, 28, 2),
+        Shape(256, 128, 16),
+        Shape(256, 128, 8),
+        Shape(256, 256, 4),
+        Shape(128, 64, 224),
+    ),
 )
 #: The paper's group sizes, and the largest that the CUDA kernels serve.
 SIZES = (1, 4, 16, 32, 64)
 #: As the backends' functions are called.
-OPERATIONS = {"forward": "forward", "input gradient": "input_grad", "weight gradient": "weight_grad"}
-#: What the CUDA kernels are meant to reach: least fraction of the copy's speed for groups of up to 16, of 32 and of 64,
-#: on maps of 56 and larger and on smaller ones.
+OPERATIONS = {
+    "forward": "forward",
+    "input gradient": "input_grad",
+    "weight gradient": "weight_grad",
+}
+#: What the CUDA kernels are meant to reach: least fraction of the copy's speed for groups of up to
+#: 16, of 32 and of 64, on maps of 56 and larger and on smaller ones.
 AIMS = {
     "forward": {16: (0.88, 0.8), 32: (0.75, 0.65), 64: (0.58, 0.48)},
     "input gradient": {16: (0.88, 0.8), 32: (0.75, 0.65), 64: (0.58, 0.48)},
@@ -74,13 +96,19 @@ def aim(size: int, group_size: int, operation: str) -> float:
     return AIMS[operation][max(16, group_size)][size < LARGE]
 
 
-def calls(shape: Shape, active: int, operation: str, dtype: torch.dtype, device: str) -> dict[str, Call]:
+def calls(
+    shape: Shape, active: int, operation: str, dtype: torch.dtype, device: str
+) -> dict[str, Call]:
     """Ours, its definition, and what it is compared with."""
     geometry = ((shape.stride,) * 2, (1, 1), (1, 1))
     size = output_size((shape.size,) * 2, (3, 3), *geometry)
-    shapes = (shape.batch, shape.channels, shape.size, shape.size), (shape.batch, shape.channels, *size)
+    shapes = (
+        (shape.batch, shape.channels, shape.size, shape.size),
+        (shape.batch, shape.channels, *size),
+    )
     input, grad = (
-        torch.randn(each, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last) for each in shapes
+        torch.randn(each, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        for each in shapes
     )
     terms = [torch.randn(shape.channels, s, 3, 3, device=device, dtype=dtype) for s in sizes(shape)]
     weight = sum_terms(terms, shape.channels, active)
@@ -88,7 +116,15 @@ def calls(shape: Shape, active: int, operation: str, dtype: torch.dtype, device:
     count = torch.tensor(active)
 
     def cudnn(weight: Tensor, input: Tensor = input, grad: Tensor = grad) -> Any:
-        arguments = (input, weight, None, *geometry, False, (0, 0), shape.channels // weight.shape[1])
+        arguments = (
+            input,
+            weight,
+            None,
+            *geometry,
+            False,
+            (0, 0),
+            shape.channels // weight.shape[1],
+        )
         if operation == "forward":
             return torch.ops.aten.convolution(*arguments)
         return torch.ops.aten.convolution_backward(grad, *arguments, needs)
@@ -102,7 +138,9 @@ def calls(shape: Shape, active: int, operation: str, dtype: torch.dtype, device:
     def ours() -> Any:
         if operation == "forward":
             return torch.ops.gross.series_conv2d(input, terms, count, None, *geometry)
-        return torch.ops.gross.series_conv2d_backward(grad, input, terms, count, None, *geometry, needs)
+        return torch.ops.gross.series_conv2d_backward(
+            grad, input, terms, count, None, *geometry, needs
+        )
 
     def definition() -> Any:
         arguments = (input, terms, active, None, *geometry)
@@ -133,9 +171,11 @@ def calls(shape: Shape, active: int, operation: str, dtype: torch.dtype, device:
     }
 
 
-def measure(shape: Shape, active: int, operation: str, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
-    """One entry: medians in milliseconds and, pairwise, how many times as fast ours is; checked against the
-    definition first."""
+def measure(
+    shape: Shape, active: int, operation: str, dtype: torch.dtype, device: str, rounds: int
+) -> dict[str, Any]:
+    """One entry: medians in milliseconds and, pairwise, how many times as fast ours is; checked
+    against the definition first."""
     each = calls(shape, active, operation, dtype, device)
     definition = each.pop("definition")
     check_close(each["ours"](), definition())
@@ -154,7 +194,8 @@ def measure(shape: Shape, active: int, operation: str, dtype: torch.dtype, devic
             seconds[name].append(time_call(call))
     names = {name: "cuDNN" if name.startswith("cuDNN") else name for name in each}
     ratios = {
-        names[name]: median([b / a for a, b in zip(seconds["ours"], seconds[name], strict=True)]) for name in each
+        names[name]: median([b / a for a, b in zip(seconds["ours"], seconds[name], strict=True)])
+        for name in each
     }
     size = output_size((shape.size,) * 2, (3, 3), (shape.stride,) * 2, (1, 1), (1, 1))
     return {
@@ -172,9 +213,11 @@ def measure(shape: Shape, active: int, operation: str, dtype: torch.dtype, devic
 
 
 def host_microseconds(device: str, repeats: int = 2000) -> float:
-    """Wall time of one forward call without gradients on a tiny tensor: what the host spends, as long as the GPU is
-    faster."""
-    input = torch.randn(1, 64, 4, 4, device=device, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    """Wall time of one forward call without gradients on a tiny tensor: what the host spends, as
+    long as the GPU is faster."""
+    input = torch.randn(1, 64, 4, 4, device=device, dtype=torch.bfloat16).contiguous(
+        memory_format=torch.channels_last
+    )
     terms = [torch.randn(64, s, 3, 3, device=device, dtype=torch.bfloat16) for s in SIZES[:4]]
     arguments = (input, terms, torch.tensor(2), None, (1, 1), (1, 1), (1, 1))
     with torch.inference_mode():
@@ -195,14 +238,20 @@ def synchronise(device: str) -> None:
 
 
 def run(
-    shapes: Sequence[Shape], device: str, rounds: int, deadline: float, progress: Callable[[str], None]
+    shapes: Sequence[Shape],
+    device: str,
+    rounds: int,
+    deadline: float,
+    progress: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """Entries, until the deadline (``time.monotonic``)."""
     for shape in shapes:
         for active in range(1, len(sizes(shape)) + 1):
             for operation in OPERATIONS:
                 if time.monotonic() > deadline:
-                    progress(f"out of time: everything from {shape.label}, group size {SIZES[active - 1]} is left out")
+                    progress(
+                        f"out of time: everything from {shape.label}, group size {SIZES[active - 1]} is left out"
+                    )
                     return
                 with torch.inference_mode():
                     yield measure(shape, active, operation, torch.bfloat16, device, rounds)
@@ -220,21 +269,48 @@ def markdown(entries: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         "Times as fast: geometric mean / minimum over shapes. Of a copy: median fraction / minimum.",
         "",
-        *row("operation", "maps", "group size", "shapes", "of a copy", "aim", *(f"vs {rival}" for rival in rivals)),
+        *row(
+            "operation",
+            "maps",
+            "group size",
+            "shapes",
+            "of a copy",
+            "aim",
+            *(f"vs {rival}" for rival in rivals),
+        ),
         *row(*["---"] * 9),
     ]
     for operation in OPERATIONS:
         for maps, large in ((f"{LARGE} and larger", True), ("smaller", False)):
             for size in SIZES:
                 kind = (operation, size, large)
-                some = [e["ratios"] for e in entries if (e["operation"], e["group size"], e["size"] >= LARGE) == kind]
+                some = [
+                    e["ratios"]
+                    for e in entries
+                    if (e["operation"], e["group size"], e["size"] >= LARGE) == kind
+                ]
                 if some:
                     copies = [ratios["copy"] for ratios in some]
                     of_copy = f"{median(copies):.2f} / {min(copies):.2f}"
-                    means = [spread([ratios[rival] for ratios in some if rival in ratios]) for rival in rivals]
+                    means = [
+                        spread([ratios[rival] for ratios in some if rival in ratios])
+                        for rival in rivals
+                    ]
                     wanted = f"{aim(LARGE if large else 0, size, operation):.2f}"
-                    lines += row(operation, maps, str(size), str(len(some)), of_copy, wanted, *means)
-    lines += ["", *row("shape", "group size", "operation", "ms", "of a copy", *(f"vs {rival}" for rival in rivals))]
+                    lines += row(
+                        operation, maps, str(size), str(len(some)), of_copy, wanted, *means
+                    )
+    lines += [
+        "",
+        *row(
+            "shape",
+            "group size",
+            "operation",
+            "ms",
+            "of a copy",
+            *(f"vs {rival}" for rival in rivals),
+        ),
+    ]
     lines += row(*["---"] * 8)
     for e in entries:
         ratios = {name: f"{ratio:.2f}" for name, ratio in e["ratios"].items()}
@@ -263,9 +339,18 @@ def plot(entries: Sequence[dict[str, Any]], path: Path) -> bool:
     labels = list(dict.fromkeys(e["shape"] for e in entries))
     for axis, operation in zip(figure.subplots(len(OPERATIONS), 1), OPERATIONS, strict=True):
         for i, size in enumerate(SIZES):
-            some = {e["shape"]: e["ratios"] for e in entries if (e["operation"], e["group size"]) == (operation, size)}
+            some = {
+                e["shape"]: e["ratios"]
+                for e in entries
+                if (e["operation"], e["group size"]) == (operation, size)
+            }
             places = [labels.index(label) + 0.16 * i for label in some]
-            axis.bar(places, [ratios["copy"] for ratios in some.values()], 0.15, label=f"groups of {size}")
+            axis.bar(
+                places,
+                [ratios["copy"] for ratios in some.values()],
+                0.15,
+                label=f"groups of {size}",
+            )
             cudnn = [ratios["copy"] / ratios["cuDNN"] for ratios in some.values()]
             axis.plot(places, cudnn, "k_", label="cuDNN" if i == 0 else None)
         axis.axhline(aim(LARGE, 16, operation), color="k", linestyle="--", linewidth=0.5)
@@ -279,7 +364,9 @@ def plot(entries: Sequence[dict[str, Any]], path: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=240, help="leave out what does not fit (default: 240)")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="leave out what does not fit (default: 240)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (default: 15)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -291,9 +378,13 @@ def main() -> None:
 def write(folder: Path, shapes: Sequence[Shape], device: str, rounds: int, deadline: float) -> None:
     """Measure, and write gpu.json, gpu.md and gpu.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    sample = torch.empty(1, 64, 8, 8, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    sample = torch.empty(1, 64, 8, 8, device=device, dtype=torch.bfloat16).to(
+        memory_format=torch.channels_last
+    )
     facts = machine() | {
-        "backend": explain(sample, [torch.empty(64, 4, 3, 3, device=device, dtype=torch.bfloat16)], padding=1),
+        "backend": explain(
+            sample, [torch.empty(64, 4, 3, 3, device=device, dtype=torch.bfloat16)], padding=1
+        ),
         "host microseconds for a forward call (aim: 15)": round(host_microseconds(device), 1),
         "CPU kernels": "loaded" if ops.load_error is None else "not loaded",
     }

@@ -1,8 +1,9 @@
-"""Interleaved timing: ours and every baseline in turn, A B C A B C …, so that a ratio compares neighbouring calls.
+"""Interleaved timing: ours and every baseline in turn, A B C A B C …, so that a ratio compares
+neighbouring calls.
 
-On a shared machine single timings mean little; the median of pairwise ratios holds still. pytest-benchmark records the
-times of ours through :data:`stopwatch`; everything else goes to ``extra_info``.
-"""
+On a shared machine single timings mean little; the median of pairwise ratios holds still.
+pytest-benchmark records the times of ours through :data:`stopwatch`; everything else goes to
+``extra_info``."""
 
 from __future__ import annotations
 
@@ -26,16 +27,21 @@ from gross_kernels.series import convolution_macs
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: (dtype, memory format) by device, as names in torch; the first is measured on every shape.
 PRECISIONS = {
-    "cpu": (("float32", "channels_last"), ("float32", "contiguous_format"), ("bfloat16", "channels_last")),
+    "cpu": (
+        ("float32", "channels_last"),
+        ("float32", "contiguous_format"),
+        ("bfloat16", "channels_last"),
+    ),
     "cuda": (("bfloat16", "channels_last"), ("float16", "channels_last")),
 }[DEVICE.type]
-#: Largest difference from the reference that passes, relative to the largest magnitude: eight units in the last place
-#: in 16-bit, and in float32 room for sums of 10⁵ products in another order.
+#: Largest difference from the reference that passes, relative to the largest magnitude: eight units
+#: in the last place in 16-bit, and in float32 room for sums of 10⁵ products in another order.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
-#: A variant of a baseline that takes this many times as long as the fastest one, both warm, is not timed further.
+#: A variant of a baseline that takes this many times as long as the fastest one, both warm, is not
+#: timed further.
 HOPELESS = 3.0
-#: Read between calls on a GPU: more than its second-level cache holds, and long enough (0.1 ms at 4.3 TB/s) to hide the
-#: next launch.
+#: Read between calls on a GPU: more than its second-level cache holds, and long enough (0.1 ms at
+#: 4.3 TB/s) to hide the next launch.
 FLUSH_BYTES = 512 * 2**20
 #: Touched before anything is timed on a CPU: the outputs of one round of most entries.
 HEAP_BYTES = 2**30
@@ -45,7 +51,8 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one comparison is measured: rounds that fill ``seconds``, at least ``least`` and at most ``most``."""
+    """How long one comparison is measured: rounds that fill ``seconds``, at least ``least`` and at
+    most ``most``."""
 
     seconds: float
     least: int
@@ -60,7 +67,8 @@ FULL = Budget(seconds=0.5, least=9, most=100)
 
 
 class Stopwatch:
-    """The clock that pytest-benchmark reads: it advances by what was measured for ours, and stands still otherwise."""
+    """The clock that pytest-benchmark reads: it advances by what was measured for ours, and stands
+    still otherwise."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -86,22 +94,33 @@ def compare(
 
     Args:
         benchmark: pytest-benchmark's fixture; it records the times of ours.
-        ours, reference: calls that return tensors, or nested sequences of tensors and None; empty tensors are ignored.
+        ours, reference: calls that return tensors, or nested sequences of tensors and None; empty
+            tensors are ignored.
         baselines: by name, the variants of each; the one with the smallest median counts.
         budget: how long to measure.
 
     Returns:
-        ``milliseconds``, medians of ours and of each baseline's fastest variant; ``variants``, of each baseline, the
-        median of every variant in ms, one call's time for the hopeless; ``fastest``, each baseline's variant;
-        ``ratios``, each baseline's :func:`ratio`.
+        ``milliseconds``, medians of ours and of each baseline's fastest variant; ``variants``, of
+        each baseline, the median of every variant in ms, one call's time for the hopeless;
+        ``fastest``, each baseline's variant; ``ratios``, each baseline's :func:`ratio`.
 
     Raises:
         AssertionError: if ours and the reference disagree.
     """
     check_close(ours(), reference())
-    warm = {(name, variant): _warm(call) for name, calls in baselines.items() for variant, call in calls.items()}
-    best = {name: min(warm[name, variant] for variant in calls) for name, calls in baselines.items()}
-    calls = {key: baselines[key[0]][key[1]] for key, seconds in warm.items() if seconds <= HOPELESS * best[key[0]]}
+    warm = {
+        (name, variant): _warm(call)
+        for name, calls in baselines.items()
+        for variant, call in calls.items()
+    }
+    best = {
+        name: min(warm[name, variant] for variant in calls) for name, calls in baselines.items()
+    }
+    calls = {
+        key: baselines[key[0]][key[1]]
+        for key, seconds in warm.items()
+        if seconds <= HOPELESS * best[key[0]]
+    }
     ours_seconds: list[float] = []
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
 
@@ -114,12 +133,18 @@ def compare(
     rounds = budget.rounds(_warm(ours) + sum(warm[key] for key in calls))
     benchmark.pedantic(one_round, rounds=rounds)
     milliseconds = {key: 1e3 * median(values) for key, values in seconds.items()}
-    fastest = {name: min((k for k in calls if k[0] == name), key=milliseconds.__getitem__) for name in baselines}
+    fastest = {
+        name: min((k for k in calls if k[0] == name), key=milliseconds.__getitem__)
+        for name in baselines
+    }
     return {
         "milliseconds": {"ours": 1e3 * median(ours_seconds)}
         | {name: milliseconds[fastest[name]] for name in baselines},
         "variants": {
-            name: {variant: milliseconds.get((name, variant), 1e3 * warm[name, variant]) for variant in calls}
+            name: {
+                variant: milliseconds.get((name, variant), 1e3 * warm[name, variant])
+                for variant in calls
+            }
             for name, calls in baselines.items()
         },
         "fastest": {name: key[1] for name, key in fastest.items()},
@@ -128,8 +153,8 @@ def compare(
 
 
 def time_call(call: Call) -> float:
-    """Seconds that one call takes, the release of its result included: by the wall clock on a CPU, between two events
-    and from a cold second-level cache on a GPU."""
+    """Seconds that one call takes, the release of its result included: by the wall clock on a CPU,
+    between two events and from a cold second-level cache on a GPU."""
     if DEVICE.type == "cpu":
         begin = time.perf_counter()
         call()
@@ -150,7 +175,8 @@ def _flush_buffer() -> Tensor:
 
 
 def _warm(call: Call) -> float:
-    """Seconds of the faster of two calls after a first one, which chooses algorithms, compiles and fills caches."""
+    """Seconds of the faster of two calls after a first one, which chooses algorithms, compiles and
+    fills caches."""
     call()
     return min(time_call(call) for _ in range(2))
 
@@ -160,18 +186,22 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratio(ours: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the pairwise ratios ``baseline[i] / ours[i]``: above 1 ours is faster."""
+    """Median and quartiles of the pairwise ratios ``baseline[i] / ours[i]``: above 1 ours is
+    faster."""
     ratios = torch.tensor([b / o for o, b in zip(ours, baseline, strict=True)], dtype=torch.float64)
     q1, q2, q3 = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
     return {"median": q2, "q1": q1, "q3": q3}
 
 
 def check_close(actual: Any, expected: Any) -> None:
-    """Assert that tensors, or nested sequences of tensors, agree within :data:`TOLERANCE` of the expected dtype."""
+    """Assert that tensors, or nested sequences of tensors, agree within :data:`TOLERANCE` of the
+    expected dtype."""
     pairs = list(zip(_tensors(actual), _tensors(expected), strict=True))
     assert pairs, "there is nothing to compare"
     for i, (a, e) in enumerate(pairs):
-        assert a.shape == e.shape, f"result {i}: shape {tuple(a.shape)}, the reference's is {tuple(e.shape)}"
+        assert a.shape == e.shape, (
+            f"result {i}: shape {tuple(a.shape)}, the reference's is {tuple(e.shape)}"
+        )
         difference = (a.float() - e.float()).abs().max().item()
         allowed = TOLERANCE[e.dtype] * e.abs().max().item()
         assert difference <= allowed, (
@@ -200,13 +230,17 @@ def rates(macs: int, bytes: int, milliseconds: float) -> dict[str, float]:
 
 
 def best_product(dtype: torch.dtype) -> dict[str, Any]:
-    """The machine's best rate now, as ``gflops``, and ``by`` what: a matrix product or a dense convolution.
+    """The machine's best rate now, as ``gflops``, and ``by`` what: a matrix product or a dense
+    convolution.
 
-    All are tried: on processors of AMD ``torch.mm`` is the slowest. One call of each takes 20 ms on two cores, so that
-    every entry can bring its own figure: the highest of all is what the machine reaches undisturbed.
-    """
+    All are tried: on processors of AMD ``torch.mm`` is the slowest. One call of each takes 20 ms on
+        two cores, so that
+    every entry can bring its own figure: the highest of all is what the machine reaches
+    undisturbed."""
     with torch.inference_mode():
-        rates = {name: 2e-9 * macs / time_call(call) for name, (macs, call) in _products(dtype).items()}
+        rates = {
+            name: 2e-9 * macs / time_call(call) for name, (macs, call) in _products(dtype).items()
+        }
     by = max(rates, key=rates.__getitem__)
     return {"gflops": rates[by], "by": by}
 
@@ -233,20 +267,21 @@ def _products(dtype: torch.dtype) -> dict[str, tuple[int, Call]]:
 def keep_freed_memory() -> bool:
     """Have the C library keep what is freed, and say whether it does; only glibc can be told.
 
-    By default it gives large blocks back to the system at once, and every large output then comes in fresh pages: that
-    halves the speed of large layers, of ours and of the library's (64→64 at 56×56, batch 16, dense: 370 instead of 500
-    GFLOP/s), and the ratio compares page faults.
-    """
+    By default it gives large blocks back to the system at once, and every large output then comes
+    in fresh pages: that halves the speed of large layers, of ours and of the library's (64→64 at
+    56×56, batch 16, dense: 370 instead of 500 GFLOP/s), and the ratio compares page faults."""
     if DEVICE.type != "cpu" or not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False
-    # M_MMAP_MAX = 0: no block is mapped on its own; M_TRIM_THRESHOLD = -1: the end of the heap is never given back.
+    # M_MMAP_MAX = 0: no block is mapped on its own; M_TRIM_THRESHOLD = -1: the end of the heap is
+    # never given back.
     kept = mallopt(-4, 0) == 1 and mallopt(-1, -1) == 1
     if kept:
-        # An aligned block seldom fits where its like was freed: five calls pass before no page is fresh.
+        # An aligned block seldom fits where its like was freed: five calls pass before no page is
+        # fresh.
         torch.ones(HEAP_BYTES, dtype=torch.uint8)
     return kept
 
@@ -259,9 +294,7 @@ def machine() -> dict[str, Any]:
     else:
         import cpuinfo
 
-        name = (
-            f"{cpuinfo.get_cpu_info().get('brand_raw', platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
-        )
+        name = f"{cpuinfo.get_cpu_info().get('brand_raw', platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "device": name,
         "device_type": DEVICE.type,

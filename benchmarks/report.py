@@ -1,8 +1,7 @@
 """Tables and plots of what the benchmarks measured: ``python -m benchmarks.report FILE.json``.
 
-The file is what ``pytest benchmarks/ --benchmark-only --benchmark-json FILE.json`` writes; everything shown is in its
-entries' ``extra_info``.
-"""
+The file is what ``pytest benchmarks/ --benchmark-only --benchmark-json FILE.json`` writes;
+everything shown is in its entries' ``extra_info``."""
 
 from __future__ import annotations
 
@@ -28,15 +27,17 @@ Entry = dict[str, Any]
 Best = dict[str, dict[str, Any]]
 #: Width of a plot and height of its panels, in inches.
 WIDTH, HEIGHT = 18.0, 3.0
-#: Heading of a column: mean GFLOP/s of ours over the machine's best; of operations one after another.
+#: Heading of a column: mean GFLOP/s of ours over the machine's best; of operations one after
+#: another.
 SHARE = "of the best product"
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """Markdown: the machine, and one table of ratios for each suite, precision and batch. Above 1 ours is faster.
+    """Markdown: the machine, and one table of ratios for each suite, precision and batch. Above 1
+    ours is faster.
 
-    Where :mod:`benchmarks.goals` has a goal, it follows the figure in brackets, with "reached" or "missed".
-    """
+    Where :mod:`benchmarks.goals` has a goal, it follows the figure in brackets, with "reached" or
+    "missed"."""
     suites = {
         "grouped convolution": (_core_table, _of("dtype", "memory_format")),
         "GroSSConv2d": (_layer_table, _of("narrow", "dtype", "memory_format", "batch")),
@@ -66,7 +67,8 @@ def details(entries: Sequence[Entry]) -> str:
             _share([entry], best),
             f"{entry['gbps']:.1f}",
             "; ".join(
-                f"{name} ({entry['fastest'][name]}) {_with_quartiles(ratio)}" for name, ratio in entry["ratios"].items()
+                f"{name} ({entry['fastest'][name]}) {_with_quartiles(ratio)}"
+                for name, ratio in entry["ratios"].items()
             ),
         ]
         for entry in entries
@@ -88,8 +90,9 @@ def details(entries: Sequence[Entry]) -> str:
 
 
 def plots(entries: Sequence[Entry]) -> dict[str, Figure]:
-    """One figure for each suite, operation and precision, by file name: a panel for each shape or network, in it the
-    time of ours and of every baseline as bars, and the MACs as dots, for each group size or configuration."""
+    """One figure for each suite, operation and precision, by file name: a panel for each shape or
+    network, in it the time of ours and of every baseline as bars, and the MACs as dots, for each
+    group size or configuration."""
     best = best_products(entries)
     figures = {}
     for group in _groups(entries, _of("suite", "operation", "dtype", "memory_format")):
@@ -121,12 +124,16 @@ def efficiency_unpacked(entry: Entry) -> float:
 
 
 def best_products(entries: Sequence[Entry]) -> Best:
-    """The machine's best rate in each precision. Every entry brings what it saw; ``median`` is far below ``gflops``
-    where other work disturbed the run."""
+    """The machine's best rate in each precision. Every entry brings what it saw; ``median`` is far
+    below ``gflops`` where other work disturbed the run."""
     products = {}
     for group in _groups(entries, _of("dtype")):
-        seen = sorted((entry["best_product"] for entry in group), key=lambda product: product["gflops"])
-        products[group[0]["dtype"]] = seen[-1] | {"median": statistics.median(each["gflops"] for each in seen)}
+        seen = sorted(
+            (entry["best_product"] for entry in group), key=lambda product: product["gflops"]
+        )
+        products[group[0]["dtype"]] = seen[-1] | {
+            "median": statistics.median(each["gflops"] for each in seen)
+        }
     return products
 
 
@@ -134,14 +141,18 @@ def _ratio(entry: Entry, baseline: str) -> float:
     return entry["ratios"][baseline]["median"]
 
 
-def _figure(entries: Sequence[Entry], name: str, value: Callable[[Entry], float] | None = None) -> str:
-    """Geometric mean and minimum of ``value``, by default the ratio to the baseline ``name``, and the goal of
-    ``name``; nothing for no entries."""
+def _figure(
+    entries: Sequence[Entry], name: str, value: Callable[[Entry], float] | None = None
+) -> str:
+    """Geometric mean and minimum of ``value``, by default the ratio to the baseline ``name``, and
+    the goal of ``name``; nothing for no entries."""
     if not entries:
         return ""
     values = [value(entry) if value else _ratio(entry, name) for entry in entries]
     goal = goals.goal(name, entries[0])
-    return f"{statistics.geometric_mean(values):.2f} / {min(values):.2f}" + (f" ({goal.mark(values)})" if goal else "")
+    return f"{statistics.geometric_mean(values):.2f} / {min(values):.2f}" + (
+        f" ({goal.mark(values)})" if goal else ""
+    )
 
 
 def _share(entries: Sequence[Entry], best: Best) -> str:
@@ -155,9 +166,14 @@ def _core_table(entries: Sequence[Entry], best: Best) -> str:
     rows = []
     for group in _groups(entries, _of("setting")):
         by_operation = {op: [e for e in group if e["operation"] == op] for op in goals.OPERATIONS}
-        cells = [_figure([e for e in by_operation[op] if name in e["ratios"]], name) for name, op in columns]
+        cells = [
+            _figure([e for e in by_operation[op] if name in e["ratios"]], name)
+            for name, op in columns
+        ]
         shares = ", ".join(_share(found, best) if found else "–" for found in by_operation.values())
-        rows.append([str(group[0]["setting"]), str(len({e["subject"] for e in group})), *cells, shares])
+        rows.append(
+            [str(group[0]["setting"]), str(len({e["subject"] for e in group})), *cells, shares]
+        )
     title = f"Grouped convolution, {_precision(entries)}: times as fast, geometric mean / minimum over shapes"
     header = ["group size", "shapes", *(f"{op} vs {name}" for name, op in columns), SHARE]
     return _markdown(title, header, rows)
@@ -183,7 +199,17 @@ def _layer_table(entries: Sequence[Entry], best: Best) -> str:
     what = "GroSSConv2d with a narrow bottleneck" if entries[0]["narrow"] else "GroSSConv2d"
     run = f"{_precision(entries)}, batch {entries[0]['batch']}"
     title = f"{what}, {run}: times as fast, geometric mean / minimum over layers"
-    header = ["operation", "group size", "layers", "MAC ratio", "vs dense", "η", "η unpacked", "vs fold", SHARE]
+    header = [
+        "operation",
+        "group size",
+        "layers",
+        "MAC ratio",
+        "vs dense",
+        "η",
+        "η unpacked",
+        "vs fold",
+        SHARE,
+    ]
     return _markdown(title, header, rows)
 
 
@@ -198,14 +224,25 @@ def _network_table(entries: Sequence[Entry], best: Best) -> str:
                 e["operation"],
                 f"{e['milliseconds']['ours']:.1f}",
                 f"{e['dense_macs'] / e['macs']:.2f}",
-                _with_quartiles(e["ratios"]["dense"]) + (f" ({goal.mark([_ratio(e, 'dense')])})" if goal else ""),
+                _with_quartiles(e["ratios"]["dense"])
+                + (f" ({goal.mark([_ratio(e, 'dense')])})" if goal else ""),
                 f"{efficiency(e):.2f}",
                 f"{_ratio(e, 'fold'):.2f}",
                 _share([e], best),
             ]
         )
     title = f"Networks, {_precision(entries)}, batch {entries[0]['batch']}: times as fast"
-    header = ["network", "configuration", "operation", "ms", "MAC ratio", "vs dense", "η", "vs fold", SHARE]
+    header = [
+        "network",
+        "configuration",
+        "operation",
+        "ms",
+        "MAC ratio",
+        "vs dense",
+        "η",
+        "vs fold",
+        SHARE,
+    ]
     return _markdown(title, header, rows)
 
 
@@ -239,12 +276,17 @@ def _of(*keys: str) -> Callable[[Entry], tuple]:
 
 
 def _groups(entries: Iterable[Entry], key: Callable[[Entry], tuple]) -> list[list[Entry]]:
-    """Entries of equal key together, groups in the order of their keys, entries of a group in their own order."""
+    """Entries of equal key together, groups in the order of their keys, entries of a group in their
+    own order."""
     return [list(group) for _, group in groupby(sorted(entries, key=key), key)]
 
 
 def _machine(entry: Entry, best: Best) -> str:
-    memory = "freed memory kept, no fresh pages" if entry["keeps_memory"] else "memory freed to the system"
+    memory = (
+        "freed memory kept, no fresh pages"
+        if entry["keeps_memory"]
+        else "memory freed to the system"
+    )
     products = ", ".join(
         f"{value['gflops']:.0f} GFLOP/s in {dtype} ({value['by']}; median of entries {value['median']:.0f})"
         for dtype, value in best.items()
@@ -291,8 +333,12 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def write(
-    file: Annotated[Path, typer.Argument(help="what pytest --benchmark-json wrote", exists=True, dir_okay=False)],
-    output: Annotated[Path | None, typer.Option(help="folder for the report; by default named as FILE")] = None,
+    file: Annotated[
+        Path, typer.Argument(help="what pytest --benchmark-json wrote", exists=True, dir_okay=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="folder for the report; by default named as FILE")
+    ] = None,
 ) -> None:
     """Write summary.md and the plots as PNG files."""
     entries = _read(file)

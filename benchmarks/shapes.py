@@ -1,4 +1,5 @@
-"""Every distinct decomposed convolution of the paper's networks, read off the networks themselves."""
+"""Every distinct decomposed convolution of the paper's networks, read off the networks
+themselves."""
 
 from __future__ import annotations
 
@@ -23,13 +24,15 @@ NETWORKS = {
     "vgg16": "vgg16",
     "vgg16-narrow": "vgg16",
 }
-#: Most elements of an output of one call on a CPU: of the powers of two that allow it, the largest batch is taken.
+#: Most elements of an output of one call on a CPU: of the powers of two that allow it, the largest
+#: batch is taken.
 CPU_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A convolution and the size of its input: a decomposed layer, or the grouped convolution inside its bottleneck.
+    """A convolution and the size of its input: a decomposed layer, or the grouped convolution
+    inside its bottleneck.
 
     Attributes:
         in_channels, out_channels, kernel_size, stride, padding: the convolution's.
@@ -52,11 +55,15 @@ class Shape:
     @property
     def narrow(self) -> bool:
         """Whether the bottleneck is narrower than the paper's first three networks have it."""
-        return self.width not in ((self.in_channels, self.in_channels), (self.in_channels, self.out_channels))
+        return self.width not in (
+            (self.in_channels, self.in_channels),
+            (self.in_channels, self.out_channels),
+        )
 
     @property
     def label(self) -> str:
-        """Channels, size, stride, and the width of a narrow bottleneck: "64@56", "64-128@56/2", "64@224:11-18"."""
+        """Channels, size, stride, and the width of a narrow bottleneck: "64@56", "64-128@56/2",
+        "64@224:11-18"."""
         text = f"{_channels(self.in_channels, self.out_channels)}@{self.input_size[0]}"
         if self.stride != (1, 1):
             text += f"/{self.stride[0]}"
@@ -70,7 +77,8 @@ class Shape:
         return output_size(self.input_size, self.kernel_size, self.stride, self.padding, (1, 1))
 
     def batch(self, device: torch.device) -> int:
-        """Images per call: on a GPU 128 of 224×224 or 256 of 32×32; on a CPU what :data:`CPU_ELEMENTS` allows."""
+        """Images per call: on a GPU 128 of 224×224 or 256 of 32×32; on a CPU what
+        :data:`CPU_ELEMENTS` allows."""
         if device.type == "cuda":
             return 128 if self.image_size == 224 else 256
         height, width = self.output_size
@@ -82,7 +90,8 @@ def _channels(channels_in: int, channels_out: int) -> str:
 
 
 def supernet(name: str, model: nn.Module | None = None) -> nn.Module:
-    """The network ``name`` of :data:`NETWORKS`, or ``model`` in its place, with decomposed layers freshly drawn."""
+    """The network ``name`` of :data:`NETWORKS`, or ``model`` in its place, with decomposed layers
+    freshly drawn."""
     model = build(NETWORKS[name]) if model is None else model
     return decompose(model, **structure(name), method="random", quiet=True)
 
@@ -97,7 +106,10 @@ def layers() -> tuple[Shape, ...]:
 def cores() -> tuple[Shape, ...]:
     """The distinct grouped convolutions inside those layers' bottlenecks."""
     return tuple(
-        dict.fromkeys(replace(layer, in_channels=layer.width[0], out_channels=layer.width[1]) for layer in layers())
+        dict.fromkeys(
+            replace(layer, in_channels=layer.width[0], out_channels=layer.width[1])
+            for layer in layers()
+        )
     )
 
 

@@ -1,7 +1,8 @@
-"""Block term decomposition of trained kernels: its error beside Tucker deflation and Adam, and what VGG-16 costs.
+"""Block term decomposition of trained kernels: its error beside Tucker deflation and Adam, and what
+VGG-16 costs.
 
-The kernels are those of the paper's 4-layer network after 15 epochs on scikit-learn's digits, resized to 32×32.
-"""
+The kernels are those of the paper's 4-layer network after 15 epochs on scikit-learn's digits,
+resized to 32×32."""
 
 from __future__ import annotations
 
@@ -26,11 +27,21 @@ pytestmark = pytest.mark.benchmark(group="decomposition")
 
 GROUP_SIZES = (1, 4, 16, 32)
 #: Input and output channels of VGG-16's convolutions but the first.
-VGG16 = ((64, 64), (64, 128), (128, 128), (128, 256), *[(256, 256)] * 2, (256, 512), *[(512, 512)] * 5)
+VGG16 = (
+    (64, 64),
+    (64, 128),
+    (128, 128),
+    (128, 256),
+    *[(256, 256)] * 2,
+    (256, 512),
+    *[(512, 512)] * 5,
+)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
-def test_trained_kernel(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], layer: int) -> None:
+def test_trained_kernel(
+    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], layer: int
+) -> None:
     """At each size Tucker deflation and Adam get the time that the series has taken up to it."""
     weight = trained_kernels()[layer]
     fits: list[BlockTerm] = benchmark.pedantic(block_term_series, (weight, GROUP_SIZES), rounds=1)
@@ -47,7 +58,10 @@ def test_trained_kernel(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixtu
         }
         benchmark.extra_info[f"s = {s}"] = row | {"seconds": fit.seconds}
         assert fit.relative_error <= 1.03 * min(row.values()) + 1e-5
-        conditions = [float(torch.linalg.cond(each[:, :, 0, 0])) for each in (fit.pointwise_in, fit.pointwise_out)]
+        conditions = [
+            float(torch.linalg.cond(each[:, :, 0, 0]))
+            for each in (fit.pointwise_in, fit.pointwise_out)
+        ]
         lines.append(
             f"s = {s:3d}: "
             + ", ".join(f"{name} {error:.4f}" for name, error in row.items())
@@ -59,7 +73,8 @@ def test_trained_kernel(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixtu
 
 @pytest.mark.full
 def test_vgg16(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    """All twelve convolutions, four group sizes, 50 sweeps each: the time does not depend on the kernels' entries."""
+    """All twelve convolutions, four group sizes, 50 sweeps each: the time does not depend on the
+    kernels' entries."""
     generator = torch.Generator().manual_seed(0)
 
     def run() -> None:
@@ -71,7 +86,9 @@ def test_vgg16(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) 
     benchmark.pedantic(run, rounds=1)
     seconds = benchmark.stats.stats.total
     # Kilobytes on Linux, bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     with capsys.disabled():
         print(
             f"\nVGG-16: {seconds:.0f} s, {time.process_time() - processor:.0f} s of processor time on "
@@ -98,7 +115,8 @@ def trained_kernels() -> list[Tensor]:
 
 
 def tucker_deflation(weight: Tensor, group_size: int, seconds: float) -> float:
-    """Relative error of partial Tucker decompositions, group after group, each of what the other groups leave."""
+    """Relative error of partial Tucker decompositions, group after group, each of what the other
+    groups leave."""
     width = weight.shape[1]
     blocks = torch.zeros(width // group_size, *weight.shape)
     rest = weight.clone()
@@ -115,7 +133,8 @@ def tucker_deflation(weight: Tensor, group_size: int, seconds: float) -> float:
 
 
 def adam(weight: Tensor, group_size: int, seconds: float, rate: float) -> float:
-    """Relative error after Adam on P, R and Q, its learning rate falling linearly to zero over the time."""
+    """Relative error after Adam on P, R and Q, its learning rate falling linearly to zero over the
+    time."""
     target = (weight / weight.square().mean().sqrt()).flatten(2)
     width = weight.shape[1]
     groups = width // group_size

@@ -1,10 +1,11 @@
-"""``GroSSConv2d`` beside the dense convolution that it replaces, and beside its ``fold()``: three plain convolutions.
+"""``GroSSConv2d`` beside the dense convolution that it replaces, and beside its ``fold()``: three
+plain convolutions.
 
-Two operations: inference, and training (forward, and the gradients of the input and of every parameter). Everything is
-channels-last, weights too. In inference ours is packed (``GroSSConv2d.pack``) and "unpacked" is the same layer without,
-which sums its weights at every call; on a CPU the plain convolutions, too, may have their weights packed beforehand, as
-compilers do, and the faster counts.
-"""
+Two operations: inference, and training (forward, and the gradients of the input and of every
+parameter). Everything is channels-last, weights too. In inference ours is packed
+(``GroSSConv2d.pack``) and "unpacked" is the same layer without, which sums its weights at every
+call; on a CPU the plain convolutions, too, may have their weights packed beforehand, as compilers
+do, and the faster counts."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ from .shapes import layers
 pytestmark = pytest.mark.benchmark(group="GroSSConv2d", timer=stopwatch, disable_gc=True)
 
 LAYERS = {layer.label: layer for layer in layers()}
-#: What a quick run measures: of the 4-layer network, of VGG-16 at 32×32, of ResNet-18 (three: large maps, a stride, and
-#: the most channels for its maps, where packing counts) and of VGG-16 at 224×224.
+#: What a quick run measures: of the 4-layer network, of VGG-16 at 32×32, of ResNet-18 (three: large
+#: maps, a stride, and the most channels for its maps, where packing counts) and of VGG-16 at
+#: 224×224.
 REPRESENTATIVE = ("64@4", "256@8", "64@56", "256-512@14/2", "512@7", "512@14")
 #: In inference; a quick run trains at 4 and the larger batch alone, as the goals do.
 GROUP_SIZES = (1, 4, 16, 32)
@@ -42,25 +44,46 @@ def cases() -> Iterator[Any]:
             for group_size in layer.group_sizes:
                 for operation in ("inference", "training"):
                     training = operation == "training"
-                    wanted = (batch, group_size) == (batches[0], 4) if training else group_size in GROUP_SIZES
+                    wanted = (
+                        (batch, group_size) == (batches[0], 4)
+                        if training
+                        else group_size in GROUP_SIZES
+                    )
                     quick = label in REPRESENTATIVE and wanted
-                    yield pytest.param(label, batch, group_size, operation, marks=() if quick else pytest.mark.full)
+                    yield pytest.param(
+                        label, batch, group_size, operation, marks=() if quick else pytest.mark.full
+                    )
 
 
 @pytest.mark.parametrize(("label", "batch", "group_size", "operation"), list(cases()))
-def test_layer(compare: Callable[..., None], label: str, batch: int, group_size: int, operation: str) -> None:
+def test_layer(
+    compare: Callable[..., None], label: str, batch: int, group_size: int, operation: str
+) -> None:
     training = operation == "training"
     dtype_name, memory_format = PRECISIONS[0]
     dtype = getattr(torch, dtype_name)
     shape = LAYERS[label]
-    geometry = (shape.in_channels, shape.out_channels, shape.kernel_size, shape.stride, shape.padding)
-    layer = GroSSConv2d(*geometry, device=DEVICE, dtype=dtype, group_sizes=shape.group_sizes, width=shape.width)
+    geometry = (
+        shape.in_channels,
+        shape.out_channels,
+        shape.kernel_size,
+        shape.stride,
+        shape.padding,
+    )
+    layer = GroSSConv2d(
+        *geometry, device=DEVICE, dtype=dtype, group_sizes=shape.group_sizes, width=shape.width
+    )
     layer.group_size = group_size
     dense = nn.Conv2d(*geometry, device=DEVICE, dtype=dtype)
     modules: dict[str, nn.Module] = {"ours": layer, "dense": dense, "fold": layer.fold()}
     input, grad = (
-        torch.randn(batch, channels, *size, device=DEVICE, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        for channels, size in ((shape.in_channels, shape.input_size), (shape.out_channels, shape.output_size))
+        torch.randn(batch, channels, *size, device=DEVICE, dtype=dtype).contiguous(
+            memory_format=torch.channels_last
+        )
+        for channels, size in (
+            (shape.in_channels, shape.input_size),
+            (shape.out_channels, shape.output_size),
+        )
     )
     for module in modules.values():
         module.to(memory_format=torch.channels_last).train(training)
@@ -75,8 +98,8 @@ def test_layer(compare: Callable[..., None], label: str, batch: int, group_size:
     dense_macs = convolution_macs(
         shape.out_channels, shape.in_channels, shape.kernel_size, shape.output_size, bias=True
     )
-    # In training each of two gradients costs what the forward costs. The backward pass reads input, output gradient and
-    # weights again, and writes gradients of input and weights.
+    # In training each of two gradients costs what the forward costs. The backward pass reads input,
+    # output gradient and weights again, and writes gradients of input and weights.
     passes = 3 if training else 1
     with torch.inference_mode(not training):
         baselines = {name: {"eager": call} for name, call in calls.items() if name != "ours"}
@@ -106,17 +129,27 @@ def test_layer(compare: Callable[..., None], label: str, batch: int, group_size:
 def gradients(module: nn.Module, input: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """Forward and backward: the gradients of the input and of every parameter."""
     input = input.detach().requires_grad_()
-    return torch.autograd.grad(module(input), [input, *module.parameters()], grad, materialize_grads=True)
+    return torch.autograd.grad(
+        module(input), [input, *module.parameters()], grad, materialize_grads=True
+    )
 
 
 def packed(module: nn.Module, input: Tensor) -> Call:
-    """A convolution, or a chain of them, with the weights in oneDNN's layout, by the operators of ``torch.compile``."""
+    """A convolution, or a chain of them, with the weights in oneDNN's layout, by the operators of
+    ``torch.compile``."""
     steps: list[tuple[Any, ...]] = []
     output = input
     for convolution in module.modules():
         if isinstance(convolution, nn.Conv2d):
-            geometry = (convolution.padding, convolution.stride, convolution.dilation, convolution.groups)
-            weight = torch.ops.mkldnn._reorder_convolution_weight(convolution.weight, *geometry, output.shape)
+            geometry = (
+                convolution.padding,
+                convolution.stride,
+                convolution.dilation,
+                convolution.groups,
+            )
+            weight = torch.ops.mkldnn._reorder_convolution_weight(
+                convolution.weight, *geometry, output.shape
+            )
             steps.append((weight, convolution.bias, *geometry, "none", [], ""))
             output = convolution(output)
 

@@ -1,9 +1,9 @@
-"""The paper's networks in the configurations of its tables: time beside MACs, against the dense and the folded network.
+"""The paper's networks in the configurations of its tables: time beside MACs, against the dense and
+the folded network.
 
-Two operations: inference, with the supernet packed (``gross_kernels.pack``), and one training step (forward, backward,
-SGD with momentum). Everything is channels-last. The plain networks run eagerly: at these batches packing their weights
-is little beside the convolutions.
-"""
+Two operations: inference, with the supernet packed (``gross_kernels.pack``), and one training step
+(forward, backward, SGD with momentum). Everything is channels-last. The plain networks run eagerly:
+at these batches packing their weights is little beside the convolutions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ CPU_BATCH = 16
 
 def cases() -> Iterator[Any]:
     for name in NETWORKS:
-        for configuration in [row.configuration for row in PUBLISHED if row.network == name and row.configuration]:
+        for configuration in [
+            row.configuration for row in PUBLISHED if row.network == name and row.configuration
+        ]:
             for operation in ("inference", "training"):
                 setting = " ".join(map(str, configuration))
                 marks = () if _is_quick(name, configuration, operation) else pytest.mark.full
@@ -41,8 +43,8 @@ def cases() -> Iterator[Any]:
 
 
 def _is_quick(name: str, configuration: tuple[int, ...], operation: str) -> bool:
-    """All layers at 4; at 32×32 also the other uniform configurations in inference. A call of VGG-16 at
-    224×224 takes seconds on two cores."""
+    """All layers at 4; at 32×32 also the other uniform configurations in inference. A call of
+    VGG-16 at 224×224 takes seconds on two cores."""
     uniform = set(configuration)
     if uniform == {4}:
         return name != "vgg16"
@@ -67,7 +69,8 @@ def test_network(compare: Callable[..., None], name: str, setting: str, operatio
         calls.append(TrainingStep(model, images, labels) if training else partial(model, images))
     if not training:
         pack(network)
-    # In training each of two gradients costs what the forward costs; parameters and momentum are read and written.
+    # In training each of two gradients costs what the forward costs; parameters and momentum are
+    # read and written.
     passes = 3 if training else 1
     weights = sum(parameter.nbytes for parameter in folded.parameters())
     with torch.inference_mode(not training):
@@ -89,7 +92,8 @@ def test_network(compare: Callable[..., None], name: str, setting: str, operatio
 
 
 class TrainingStep:
-    """One step of SGD on one batch. Learning rate 0 and always the same dropout: every step does the same work."""
+    """One step of SGD on one batch. Learning rate 0 and always the same dropout: every step does
+    the same work."""
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
         self.model = model
@@ -99,8 +103,9 @@ class TrainingStep:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
     def __call__(self) -> Tensor:
-        """The logits. Gradients are checked layer by layer elsewhere: here a ReLU or a maximum that decides otherwise
-        moves those of the first layer by up to 0.003 of the largest in float32 and 0.4 in bfloat16."""
+        """The logits. Gradients are checked layer by layer elsewhere: here a ReLU or a maximum that
+        decides otherwise moves those of the first layer by up to 0.003 of the largest in float32
+        and 0.4 in bfloat16."""
         torch.manual_seed(0)
         self.optimizer.zero_grad()
         logits = self.model(self.images)
@@ -112,7 +117,8 @@ class TrainingStep:
 
 
 def fold(network: nn.Module) -> nn.Module:
-    """The supernet at its configuration as a plain network: every decomposed layer as three convolutions."""
+    """The supernet at its configuration as a plain network: every decomposed layer as three
+    convolutions."""
     plain = copy.deepcopy(network)
     for name, layer in decomposed_layers(plain).items():
         plain.set_submodule(name, layer.fold().to(memory_format=torch.channels_last))

@@ -1,9 +1,9 @@
-"""From a trained network to a supernet, on real weights: the paper's 4-layer network on scikit-learn's handwritten
-digits.
+"""From a trained network to a supernet, on real weights: the paper's 4-layer network on
+scikit-learn's handwritten digits.
 
-Trains the network for a few epochs, decomposes it once at all group sizes, and prints the accuracy of every uniform
-configuration before any fine-tuning, beside its multiply-accumulates. Run: python examples/digits.py
-"""
+Trains the network for a few epochs, decomposes it once at all group sizes, and prints the accuracy
+of every uniform configuration before any fine-tuning, beside its multiply-accumulates. Run: python
+examples/digits.py"""
 
 import gross
 import torch
@@ -20,10 +20,13 @@ GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1797 digits of 8×8 pixels as images [N, 3, 32, 32], and their labels: 1437 to train on and 360 to test on."""
+    """1797 digits of 8×8 pixels as images [N, 3, 32, 32], and their labels: 1437 to train on and
+    360 to test on."""
     images, labels = load_digits(return_X_y=True)
     inputs = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
-    inputs = F.interpolate(inputs - inputs.mean(), size=(32, 32), mode="bilinear").repeat(1, 3, 1, 1)
+    inputs = F.interpolate(inputs - inputs.mean(), size=(32, 32), mode="bilinear").repeat(
+        1, 3, 1, 1
+    )
     targets = torch.tensor(labels)
     order = torch.randperm(len(inputs))
     train, test = order[:1437], order[1437:]
@@ -59,7 +62,13 @@ def main() -> None:
     train(model, train_inputs, train_targets)
     supernet = gross.decompose(model, **gross.networks.structure("4-layer"), input_size=input_size)
 
-    table = Table("group sizes", "MACs", "of the full network", "accuracy", title="Digits, before any fine-tuning")
+    table = Table(
+        "group sizes",
+        "MACs",
+        "of the full network",
+        "accuracy",
+        title="Digits, before any fine-tuning",
+    )
     full = gross.macs(model, input_size)
     counts = gross.macs(supernet, input_size)
     for size in GROUP_SIZES:
@@ -70,7 +79,12 @@ def main() -> None:
         correct = f"{accuracy(supernet, test_inputs, test_targets):.1f} %"
         table.add_row(" ".join(map(str, configuration)), f"{macs:,}", share, correct)
     table.add_section()
-    table.add_row("not decomposed", f"{full.total:,}", "", f"{accuracy(model, test_inputs, test_targets):.1f} %")
+    table.add_row(
+        "not decomposed",
+        f"{full.total:,}",
+        "",
+        f"{accuracy(model, test_inputs, test_targets):.1f} %",
+    )
     Console().print(table)
 
 

@@ -1,9 +1,10 @@
-"""ResNet-18 at every group size, on photographs: what the series convolutions cost, beside what a user would write.
+"""ResNet-18 at every group size, on photographs: what the series convolutions cost, beside what a
+user would write.
 
-Every 3×3 convolution after the first becomes a ``GroSSConv2d`` with group sizes 1, 4, 16 and 32. The network then runs
-forward and backward at each of its four uniform configurations, in turn with the baseline: expand the terms, sum them,
-call ``F.conv2d``. Weights are random: the differences of the outputs mean something, the outputs do not.
-"""
+Every 3×3 convolution after the first becomes a ``GroSSConv2d`` with group sizes 1, 4, 16 and 32.
+The network then runs forward and backward at each of its four uniform configurations, in turn with
+the baseline: expand the terms, sum them, call ``F.conv2d``. Weights are random: the differences of
+the outputs mean something, the outputs do not."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ HEADINGS = (
 
 
 def photographs() -> tuple[Tensor, Tensor]:
-    """The four corners, 224×224 each, of scikit-learn's two photographs, normalised as for ImageNet: images
-    ``[8, 3, 224, 224]``, and which photograph each is from ``[8]``."""
+    """The four corners, 224×224 each, of scikit-learn's two photographs, normalised as for
+    ImageNet: images ``[8, 3, 224, 224]``, and which photograph each is from ``[8]``."""
     crops, labels = [], []
     for label, photograph in enumerate(load_sample_images().images):
         image = torch.tensor(photograph).permute(2, 0, 1) / 255

@@ -1,4 +1,5 @@
-"""Fused grouped convolutions over group-size series: the operator, its kernels and the layers built on it."""
+"""Fused grouped convolutions over group-size series: the operator, its kernels and the layers built
+on it."""
 
 from . import ops as ops
 from .dispatch import use_backend, use_fused
@@ -6,4 +7,13 @@ from .functional import explain, series_conv2d
 from .layers import GroSSConv2d, SeriesConv2d, pack
 from .series import expand
 
-__all__ = ["GroSSConv2d", "SeriesConv2d", "expand", "explain", "pack", "series_conv2d", "use_backend", "use_fused"]
+__all__ = [
+    "GroSSConv2d",
+    "SeriesConv2d",
+    "expand",
+    "explain",
+    "pack",
+    "series_conv2d",
+    "use_backend",
+    "use_fused",
+]

@@ -1,13 +1,14 @@
-"""The operators ``gross::bottleneck``, ``gross::bottleneck_backward``, ``gross::bottleneck_pack`` and
-``gross::bottleneck_packed``: a whole layer, pointwise → grouped → pointwise, in one pass.
+"""The operators ``gross::bottleneck``, ``gross::bottleneck_backward``, ``gross::bottleneck_pack``
+and ``gross::bottleneck_packed``: a whole layer, pointwise → grouped → pointwise, in one pass.
 
-``y = relu(Q_n · conv(P_n · x, R_n) + bias)`` with ``P_n = Σ gate_i p_i``, ``R_n = Σ gate_i Ψ(r_i)``, ``Q_n = Σ gate_i
-q_i`` over the first n = ``active`` terms (GroSS, Table 1 and equation 5). On the CPU it is one C++ kernel whose inner
-tensors never leave the second-level cache, and so are all its gradients; elsewhere it is :func:`parts`. What a backward
-pass needs of the inner tensors it computes again, so that training keeps the input alone, or the input and the first
-pointwise's output where ``keep_inner`` says so. For inference the weights may be summed and put into the kernel's
-order beforehand, by ``bottleneck_pack``; what it returns serves ``bottleneck_packed``, which has no gradients.
-"""
+``y = relu(Q_n · conv(P_n · x, R_n) + bias)`` with ``P_n = Σ gate_i p_i``, ``R_n = Σ gate_i
+Ψ(r_i)``, ``Q_n = Σ gate_i q_i`` over the first n = ``active`` terms (GroSS, Table 1 and equation
+5). On the CPU it is one C++ kernel whose inner tensors never leave the second-level cache, and so
+are all its gradients; elsewhere it is :func:`parts`. What a backward pass needs of the inner
+tensors it computes again, so that training keeps the input alone, or the input and the first
+pointwise's output where ``keep_inner`` says so. For inference the weights may be summed and put
+into the kernel's order beforehand, by ``bottleneck_pack``; what it returns serves
+``bottleneck_packed``, which has no gradients."""
 
 from __future__ import annotations
 
@@ -53,11 +54,14 @@ def parts(
     dilation: Pair,
     relu: bool,
 ) -> Tensor:
-    """The layer as three convolutions, differentiable: the operator's definition, and what runs where it has no kernel.
+    """The layer as three convolutions, differentiable: the operator's definition, and what runs
+    where it has no kernel.
 
-    Shapes: input ``[N, C_in, H, W]``, output ``[N, C_out, H', W']``; the weights as in :class:`GroSSConv2d`.
-    """
-    inner = F.conv2d(input, functional.series_sum(list(pointwise_in), active, gates).to(input.dtype))
+    Shapes: input ``[N, C_in, H, W]``, output ``[N, C_out, H', W']``; the weights as in
+    :class:`GroSSConv2d`."""
+    inner = F.conv2d(
+        input, functional.series_sum(list(pointwise_in), active, gates).to(input.dtype)
+    )
     inner = functional.apply(
         inner,
         list(grouped),
@@ -72,12 +76,14 @@ def parts(
     return output.relu() if relu else output
 
 
-# Shapes ---------------------------------------------------------------------------------------------------------------
+# Shapes -----------------------------------------------------------------------------------------
 
 
 def _image(input: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     shape = (input.shape[0], channels, *size)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    return torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input)
+    )
 
 
 @torch.library.register_fake("gross::bottleneck", lib=_library)
@@ -96,7 +102,11 @@ def _bottleneck_shape(
     keep_inner: bool,
 ) -> tuple[Tensor, Tensor]:
     size = output_size(input.shape[2:], grouped[0].shape[2:], stride, padding, dilation)
-    inner = _image(input, pointwise_in[0].shape[0], input.shape[2:]) if keep_inner else input.new_empty(0)
+    inner = (
+        _image(input, pointwise_in[0].shape[0], input.shape[2:])
+        if keep_inner
+        else input.new_empty(0)
+    )
     return _image(input, pointwise_out[0].shape[0], size), inner
 
 
@@ -119,7 +129,11 @@ def _bottleneck_backward_shape(
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
     def like(terms: Series, needed: bool) -> list[Tensor]:
-        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in terms] if needed else []
+        return (
+            [torch.empty_like(t, memory_format=torch.contiguous_format) for t in terms]
+            if needed
+            else []
+        )
 
     return (
         _image(input, input.shape[1], input.shape[2:]) if needs[0] else input.new_empty(0),
@@ -132,13 +146,15 @@ def _bottleneck_backward_shape(
 
 
 def _pairs(shape: Sequence[int]) -> list[Pair]:
-    """``shape`` of ``gross::bottleneck_packed`` in pairs: width; group size and C_out; kernel size, stride, padding and
-    dilation."""
+    """``shape`` of ``gross::bottleneck_packed`` in pairs: width; group size and C_out; kernel size,
+    stride, padding and dilation."""
     return [shape[i : i + 2] for i in range(0, 12, 2)]
 
 
 @torch.library.register_fake("gross::bottleneck_packed", lib=_library)
-def _bottleneck_packed_shape(input: Tensor, packed: Tensor, shape: Sequence[int], relu: bool) -> Tensor:
+def _bottleneck_packed_shape(
+    input: Tensor, packed: Tensor, shape: Sequence[int], relu: bool
+) -> Tensor:
     _, (_, out_channels), *geometry = _pairs(shape)
     return _image(input, out_channels, output_size(input.shape[2:], *geometry))
 
@@ -150,7 +166,7 @@ def _bottleneck_pack_shape(like: Tensor, *weights: Any) -> Tensor:
     return like.new_empty(size, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-# Gradients ------------------------------------------------------------------------------------------------------------
+# Gradients --------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -159,10 +175,14 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     relu = geometry[-1]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, output[1], output[0] if relu else None, bias, active, gates, *first, *grouped, *last)
+    ctx.save_for_backward(
+        input, output[1], output[0] if relu else None, bias, active, gates, *first, *grouped, *last
+    )
 
 
-def _bottleneck_grad(ctx: Any, needs: Sequence[Any], grad: Tensor | None, _: Tensor | None) -> tuple:
+def _bottleneck_grad(
+    ctx: Any, needs: Sequence[Any], grad: Tensor | None, _: Tensor | None
+) -> tuple:
     if grad is None:
         return (None,) * len(needs)
     n = ctx.count
@@ -176,7 +196,9 @@ def _bottleneck_grad(ctx: Any, needs: Sequence[Any], grad: Tensor | None, _: Ten
         results = torch.ops.gross.bottleneck_backward.default(
             grad, input, inner, output, *series, bias, active, gates, *ctx.geometry, wanted
         )
-    *grads, grad_gates = [result if need else None for result, need in zip(results, wanted, strict=True)]
+    *grads, grad_gates = [
+        result if need else None for result, need in zip(results, wanted, strict=True)
+    ]
     return (*grads, None, grad_gates)
 
 
@@ -195,10 +217,18 @@ def _differentiable(
 ) -> list[Any]:
     """The gradients with a graph of their own, for second derivatives: those of :func:`parts`."""
     leaves = [[input], *series, [bias], [gates]]
-    wanted = [leaf for group, need in zip(leaves, needs, strict=True) if need for leaf in group if leaf is not None]
+    wanted = [
+        leaf
+        for group, need in zip(leaves, needs, strict=True)
+        if need
+        for leaf in group
+        if leaf is not None
+    ]
     first, grouped, last = series
     output = parts(input, first, grouped, last, bias, active, gates, *geometry)
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, materialize_grads=True))
+    found = iter(
+        torch.autograd.grad(output, wanted, grad, create_graph=True, materialize_grads=True)
+    )
     results: list[Any] = []
     for i, (group, need) in enumerate(zip(leaves, needs, strict=True)):
         got = [next(found) for leaf in group if leaf is not None] if need else []
@@ -223,8 +253,9 @@ def _backward(
     relu: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    """By parts: with dr = Qᵀdy, dp = Rᵀdr: dx = Pᵀdp, dP = dp xᵀ, dR = corr(p, dr), dQ = dy rᵀ, and every gate's share
-    of the three; p (unless kept) and r are computed again. On the CPU one C++ kernel does it all."""
+    """By parts: with dr = Qᵀdy, dp = Rᵀdr: dx = Pᵀdp, dP = dp xᵀ, dR = corr(p, dr), dQ = dy rᵀ, and
+    every gate's share of the three; p (unless kept) and r are computed again. On the CPU one C++
+    kernel does it all."""
     need_input, need_first, need_grouped, need_last, need_bias, need_gates = needs
     need_gates = need_gates and gates is not None
     geometry = (stride, padding, dilation)
@@ -252,7 +283,9 @@ def _backward(
     middle = _image(input, grouped[0].shape[0], size)
     if need_last or need_gates:
         middle = torch.ops.gross.series_conv2d(inner, grouped, active, gates, *geometry)
-    of_middle, of_last = _pointwise_backward(grad, middle, last, need_middle, need_last or need_gates)
+    of_middle, of_last = _pointwise_backward(
+        grad, middle, last, need_middle, need_last or need_gates
+    )
     if need_last or need_gates:
         shares.append(_gate_shares(of_last, pointwise_out, count))
         grads_last = _term_grads(of_last, pointwise_out, count, gates) if need_last else []
@@ -260,15 +293,25 @@ def _backward(
         if not inner.numel():
             inner = _image(input, first.shape[0], input.shape[2:])
         of_inner, grads_grouped, of_gates = torch.ops.gross.series_conv2d_backward(
-            of_middle, inner, grouped, active, gates, *geometry, [need_inner, need_grouped, need_gates]
+            of_middle,
+            inner,
+            grouped,
+            active,
+            gates,
+            *geometry,
+            [need_inner, need_grouped, need_gates],
         )
         if need_inner:
-            grad_input, of_first = _pointwise_backward(of_inner, input, first, need_input, need_first or need_gates)
+            grad_input, of_first = _pointwise_backward(
+                of_inner, input, first, need_input, need_first or need_gates
+            )
         if need_first or need_gates:
             shares += [_gate_shares(of_first, pointwise_in, count), of_gates]
             grads_first = _term_grads(of_first, pointwise_in, count, gates) if need_first else []
     if need_gates and gates is not None:
-        grad_gates = torch.stack([share.to(torch.float64) for share in shares]).sum(0).to(gates.dtype)
+        grad_gates = (
+            torch.stack([share.to(torch.float64) for share in shares]).sum(0).to(gates.dtype)
+        )
     return grad_input, grads_first, grads_grouped, grads_last, grad_bias, grad_gates
 
 
@@ -285,9 +328,21 @@ def _pointwise_backward(
     """The gradients of a pointwise convolution's input and weight, empty where not needed."""
     empty = input.new_empty(0)
     if grad.numel() == 0:
-        return torch.zeros_like(input) if need_input else empty, torch.zeros_like(weight) if need_weight else empty
+        return torch.zeros_like(input) if need_input else empty, torch.zeros_like(
+            weight
+        ) if need_weight else empty
     of_input, of_weight, _ = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (need_input, need_weight, False)
+        grad,
+        input,
+        weight,
+        None,
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        False,
+        (0, 0),
+        1,
+        (need_input, need_weight, False),
     )
     if need_input:
         of_input = of_input.contiguous(memory_format=memory_format(input))
@@ -295,7 +350,8 @@ def _pointwise_backward(
 
 
 def _term_grads(total: Tensor, terms: Series, active: int, gates: Tensor | None) -> list[Tensor]:
-    """The gradients of a plain sum's terms, from the sum's: copies, scaled by the gates; zeros beyond ``active``."""
+    """The gradients of a plain sum's terms, from the sum's: copies, scaled by the gates; zeros
+    beyond ``active``."""
     grads = []
     for i, term in enumerate(terms):
         grad = torch.empty_like(term, memory_format=torch.contiguous_format)
@@ -310,12 +366,13 @@ def _term_grads(total: Tensor, terms: Series, active: int, gates: Tensor | None)
 
 
 def _gate_shares(total: Tensor, terms: Series, active: int) -> Tensor:
-    """⟨gradient of the sum, term⟩ for every term, zero beyond ``active``: a gate's gradient from one series."""
+    """⟨gradient of the sum, term⟩ for every term, zero beyond ``active``: a gate's gradient from
+    one series."""
     shares = [(total.double() * term.double()).sum() for term in terms[:active]]
     return torch.stack(shares + [shares[0].new_zeros(())] * (len(terms) - active))
 
 
-# Autocast, implementations, FLOP counts -------------------------------------------------------------------------------
+# Autocast, implementations, FLOP counts ---------------------------------------------------------
 
 
 # The input alone is cast: the weights are summed in float32 and cast once.
@@ -337,9 +394,20 @@ def _by_parts(
     relu: bool,
     keep_inner: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The operator where it has no kernel of its own. ``inner`` is computed twice if it is to be kept."""
+    """The operator where it has no kernel of its own. ``inner`` is computed twice if it is to be
+    kept."""
     output = parts(
-        input, pointwise_in, grouped, pointwise_out, bias, active, gates, stride, padding, dilation, relu
+        input,
+        pointwise_in,
+        grouped,
+        pointwise_out,
+        bias,
+        active,
+        gates,
+        stride,
+        padding,
+        dilation,
+        relu,
     ).contiguous(memory_format=memory_format(input))
     inner = input.new_empty(0)
     if keep_inner:
@@ -381,7 +449,9 @@ def _series_flops(
     """The same at the active group size."""
     width = (pointwise_in[0].shape[0], grouped[0].shape[0])
     group_size = grouped[int(active) - 1].shape[1]
-    return _flops(input, width, pointwise_out[0].shape[0], group_size, grouped[0].shape[2:], *geometry)
+    return _flops(
+        input, width, pointwise_out[0].shape[0], group_size, grouped[0].shape[2:], *geometry
+    )
 
 
 @register_flop_formula(torch.ops.gross.bottleneck, get_raw=True)
@@ -401,7 +471,9 @@ def _bottleneck_flops(
 
 
 @register_flop_formula(torch.ops.gross.bottleneck_packed, get_raw=True)
-def _bottleneck_packed_flops(input: Tensor, packed: Tensor, shape: Sequence[int], relu: bool, **_: Any) -> int:
+def _bottleneck_packed_flops(
+    input: Tensor, packed: Tensor, shape: Sequence[int], relu: bool, **_: Any
+) -> int:
     """The same."""
     width, (group_size, out_channels), *geometry = _pairs(shape)
     return sum(_flops(input, width, out_channels, group_size, *geometry))
@@ -422,8 +494,8 @@ def _bottleneck_backward_flops(
     *rest: Any,
     **_: Any,
 ) -> int:
-    """The forward's count for the gradient of each input and of each weight, as far as needed, and for what is computed
-    again of the inner tensors."""
+    """The forward's count for the gradient of each input and of each weight, as far as needed, and
+    for what is computed again of the inner tensors."""
     geometry, needs = rest[:3], rest[-1]
     need_input, need_first, need_grouped, need_last, _, need_gates = needs
     flops = _series_flops(input, pointwise_in, grouped, pointwise_out, active, geometry)

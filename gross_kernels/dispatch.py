@@ -1,11 +1,11 @@
 """Which backend serves a call, and why.
 
-A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and ``supports(call)``; it may
-have ``refusal(call)``, which says in a clause why it does not serve a call. The CPU's kernels are registered by the C++
-library itself; on CUDA the public operators are Python functions that ask this module. ``GROSS_KERNELS_BACKEND`` or
-:func:`use_backend` force one backend for the functions and layers of this package; ``GROSS_KERNELS_FUSED`` or
-:func:`use_fused` say whether a layer may run in one pass.
-"""
+A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and
+``supports(call)``; it may have ``refusal(call)``, which says in a clause why it does not serve a
+call. The CPU's kernels are registered by the C++ library itself; on CUDA the public operators are
+Python functions that ask this module. ``GROSS_KERNELS_BACKEND`` or :func:`use_backend` force one
+backend for the functions and layers of this package; ``GROSS_KERNELS_FUSED`` or :func:`use_fused`
+say whether a layer may run in one pass."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Call:
         active: how many leading terms are summed.
         operation: "forward", "input_grad", "weight_grad" or "series_sum".
         channels_last: whether the input is dense channels-last memory, and only that.
-        float32: how float32 may be multiplied, see :mod:`~gross_kernels.backends.precision`; "" for other dtypes.
+        float32: how float32 may be multiplied, see :mod:`~gross_kernels.backends.precision`; "" for
+            other dtypes.
     """
 
     device: str
@@ -124,7 +125,9 @@ def choose(call: Call) -> Choice:
     """
     if _forced is not None:
         if not BACKENDS[_forced].supports(call):
-            raise ValueError(f"backend: {_forced!r} is forced but does not serve {call}{_refusal(_forced, call)}")
+            raise ValueError(
+                f"backend: {_forced!r} is forced but does not serve {call}{_refusal(_forced, call)}"
+            )
         return Choice(_forced, "forced by GROSS_KERNELS_BACKEND or use_backend")
     names = PREFERENCE.get(call.device, ("reference",))
     reason = f"first of {', '.join(names)} for {call.device} tensors that serves this call"
@@ -161,8 +164,8 @@ def serving(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> ModuleType:
-    """The backend that :func:`choose` chooses for a call of the operator; what it said of a kind of calls is kept, for
-    asking takes a third of the time that a launch may take."""
+    """The backend that :func:`choose` chooses for a call of the operator; what it said of a kind of
+    calls is kept, for asking takes a third of the time that a launch may take."""
     if _forced is not None:
         return choose(Call.of(input, terms, active, stride, padding, dilation, operation)).backend
     key = (
@@ -194,13 +197,15 @@ def check_backend(name: str) -> str:
 
 
 def forced_backend() -> str | None:
-    """Name of the backend forced by ``GROSS_KERNELS_BACKEND`` or :func:`use_backend`, None if the choice is free."""
+    """Name of the backend forced by ``GROSS_KERNELS_BACKEND`` or :func:`use_backend`, None if the
+    choice is free."""
     return _forced
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for the functions and layers of this package, process-wide, while the context lasts.
+    """Force one backend for the functions and layers of this package, process-wide, while the
+    context lasts.
 
     Args:
         name: "cpu", "cuda", "reference" or, where Triton is installed, "triton".
@@ -219,8 +224,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def use_fused(fused: bool) -> Iterator[None]:
-    """Run whole layers in one pass where there is a kernel for it (the default), or always as three convolutions,
-    process-wide, while the context lasts. ``GROSS_KERNELS_FUSED`` (0 or 1) sets it from outside."""
+    """Run whole layers in one pass where there is a kernel for it (the default), or always as three
+    convolutions, process-wide, while the context lasts. ``GROSS_KERNELS_FUSED`` (0 or 1) sets it
+    from outside."""
     global _fused
     before = _fused
     _fused = fused

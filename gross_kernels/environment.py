@@ -1,4 +1,5 @@
-"""What was built, what is installed, and which backend serves a typical call: ``python -m gross_kernels.environment``.
+"""What was built, what is installed, and which backend serves a typical call: ``python -m
+gross_kernels.environment``.
 
 Meant to be pasted into a bug report.
 """
@@ -29,11 +30,18 @@ def facts() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()}, {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("triton", _version("triton")),
-        ("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
+        (
+            "processor",
+            f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        ),
         ("gpu", _gpu()),
         ("cpu kernels", _cpu_library()),
         ("cuda kernels", _cuda_library()),
-        ("variables", ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("GROSS_")) or "none set"),
+        (
+            "variables",
+            ", ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("GROSS_"))
+            or "none set",
+        ),
         *((f"{device} call", _typical_call(device)) for device in ("cpu", "cuda")),
     ]
 
@@ -59,7 +67,9 @@ def _typical_call(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no GPU"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    input = torch.empty(1, 64, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    input = torch.empty(1, 64, 8, 8, device=device, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
     terms = [torch.empty(64, s, 3, 3, device=device) for s in (1, 4, 16, 32)]
     return explain(input, terms, padding=1)
 
@@ -74,7 +84,9 @@ def _gpu() -> str:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()

@@ -1,5 +1,5 @@
-"""``SeriesConv2d``, the grouped convolution over a series, and ``GroSSConv2d``, the drop-in replacement of
-``nn.Conv2d``."""
+"""``SeriesConv2d``, the grouped convolution over a series, and ``GroSSConv2d``, the drop-in
+replacement of ``nn.Conv2d``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,22 @@ from .functional import (
     series_sum,
 )
 from .ops import call, memory_format
-from .series import check_group_sizes, convolution_macs, output_size, powers_of_two, residuals, same_padding, sum_terms
+from .series import (
+    check_group_sizes,
+    convolution_macs,
+    output_size,
+    powers_of_two,
+    residuals,
+    same_padding,
+    sum_terms,
+)
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class _SeriesModule(nn.Module):
-    """What both layers share: the geometry of the convolution, the group sizes, and which of them is active."""
+    """What both layers share: the geometry of the convolution, the group sizes, and which of them
+    is active."""
 
     def __init__(
         self,
@@ -52,14 +61,19 @@ class _SeriesModule(nn.Module):
         else:
             self.padding = pair("padding", padding, least=0)
         if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode: got {padding_mode!r}, accepted are {', '.join(map(repr, PADDING_MODES))}")
+            raise ValueError(
+                f"padding_mode: got {padding_mode!r}, accepted are {', '.join(map(repr, PADDING_MODES))}"
+            )
         self.padding_mode = padding_mode
-        self.group_sizes = powers_of_two(*width) if group_sizes is None else check_group_sizes(group_sizes, *width)
+        self.group_sizes = (
+            powers_of_two(*width) if group_sizes is None else check_group_sizes(group_sizes, *width)
+        )
         self.group_size = self.group_sizes[-1]
 
     @property
     def group_size(self) -> int:
-        """The active group size, one of ``group_sizes``; settable, and free to change between calls."""
+        """The active group size, one of ``group_sizes``; settable, and free to change between
+        calls."""
         return self._group_size
 
     @group_size.setter
@@ -70,16 +84,16 @@ class _SeriesModule(nn.Module):
         if getattr(self, "_group_size", None) != value:
             self._size_changed()
         self._group_size = self.group_sizes[index]
-        # A new tensor each time: the old one may be saved for a backward pass. Not a buffer: it stays on the host.
+        # A new tensor each time: the old one may be saved for a backward pass. Not a buffer: it
+        # stays on the host.
         self._active = torch.tensor(index + 1, dtype=torch.int64, device="cpu")
 
     def release_inactive(self) -> None:
         """Set the gradients of the terms beyond the active one to None.
 
-        They are zeros after a backward pass, and a zero gradient still moves a weight through momentum and weight
-        decay. Call it between ``backward()`` and ``optimizer.step()``, with ``group_size`` set to the largest size
-        used in the step.
-        """
+        They are zeros after a backward pass, and a zero gradient still moves a weight through
+        momentum and weight decay. Call it between ``backward()`` and ``optimizer.step()``, with
+        ``group_size`` set to the largest size used in the step."""
         for terms in self._series():
             for term in terms[int(self._active) :]:
                 term.grad = None
@@ -92,7 +106,9 @@ class _SeriesModule(nn.Module):
 
     def _note_parameters(self) -> None:
         """Called when the parameters have been made, moved, cast or loaded."""
-        self._channels_last = any(memory_format(terms[-1]) == torch.channels_last for terms in self._series())
+        self._channels_last = any(
+            memory_format(terms[-1]) == torch.channels_last for terms in self._series()
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         applied = super()._apply(*args, **kwargs)
@@ -104,16 +120,16 @@ class _SeriesModule(nn.Module):
         self._note_parameters()
 
     def _convolve(self, input: Tensor, terms: list[Tensor], gates: Tensor | None) -> Tensor:
-        """The grouped convolution of a four-dimensional input, padded by ``padding_mode`` already unless that is
-        zeros."""
+        """The grouped convolution of a four-dimensional input, padded by ``padding_mode`` already
+        unless that is zeros."""
         padding = self.padding if self.padding_mode == "zeros" else (0, 0)
         input, padding = explicit_padding(input, self.kernel_size, padding, self.dilation)
         check_fits(input, self.kernel_size, padding, self.dilation)
         return apply(input, terms, self._active, gates, self.stride, padding, self.dilation)
 
     def _prepare(self, input: Tensor) -> Tensor:
-        """The input with a batch dimension, padded unless the mode is zeros, and channels-last where the weights are:
-        ``nn.Conv2d``'s output then is, too."""
+        """The input with a batch dimension, padded unless the mode is zeros, and channels-last
+        where the weights are: ``nn.Conv2d``'s output then is, too."""
         if input.dim() == 3:
             input = input.unsqueeze(0)
         if self.padding_mode != "zeros":
@@ -131,11 +147,15 @@ class _SeriesModule(nn.Module):
     def _output_size(self, input_size: int | Sequence[int]) -> tuple[int, int]:
         padded = [
             size + before + after
-            for size, (before, after) in zip(pair("input_size", input_size), self._padding_per_side(), strict=True)
+            for size, (before, after) in zip(
+                pair("input_size", input_size), self._padding_per_side(), strict=True
+            )
         ]
         h, w = output_size(padded, self.kernel_size, self.stride, (0, 0), self.dilation)
         if h < 1 or w < 1:
-            raise ValueError(f"input_size: got {input_size}, accepted are sizes that the dilated kernel fits into")
+            raise ValueError(
+                f"input_size: got {input_size}, accepted are sizes that the dilated kernel fits into"
+            )
         return h, w
 
     def _geometry_repr(self) -> str:
@@ -150,17 +170,19 @@ class _SeriesModule(nn.Module):
 
 
 class SeriesConv2d(_SeriesModule):
-    """Grouped convolution over a series of residual weights, ``R_n = Σ_{i≤n} gate_i Ψ(r_i)`` (GroSS, equation 5),
-    without bias.
+    """Grouped convolution over a series of residual weights, ``R_n = Σ_{i≤n} gate_i Ψ(r_i)``
+    (GroSS, equation 5), without bias.
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
-        kernel_size, stride, padding, dilation, padding_mode, device, dtype: as ``torch.nn.Conv2d``'s.
-        group_sizes: ascending, each dividing the next, the last dividing ``in_channels``, and ``in_channels / s``
-            dividing ``out_channels``; by default all such powers of two.
+        kernel_size, stride, padding, dilation, padding_mode, device, dtype: as
+            ``torch.nn.Conv2d``'s.
+        group_sizes: ascending, each dividing the next, the last dividing ``in_channels``, and
+            ``in_channels / s`` dividing ``out_channels``; by default all such powers of two.
 
     Shape:
-        input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's memory format.
+        input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's
+        memory format.
 
     Attributes:
         terms: ``nn.ParameterList`` of ``[C_out, s_i, kh, kw]``.
@@ -183,12 +205,15 @@ class SeriesConv2d(_SeriesModule):
         width = (_channels("in_channels", in_channels), _channels("out_channels", out_channels))
         super().__init__(kernel_size, stride, padding, dilation, padding_mode, width, group_sizes)
         self.in_channels, self.out_channels = width
-        self.terms = _parameters([(out_channels, s, *self.kernel_size) for s in self.group_sizes], device, dtype)
+        self.terms = _parameters(
+            [(out_channels, s, *self.kernel_size) for s in self.group_sizes], device, dtype
+        )
         self._note_parameters()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw an independent weight per group size as ``nn.Conv2d`` does, and take residuals (equation 6)."""
+        """Draw an independent weight per group size as ``nn.Conv2d`` does, and take residuals
+        (equation 6)."""
         _assign(self.terms, residuals(_draw_grouped(self.terms), self.in_channels))
 
     def forward(self, input: Tensor, gates: Tensor | None = None) -> Tensor:
@@ -201,9 +226,12 @@ class SeriesConv2d(_SeriesModule):
         return output if input.dim() == 4 else output.squeeze(0)
 
     def macs(self, input_size: int | Sequence[int], group_size: int | None = None) -> int:
-        """Multiply–accumulates for one image of ``input_size`` (H, W) at a group size (default: the active one)."""
+        """Multiply–accumulates for one image of ``input_size`` (H, W) at a group size (default: the
+        active one)."""
         size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
-        return convolution_macs(self.out_channels, size, self.kernel_size, self._output_size(input_size))
+        return convolution_macs(
+            self.out_channels, size, self.kernel_size, self._output_size(input_size)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, {self._geometry_repr()}"
@@ -213,26 +241,28 @@ class SeriesConv2d(_SeriesModule):
 
 
 class GroSSConv2d(_SeriesModule):
-    """Drop-in for ``torch.nn.Conv2d``: pointwise → grouped → pointwise, at every group size at once (GroSS, Table 1,
-    equation 5).
+    """Drop-in for ``torch.nn.Conv2d``: pointwise → grouped → pointwise, at every group size at once
+    (GroSS, Table 1, equation 5).
 
-    Stride, padding and dilation are on the grouped convolution, the bias on the last pointwise one. At the n-th group
-    size the layer is the bottleneck ``P_n = Σ_{i≤n} p_i``, ``R_n = Σ_{i≤n} Ψ(r_i)``, ``Q_n = Σ_{i≤n} q_i``; setting
-    ``group_size`` costs nothing.
+    Stride, padding and dilation are on the grouped convolution, the bias on the last pointwise one.
+    At the n-th group size the layer is the bottleneck ``P_n = Σ_{i≤n} p_i``, ``R_n = Σ_{i≤n}
+    Ψ(r_i)``, ``Q_n = Σ_{i≤n} q_i``; setting ``group_size`` costs nothing.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            ``torch.nn.Conv2d``'s; ``groups`` must be 1.
-        group_sizes: ascending, each dividing the next, the last dividing the input width, and the number of groups
-            dividing the output width; by default all such powers of two.
-        width: channels of the bottleneck, ``(width_in, width_out)`` or one int for both; by default ``in_channels``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: as ``torch.nn.Conv2d``'s; ``groups`` must be 1.
+        group_sizes: ascending, each dividing the next, the last dividing the input width, and the
+            number of groups dividing the output width; by default all such powers of two.
+        width: channels of the bottleneck, ``(width_in, width_out)`` or one int for both; by default
+            ``in_channels``.
         relu: clamp the output at zero; in the fused kernel this costs nothing.
 
-    On the CPU the layer runs in one pass (``gross::bottleneck``) unless ``GROSS_KERNELS_FUSED=0``; :meth:`pack` makes
-    inference with small batches faster still.
+    On the CPU the layer runs in one pass (``gross::bottleneck``) unless ``GROSS_KERNELS_FUSED=0``;
+    :meth:`pack` makes inference with small batches faster still.
 
     Shape:
-        input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's memory format.
+        input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's
+        memory format.
 
     Attributes:
         pointwise_in: ``nn.ParameterList`` of ``p_i``, ``[width_in, C_in, 1, 1]``.
@@ -263,7 +293,9 @@ class GroSSConv2d(_SeriesModule):
         relu: bool = False,
     ) -> None:
         if groups != 1:
-            raise ValueError(f"groups: got {groups}, accepted is 1: the layer brings its own groups, see group_sizes")
+            raise ValueError(
+                f"groups: got {groups}, accepted is 1: the layer brings its own groups, see group_sizes"
+            )
         _channels("in_channels", in_channels)
         _channels("out_channels", out_channels)
         width = pair("width", in_channels if width is None else width)
@@ -276,10 +308,14 @@ class GroSSConv2d(_SeriesModule):
         width_in, width_out = width
         count = len(self.group_sizes)
         self.pointwise_in = _parameters([(width_in, in_channels, 1, 1)] * count, device, dtype)
-        self.grouped = _parameters([(width_out, s, *self.kernel_size) for s in self.group_sizes], device, dtype)
+        self.grouped = _parameters(
+            [(width_out, s, *self.kernel_size) for s in self.group_sizes], device, dtype
+        )
         self.pointwise_out = _parameters([(out_channels, width_out, 1, 1)] * count, device, dtype)
         if bias:
-            self.bias: nn.Parameter | None = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+            self.bias: nn.Parameter | None = nn.Parameter(
+                torch.empty(out_channels, device=device, dtype=dtype)
+            )
         else:
             self.register_parameter("bias", None)
         self._note_parameters()
@@ -288,11 +324,13 @@ class GroSSConv2d(_SeriesModule):
     def reset_parameters(self) -> None:
         """Draw an independent bottleneck per group size and take residuals (equation 6).
 
-        P and Q have variance 1/fan-in and R has ``nn.Conv2d``'s, so that the output's variance is that of a fresh
-        ``nn.Conv2d`` at every group size. The bias is drawn as ``nn.Conv2d`` draws it.
-        """
+        P and Q have variance 1/fan-in and R has ``nn.Conv2d``'s, so that the output's variance is
+        that of a fresh ``nn.Conv2d`` at every group size. The bias is drawn as ``nn.Conv2d`` draws
+        it."""
         for series in (self.pointwise_in, self.pointwise_out):
-            weights = [nn.init.kaiming_uniform_(torch.empty_like(p), nonlinearity="linear") for p in series]
+            weights = [
+                nn.init.kaiming_uniform_(torch.empty_like(p), nonlinearity="linear") for p in series
+            ]
             _assign(series, _differences(weights))
         _assign(self.grouped, residuals(_draw_grouped(self.grouped), self.width[0]))
         if self.bias is not None:
@@ -300,16 +338,19 @@ class GroSSConv2d(_SeriesModule):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def from_bottlenecks(cls, conv: nn.Conv2d, bottlenecks: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> GroSSConv2d:
+    def from_bottlenecks(
+        cls, conv: nn.Conv2d, bottlenecks: Mapping[int, tuple[Tensor, Tensor, Tensor]]
+    ) -> GroSSConv2d:
         """Build the layer from independent bottlenecks, one per group size, by equation 6.
 
         Args:
             conv: the convolution that the layer replaces: gives geometry, bias, dtype and device.
-            bottlenecks: group size → ``(P [width_in, C_in, 1, 1], R [width_out, s, kh, kw], Q [C_out, width_out, 1,
-                1])``.
+            bottlenecks: group size → ``(P [width_in, C_in, 1, 1], R [width_out, s, kh, kw], Q
+                [C_out, width_out, 1, 1])``.
 
         Returns:
-            A layer that computes, at each group size, what that size's bottleneck computes; copies of the weights.
+            A layer that computes, at each group size, what that size's bottleneck computes; copies
+            of the weights.
 
         Raises:
             ValueError: if the shapes do not fit the convolution or one another.
@@ -319,9 +360,13 @@ class GroSSConv2d(_SeriesModule):
         if not bottlenecks:
             raise ValueError("bottlenecks: got none, accepted is at least one")
         for size, weights in bottlenecks.items():
-            shapes = [tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__ for w in weights]
+            shapes = [
+                tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__ for w in weights
+            ]
             if [len(shape) for shape in shapes if isinstance(shape, tuple)] != [4, 4, 4]:
-                raise ValueError(f"bottlenecks[{size}]: got {shapes}, accepted are P, R, Q, Tensors of 4 dimensions")
+                raise ValueError(
+                    f"bottlenecks[{size}]: got {shapes}, accepted are P, R, Q, Tensors of 4 dimensions"
+                )
         group_sizes = tuple(sorted(bottlenecks))
         width_in, width_out = (weight.shape[0] for weight in bottlenecks[group_sizes[0]][:2])
         layer = cls(
@@ -348,9 +393,13 @@ class GroSSConv2d(_SeriesModule):
                         f"bottlenecks[{s}]: got {name} of shape {tuple(weight.shape)}, accepted is "
                         f"{tuple(parameters[i].shape)}"
                     )
-        # Differences in float32 at least: in 16 bits the sums of the terms would drift from the bottlenecks.
+        # Differences in float32 at least: in 16 bits the sums of the terms would drift from the
+        # bottlenecks.
         wide = torch.promote_types(conv.weight.dtype, torch.float32)
-        p, r, q = ([bottlenecks[s][k].detach().to(conv.weight.device, wide) for s in group_sizes] for k in range(3))
+        p, r, q = (
+            [bottlenecks[s][k].detach().to(conv.weight.device, wide) for s in group_sizes]
+            for k in range(3)
+        )
         _assign(layer.pointwise_in, _differences(p))
         _assign(layer.grouped, residuals(r, width_in))
         _assign(layer.pointwise_out, _differences(q))
@@ -359,7 +408,8 @@ class GroSSConv2d(_SeriesModule):
         return layer.train(conv.training)
 
     def forward(self, input: Tensor, gates: Tensor | None = None) -> Tensor:
-        """The bottleneck at the active group size; ``gates`` ``[N]`` scale the i-th terms of all three series.
+        """The bottleneck at the active group size; ``gates`` ``[N]`` scale the i-th terms of all
+        three series.
 
         Raises:
             RuntimeError: if a parameter has changed since :meth:`pack`.
@@ -370,38 +420,56 @@ class GroSSConv2d(_SeriesModule):
         _check_channels(input, self.in_channels)
         # The first pointwise has no bias, so padding before it, in any mode, is padding after it.
         padding = self.padding if self.padding_mode == "zeros" else (0, 0)
-        prepared, padding = explicit_padding(self._prepare(input), self.kernel_size, padding, self.dilation)
+        prepared, padding = explicit_padding(
+            self._prepare(input), self.kernel_size, padding, self.dilation
+        )
         check_fits(prepared, self.kernel_size, padding, self.dilation)
         packed = self._packed
-        if packed is not None and gates is None and packed.serves(prepared, _sources(first, grouped, last, self.bias)):
+        if (
+            packed is not None
+            and gates is None
+            and packed.serves(prepared, _sources(first, grouped, last, self.bias))
+        ):
             shape = (*packed.channels, *self.kernel_size, *self.stride, *padding, *self.dilation)
-            output = torch.ops.gross.bottleneck_packed.default(prepared, packed.weights, shape, self.relu)
+            output = torch.ops.gross.bottleneck_packed.default(
+                prepared, packed.weights, shape, self.relu
+            )
         else:
             weights = (first, grouped, last, self.bias, self._active, gates)
             geometry = (self.stride, padding, self.dilation, self.relu)
             if dispatch.choose_layer(input.device.type).name == "fused":
-                output, _ = call(torch.ops.gross.bottleneck.default, prepared, *weights, *geometry, self._keeps_inner())
+                output, _ = call(
+                    torch.ops.gross.bottleneck.default,
+                    prepared,
+                    *weights,
+                    *geometry,
+                    self._keeps_inner(),
+                )
             else:
                 output = bottleneck.parts(prepared, *weights, *geometry)
         return output if input.dim() == 4 else output.squeeze(0)
 
     def _keeps_inner(self) -> bool:
-        # Reading the first pointwise's output back is cheaper than computing it again from 128 channels on.
+        # Reading the first pointwise's output back is cheaper than computing it again from 128
+        # channels on.
         return self.in_channels >= 128 and torch.is_grad_enabled()
 
     def explain(self, device: torch.device | str = "cpu") -> str:
-        """One sentence: whether the layer runs in one pass on ``device`` or as three convolutions, and why. "packed" is
-        said of a packed layer; its packed weights serve calls without gradients."""
+        """One sentence: whether the layer runs in one pass on ``device`` or as three convolutions,
+        and why. "packed" is said of a packed layer; its packed weights serve calls without
+        gradients."""
         choice = dispatch.choose_layer(torch.device(device).type)
         packed = ", packed" if choice.name == "fused" and self._packed is not None else ""
         return f"{choice.name}{packed}: {choice.reason}"
 
     def pack(self, dtype: torch.dtype | None = None) -> GroSSConv2d:
-        """Keep the summed weights of the active group size in the fused kernel's order, for inference.
+        """Keep the summed weights of the active group size in the fused kernel's order, for
+        inference.
 
-        Summing and ordering them at every call costs more than the convolution itself where maps are small and channels
-        many. ``train()``, loading, moving or casting the layer and setting another group size drop them; they are not
-        part of ``state_dict``. Calls with gates, with an input of another dtype or with gradients enabled do without.
+        Summing and ordering them at every call costs more than the convolution itself where maps
+        are small and channels many. ``train()``, loading, moving or casting the layer and setting
+        another group size drop them; they are not part of ``state_dict``. Calls with gates, with an
+        input of another dtype or with gradients enabled do without.
 
         Args:
             dtype: the inputs' dtype; by default the parameters'.
@@ -416,9 +484,15 @@ class GroSSConv2d(_SeriesModule):
             raise RuntimeError(
                 "pack: got a layer in training mode, accepted is one in evaluation mode: call eval() first"
             )
-        like = self.grouped[0].new_empty(0) if dtype is None else self.grouped[0].new_empty(0, dtype=dtype)
+        like = (
+            self.grouped[0].new_empty(0)
+            if dtype is None
+            else self.grouped[0].new_empty(0, dtype=dtype)
+        )
         check_input(like.expand(1, 1, 1, 0), self.grouped[0])
-        self._packed = _Packed(self, like) if dispatch.choose_layer(like.device.type).name == "fused" else None
+        self._packed = (
+            _Packed(self, like) if dispatch.choose_layer(like.device.type).name == "fused" else None
+        )
         return self
 
     def train(self, mode: bool = True) -> GroSSConv2d:
@@ -434,8 +508,8 @@ class GroSSConv2d(_SeriesModule):
         self._packed = None
 
     def fold(self, group_size: int | None = None) -> nn.Sequential:
-        """The layer at one group size (default: the active one) as three plain ``nn.Conv2d`` with copies of the
-        summed weights."""
+        """The layer at one group size (default: the active one) as three plain ``nn.Conv2d`` with
+        copies of the summed weights."""
         size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
         active = torch.tensor(self.group_sizes.index(size) + 1, device="cpu")
         width_in, width_out = self.width
@@ -448,7 +522,13 @@ class GroSSConv2d(_SeriesModule):
         }
         first = nn.Conv2d(self.in_channels, width_in, 1, bias=False, **made)
         middle = nn.Conv2d(
-            width_in, width_out, self.kernel_size, groups=width_in // size, bias=False, **geometry, **made
+            width_in,
+            width_out,
+            self.kernel_size,
+            groups=width_in // size,
+            bias=False,
+            **geometry,
+            **made,
         )
         last = nn.Conv2d(width_out, self.out_channels, 1, bias=self.bias is not None, **made)
         with torch.no_grad():
@@ -457,14 +537,16 @@ class GroSSConv2d(_SeriesModule):
             last.weight.copy_(series_sum(list(self.pointwise_out), active, None))
             if self.bias is not None and last.bias is not None:
                 last.bias.copy_(self.bias)
-        return nn.Sequential(first, middle, last, *([nn.ReLU()] if self.relu else [])).train(self.training)
+        return nn.Sequential(first, middle, last, *([nn.ReLU()] if self.relu else [])).train(
+            self.training
+        )
 
     def macs(self, input_size: int | Sequence[int], group_size: int | None = None) -> int:
-        """Multiply–accumulates for one image of ``input_size`` (H, W) at a group size (default: the active one).
+        """Multiply–accumulates for one image of ``input_size`` (H, W) at a group size (default: the
+        active one).
 
-        The first pointwise counts at the input's resolution, the grouped and the last pointwise at the output's; a
-        bias counts one per output element.
-        """
+        The first pointwise counts at the input's resolution, the grouped and the last pointwise at
+        the output's; a bias counts one per output element."""
         size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
         output = self._output_size(input_size)
         width_in, width_out = self.width
@@ -483,7 +565,8 @@ class GroSSConv2d(_SeriesModule):
         return f"{text}, relu=True" if self.relu else text
 
     def _series(self) -> tuple[nn.ParameterList, ...]:
-        # nn.Module.__getattr__ would take 1.7 µs, which is a sixth of the smallest packed layer's time.
+        # nn.Module.__getattr__ would take 1.7 µs, which is a sixth of the smallest packed layer's
+        # time.
         modules: Any = self._modules
         return modules["pointwise_in"], modules["grouped"], modules["pointwise_out"]
 
@@ -493,7 +576,8 @@ class _Packed:
 
     Attributes:
         weights, channels: the operator's ``packed``, and the first numbers of its ``shape``.
-        sources, state: the parameters, kept so that no other object takes their identities, and what they were like.
+        sources, state: the parameters, kept so that no other object takes their identities, and
+            what they were like.
     """
 
     def __init__(self, layer: GroSSConv2d, like: Tensor) -> None:
@@ -507,7 +591,9 @@ class _Packed:
             )
         self.state = _state(self.sources)
         with torch.no_grad():
-            self.weights = torch.ops.gross.bottleneck_pack(like, first, grouped, last, layer.bias, layer._active, None)
+            self.weights = torch.ops.gross.bottleneck_pack(
+                like, first, grouped, last, layer.bias, layer._active, None
+            )
 
     def serves(self, input: Tensor, sources: list[Tensor]) -> bool:
         """Whether the packed weights can be used for this call.
@@ -547,17 +633,21 @@ def _activation_dtype(input: Tensor) -> torch.dtype:
 
 
 def _terms(series: nn.ParameterList) -> list[Tensor]:
-    """The terms as a list. Iterating over an ``nn.ParameterList`` itself takes two microseconds a term."""
+    """The terms as a list. Iterating over an ``nn.ParameterList`` itself takes two microseconds a
+    term."""
     parameters = series._parameters
     return list(parameters.values()) if len(parameters) == len(series) else list(series)  # type: ignore[arg-type]
 
 
-def _sources(first: list[Tensor], grouped: list[Tensor], last: list[Tensor], bias: Tensor | None) -> list[Tensor]:
+def _sources(
+    first: list[Tensor], grouped: list[Tensor], last: list[Tensor], bias: Tensor | None
+) -> list[Tensor]:
     return [*first, *grouped, *last] if bias is None else [*first, *grouped, *last, bias]
 
 
 def pack(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Pack every :class:`GroSSConv2d` of a network for inference (:meth:`GroSSConv2d.pack`) and return the network.
+    """Pack every :class:`GroSSConv2d` of a network for inference (:meth:`GroSSConv2d.pack`) and
+    return the network.
 
     Args:
         network: a module in evaluation mode.
@@ -572,7 +662,9 @@ def pack(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def _parameters(
     shapes: Iterable[tuple[int, ...]], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.ParameterList:
-    return nn.ParameterList([nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes])
+    return nn.ParameterList(
+        [nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes]
+    )
 
 
 def _draw_grouped(terms: Iterable[Tensor]) -> list[Tensor]:

@@ -1,10 +1,10 @@
-"""The operators ``gross::series_conv2d``, ``gross::series_conv2d_backward`` and ``gross::series_sum``: schemas, shapes,
-gradients, autocast, FLOP counts. Implementations live in the backends; the C++ library registers those for the CPU.
+"""The operators ``gross::series_conv2d``, ``gross::series_conv2d_backward`` and
+``gross::series_sum``: schemas, shapes, gradients, autocast, FLOP counts. Implementations live in
+the backends; the C++ library registers those for the CPU.
 
-``active`` is a zero-dimensional int64 tensor on the host: as an int, every configuration of a network would be a graph
-of its own under ``torch.compile``. The operators are tagged ``cudagraph_unsafe`` so that a captured graph never
-replays a stale ``active``.
-"""
+``active`` is a zero-dimensional int64 tensor on the host: as an int, every configuration of a
+network would be a graph of its own under ``torch.compile``. The operators are tagged
+``cudagraph_unsafe`` so that a captured graph never replays a stale ``active``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ load_error = cpu.load()
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
-    """Memory format of a convolution's output: the input's own, judged from its strides as ATen's operators do."""
+    """Memory format of a convolution's output: the input's own, judged from its strides as ATen's
+    operators do."""
     sizes, strides = input.shape, input.stride()
     least = 0
     if strides[1] == 0:
@@ -47,7 +48,7 @@ def memory_format(input: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-# Shapes ---------------------------------------------------------------------------------------------------------------
+# Shapes -----------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("gross::series_conv2d", lib=_library)
@@ -62,7 +63,9 @@ def _series_conv2d_shape(
 ) -> Tensor:
     size = output_size(input.shape[2:], terms[0].shape[2:], stride, padding, dilation)
     shape = (input.shape[0], terms[0].shape[0], *size)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    return torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input)
+    )
 
 
 @torch.library.register_fake("gross::series_conv2d_backward", lib=_library)
@@ -78,8 +81,12 @@ def _series_conv2d_backward_shape(
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     return (
-        torch.empty_like(input, memory_format=memory_format(input)) if needs[0] else input.new_empty(0),
-        [torch.empty_like(term, memory_format=torch.contiguous_format) for term in terms] if needs[1] else [],
+        torch.empty_like(input, memory_format=memory_format(input))
+        if needs[0]
+        else input.new_empty(0),
+        [torch.empty_like(term, memory_format=torch.contiguous_format) for term in terms]
+        if needs[1]
+        else [],
         torch.empty_like(gates) if needs[2] and gates is not None else terms[0].new_empty(0),
     )
 
@@ -89,12 +96,12 @@ def _series_sum_shape(terms: Sequence[Tensor], active: Tensor, gates: Tensor | N
     return torch.empty_like(terms[0], memory_format=torch.contiguous_format)
 
 
-# Gradients ------------------------------------------------------------------------------------------------------------
+# Gradients --------------------------------------------------------------------------------------
 
 
 def call(operator: Callable[..., Any], *args: Any) -> Any:
-    """``operator(*args)``; where gradients are off, past the Python code of :func:`register_gradient`: that it is
-    entered at all takes 5 µs."""
+    """``operator(*args)``; where gradients are off, past the Python code of
+    :func:`register_gradient`: that it is entered at all takes 5 µs."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -107,15 +114,17 @@ def register_gradient(
     save: Callable[[Any, tuple, Any], None],
     gradient: Callable[..., Sequence[Any]],
 ) -> None:
-    """Make ``operator`` differentiable, as ``torch.library.register_autograd`` does, whose lists of tensors go through
-    torch.utils._pytree: 100 µs for a layer's forward and backward.
+    """Make ``operator`` differentiable, as ``torch.library.register_autograd`` does, whose lists of
+    tensors go through torch.utils._pytree: 100 µs for a layer's forward and backward.
 
     Args:
         library: what registers the implementation.
-        operator: its arguments are positional and without defaults, those that are tensors or lists of tensors first.
+        operator: its arguments are positional and without defaults, those that are tensors or lists
+            of tensors first.
         save: ``save(ctx, args, output)`` keeps what the backward pass wants.
-        gradient: ``gradient(ctx, needs, *grads)`` returns the gradients of those first arguments. What is a list of
-            tensors is a list in ``needs`` and ``grads``, and a list or None among the returned gradients.
+        gradient: ``gradient(ctx, needs, *grads)`` returns the gradients of those first arguments.
+            What is a list of tensors is a list in ``needs`` and ``grads``, and a list or None among
+            the returned gradients.
     """
     schema = operator._schema
     inputs = [a.type.kind() == "ListType" for a in schema.arguments if "Tensor" in str(a.type)]
@@ -126,8 +135,11 @@ def register_gradient(
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    # `flat` are the tensors of `args` once more: a function's graph is made of the tensors among its own arguments.
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, args: tuple, lengths: list, *flat: Any) -> Any:
+    # `flat` are the tensors of `args` once more: a function's graph is made of the tensors among
+    # its own arguments.
+    def forward(
+        ctx: Any, keyset: torch._C.DispatchKeySet, args: tuple, lengths: list, *flat: Any
+    ) -> Any:
         output = below(keyset, args)
         save(ctx, args, output)
         ctx.inputs = lengths[0]
@@ -140,7 +152,12 @@ def register_gradient(
 
     def backward(ctx: Any, *grads: Any) -> tuple:
         needs = _nested(ctx.needs_input_grad[3:], ctx.inputs)
-        return (None, None, None, *_flat(gradient(ctx, needs, *_nested(grads, ctx.outputs)), ctx.inputs))
+        return (
+            None,
+            None,
+            None,
+            *_flat(gradient(ctx, needs, *_nested(grads, ctx.outputs)), ctx.inputs),
+        )
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), methods)
@@ -167,7 +184,8 @@ def _lengths(values: Sequence[Any], lists: Sequence[bool]) -> Lengths:
 
 
 def _flat(values: Sequence[Any], lengths: Lengths) -> list[Any]:
-    """The values, and what is in the lists among them, one by one; None stands for a list of Nones."""
+    """The values, and what is in the lists among them, one by one; None stands for a list of
+    Nones."""
     flat: list[Any] = []
     for value, length in zip(values, lengths, strict=False):
         if length is None:
@@ -233,10 +251,10 @@ def _series_conv2d_backward_grad(
 ) -> tuple:
     """Second derivatives.
 
-    With W = Σ γ_i Ψ(r_i), the backward computes gI = convᵀ(g, W), γ_i S_i(D) and ⟨S_i(D), r_i⟩, where D is the weight
-    gradient of (g, x) and S_i the adjoint of Ψ. Its cotangents a, b_i, c_i enter linearly, so everything is the
-    operator and its backward again, with the terms r and with v_i = γ_i b_i + c_i r_i.
-    """
+    With W = Σ γ_i Ψ(r_i), the backward computes gI = convᵀ(g, W), γ_i S_i(D) and ⟨S_i(D), r_i⟩,
+    where D is the weight gradient of (g, x) and S_i the adjoint of Ψ. Its cotangents a, b_i, c_i
+    enter linearly, so everything is the operator and its backward again, with the terms r and with
+    v_i = γ_i b_i + c_i r_i."""
     grad, input, active, gates, *terms = ctx.saved_tensors
     geometry = (ctx.stride, ctx.padding, ctx.dilation)
     op, backward = torch.ops.gross.series_conv2d, torch.ops.gross.series_conv2d_backward
@@ -251,7 +269,11 @@ def _series_conv2d_backward_grad(
         )
         grad_gates = None if gates is None else parts
     if ctx.needs[1] or ctx.needs[2]:
-        scales = [None] * ctx.count if gates is None else [gate.to(terms[0].dtype) for gate in gates.unbind()]
+        scales = (
+            [None] * ctx.count
+            if gates is None
+            else [gate.to(terms[0].dtype) for gate in gates.unbind()]
+        )
         shares = of_gates.to(terms[0].dtype).unbind() if ctx.needs[2] else [None] * ctx.count
         slopes = of_terms if ctx.needs[1] else [None] * ctx.count
         directions = []
@@ -264,20 +286,29 @@ def _series_conv2d_backward_grad(
             directions.append(direction)
         through = op(input, directions, active, None, *geometry)
         grad_grad = through if grad_grad is None else grad_grad + through
-        grad_input, unscaled, _ = backward(grad, input, directions, active, None, *geometry, [True, True, False])
+        grad_input, unscaled, _ = backward(
+            grad, input, directions, active, None, *geometry, [True, True, False]
+        )
         if ctx.needs[2]:
             extra = [share * part for share, part in zip(shares, unscaled, strict=True)]
-            grad_terms = extra if grad_terms is None else [a + b for a, b in zip(grad_terms, extra, strict=True)]
-        if gates is not None and ctx.needs[1]:
-            extra_gates = torch.stack([(b * part).sum() for b, part in zip(slopes, unscaled, strict=True)]).to(
-                gates.dtype
+            grad_terms = (
+                extra
+                if grad_terms is None
+                else [a + b for a, b in zip(grad_terms, extra, strict=True)]
             )
+        if gates is not None and ctx.needs[1]:
+            extra_gates = torch.stack(
+                [(b * part).sum() for b, part in zip(slopes, unscaled, strict=True)]
+            ).to(gates.dtype)
             grad_gates = extra_gates if grad_gates is None else grad_gates + extra_gates
     return grad_grad, grad_input, grad_terms, None, grad_gates
 
 
 register_gradient(
-    _library, torch.ops.gross.series_conv2d_backward.default, _save_backward, _series_conv2d_backward_grad
+    _library,
+    torch.ops.gross.series_conv2d_backward.default,
+    _save_backward,
+    _series_conv2d_backward_grad,
 )
 
 
@@ -289,12 +320,19 @@ def _save_sum(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _series_sum_grad(ctx: Any, needs: Sequence[Any], grad: Tensor) -> tuple:
     active, gates, *terms = ctx.saved_tensors
-    scaled = [grad] * ctx.count if gates is None else [grad * gate.to(grad.dtype) for gate in gates.unbind()]
+    scaled = (
+        [grad] * ctx.count
+        if gates is None
+        else [grad * gate.to(grad.dtype) for gate in gates.unbind()]
+    )
     counted = torch.arange(ctx.count) < active
     if type(active) is Tensor:
-        # Eager code may read active: one tensor then serves all terms, where 4 terms would take 12 small operations.
+        # Eager code may read active: one tensor then serves all terms, where 4 terms would take 12
+        # small operations.
         nothing = torch.zeros_like(grad)
-        grad_terms = [g if here else nothing for here, g in zip(counted.tolist(), scaled, strict=True)]
+        grad_terms = [
+            g if here else nothing for here, g in zip(counted.tolist(), scaled, strict=True)
+        ]
     else:
         zero = grad.new_zeros(())
         each = counted.to(grad.device).unbind()
@@ -302,19 +340,21 @@ def _series_sum_grad(ctx: Any, needs: Sequence[Any], grad: Tensor) -> tuple:
     grad_gates = None
     if gates is not None and needs[2]:
         products = torch.stack([(grad * term).sum() for term in terms])
-        grad_gates = torch.where(counted.to(grad.device), products, grad.new_zeros(())).to(gates.dtype)
+        grad_gates = torch.where(counted.to(grad.device), products, grad.new_zeros(())).to(
+            gates.dtype
+        )
     return grad_terms, None, grad_gates
 
 
 register_gradient(_library, torch.ops.gross.series_sum.default, _save_sum, _series_sum_grad)
 
 
-# Autocast -------------------------------------------------------------------------------------------------------------
+# Autocast ---------------------------------------------------------------------------------------
 
 
 def register_autocast(library: torch.library.Library, name: str) -> None:
-    """Autocast casts the input alone: the kernel sums float32 terms in float32 and casts the sum once, where casting
-    every term first would cost N launches and four times the weight error."""
+    """Autocast casts the input alone: the kernel sums float32 terms in float32 and casts the sum
+    once, where casting every term first would cost N launches and four times the weight error."""
     operator = getattr(torch.ops.gross, name)
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         library.impl(name, partial(_cast_input, device, operator), key)
@@ -330,7 +370,7 @@ def _cast_input(device: str, operator: Callable[..., Any], input: Tensor, *rest:
 register_autocast(_library, "series_conv2d")
 
 
-# Implementations ------------------------------------------------------------------------------------------------------
+# Implementations --------------------------------------------------------------------------------
 
 
 def _cuda_forward(
@@ -364,7 +404,9 @@ def _cuda_backward(
     args = (grad, input, terms, count, gates, *geometry)
     grad_input, grad_terms, grad_gates = input.new_empty(0), [], None
     if needs[0]:
-        grad_input = dispatch.serving("input_grad", input, terms, count, *geometry).input_grad(*args)
+        grad_input = dispatch.serving("input_grad", input, terms, count, *geometry).input_grad(
+            *args
+        )
     if needs[1] or needs[2]:
         backend = dispatch.serving("weight_grad", input, terms, count, *geometry)
         grad_terms, grad_gates = backend.weight_grad(*args)
@@ -386,7 +428,9 @@ def _host_int(active: Tensor, terms: Sequence[Tensor]) -> int:
     """The value of ``active``; inside a compiled graph nobody has checked it before."""
     value = int(active)
     if not 1 <= value <= len(terms):
-        raise RuntimeError(f"active: got {value}, accepted is 1 to {len(terms)}, the number of terms")
+        raise RuntimeError(
+            f"active: got {value}, accepted is 1 to {len(terms)}, the number of terms"
+        )
     return value
 
 
@@ -409,7 +453,7 @@ if load_error is not None:
         _library.impl(_name, missing, "CPU")
 
 
-# FLOP counts ----------------------------------------------------------------------------------------------------------
+# FLOP counts ------------------------------------------------------------------------------------
 
 
 def _flops(
@@ -437,7 +481,8 @@ def _series_conv2d_flops(
     dilation: Sequence[int],
     **_: Any,
 ) -> int:
-    """Two FLOP per multiply–accumulate at the active group size, as torch counts a convolution's."""
+    """Two FLOP per multiply–accumulate at the active group size, as torch counts a
+    convolution's."""
     return _flops(input, terms, active, stride, padding, dilation)
 
 
@@ -454,8 +499,11 @@ def _series_conv2d_backward_flops(
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    """The forward's count for the gradient of the input and for that of the weight, as far as needed."""
-    return (bool(needs[0]) + bool(needs[1] or needs[2])) * _flops(input, terms, active, stride, padding, dilation)
+    """The forward's count for the gradient of the input and for that of the weight, as far as
+    needed."""
+    return (bool(needs[0]) + bool(needs[1] or needs[2])) * _flops(
+        input, terms, active, stride, padding, dilation
+    )
 
 
 @register_flop_formula(torch.ops.gross.series_sum)

@@ -1,7 +1,8 @@
-"""Ψ and the group-size series: the definition of everything that the kernels compute, in plain torch.
+"""Ψ and the group-size series: the definition of everything that the kernels compute, in plain
+torch.
 
-Equations are those of "GroSS: Group-Size Series Decomposition for Grouped Architecture Search" (ECCV 2020).
-"""
+Equations are those of "GroSS: Group-Size Series Decomposition for Grouped Architecture Search"
+(ECCV 2020)."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MAX_TERMS = 16
 def block_starts(
     in_channels: int, out_channels: int, group_size: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """First input channel that each output channel reads at a group size: ``start_s(o) = (o // (C_out·s/C_in))·s``.
+    """First input channel that each output channel reads at a group size: ``start_s(o) = (o //
+    (C_out·s/C_in))·s``.
 
     Args:
         in_channels: ``C_in``, channels of the convolution's input.
@@ -36,8 +38,8 @@ def block_starts(
 def check_group_sizes(
     group_sizes: Sequence[int], in_channels: int, out_channels: int, name: str = "group_sizes"
 ) -> tuple[int, ...]:
-    """Check that group sizes nest: ascending, each divides the next, the last divides ``in_channels``, and
-    ``in_channels / s`` groups divide ``out_channels``; at most 16 of them.
+    """Check that group sizes nest: ascending, each divides the next, the last divides
+    ``in_channels``, and ``in_channels / s`` groups divide ``out_channels``; at most 16 of them.
 
     Returns:
         The group sizes as a tuple.
@@ -53,7 +55,9 @@ def check_group_sizes(
         raise ValueError(f"{name}: got {len(sizes)} group sizes, accepted are 1 to {MAX_TERMS}")
     for s in sizes:
         if isinstance(s, bool) or not isinstance(s, int):
-            raise TypeError(f"{name}: got group size {s!r} of type {type(s).__name__} in {sizes}, accepted are ints")
+            raise TypeError(
+                f"{name}: got group size {s!r} of type {type(s).__name__} in {sizes}, accepted are ints"
+            )
         if s < 1 or in_channels < 1 or in_channels % s:
             raise ValueError(
                 f"{name}: got group size {s} in {sizes}, accepted are divisors of the input width {in_channels}"
@@ -75,9 +79,9 @@ def check_group_sizes(
 def powers_of_two(in_channels: int, out_channels: int) -> tuple[int, ...]:
     """All powers of two that are group sizes of a convolution with these widths, ascending.
 
-    Where the smallest of them would make more groups than divide ``out_channels``, it is left out; where none is left
-    (``out_channels`` shares no such divisor), the one size ``in_channels`` (a dense convolution) is returned.
-    """
+    Where the smallest of them would make more groups than divide ``out_channels``, it is left out;
+    where none is left (``out_channels`` shares no such divisor), the one size ``in_channels`` (a
+    dense convolution) is returned."""
     sizes = []
     s = 1
     while s <= in_channels and in_channels % s == 0:
@@ -88,7 +92,8 @@ def powers_of_two(in_channels: int, out_channels: int) -> tuple[int, ...]:
 
 
 def expand(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
-    """Ψ (equation 4): the weight of a grouped convolution, rewritten as the same operator at a larger group size.
+    """Ψ (equation 4): the weight of a grouped convolution, rewritten as the same operator at a
+    larger group size.
 
     Args:
         weight: ``[C_out, g, kh, kw]``, the weight of a convolution with ``in_channels / g`` groups.
@@ -105,7 +110,9 @@ def expand(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: got {type(weight).__name__}, accepted is a Tensor")
     if weight.dim() != 4:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, group size, kh, kw]")
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, group size, kh, kw]"
+        )
     if not isinstance(in_channels, int):
         raise TypeError(f"in_channels: got {in_channels!r}, accepted is an int")
     out_channels, group_size = weight.shape[:2]
@@ -119,25 +126,30 @@ def expand(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
 
 
 def restrict(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
-    """The adjoint of Ψ: the entries of ``weight`` ``[C_out, h, kh, kw]`` that a weight of group size g ≤ h expands to.
+    """The adjoint of Ψ: the entries of ``weight`` ``[C_out, h, kh, kw]`` that a weight of group
+    size g ≤ h expands to.
 
     Returns:
-        ``[C_out, g, kh, kw]``; ``⟨Ψ(v), w⟩ = ⟨v, restrict(w)⟩`` for every ``v``, so this turns the gradient of an
-        expanded weight into the gradient of a term.
+        ``[C_out, g, kh, kw]``; ``⟨Ψ(v), w⟩ = ⟨v, restrict(w)⟩`` for every ``v``, so this turns the
+        gradient of an expanded weight into the gradient of a term.
     """
     out_channels, group_size = weight.shape[:2]
     columns = _block_columns(in_channels, out_channels, to_group_size, group_size, weight.device)
     return weight.gather(1, columns.expand(-1, -1, *weight.shape[2:]))
 
 
-def _block_columns(in_channels: int, out_channels: int, group_size: int, within: int, device: torch.device) -> Tensor:
-    """Position of each entry of a weight of ``group_size`` inside the block of size ``within``: ``[C_out, group_size,
-    1, 1]``."""
+def _block_columns(
+    in_channels: int, out_channels: int, group_size: int, within: int, device: torch.device
+) -> Tensor:
+    """Position of each entry of a weight of ``group_size`` inside the block of size ``within``:
+    ``[C_out, group_size, 1, 1]``."""
     starts = block_starts(in_channels, out_channels, group_size, device) % within
     return (starts[:, None] + torch.arange(group_size, device=device))[:, :, None, None]
 
 
-def sum_terms(terms: Sequence[Tensor], in_channels: int, active: int, gates: Tensor | None = None) -> Tensor:
+def sum_terms(
+    terms: Sequence[Tensor], in_channels: int, active: int, gates: Tensor | None = None
+) -> Tensor:
     """``R_n = Σ_{i≤n} gate_i Ψ(r_i)`` (equation 5) in the terms' dtype.
 
     Args:
@@ -159,8 +171,8 @@ def sum_terms(terms: Sequence[Tensor], in_channels: int, active: int, gates: Ten
 def residuals(weights: Sequence[Tensor], in_channels: int) -> list[Tensor]:
     """Equation 6: independent grouped weights, one per group size, as the terms of a series.
 
-    ``r_1 = R_1`` and ``r_i = R_i − Ψ(R_{i−1})``, so that summing the first i terms gives ``R_i`` back.
-    """
+    ``r_1 = R_1`` and ``r_i = R_i − Ψ(R_{i−1})``, so that summing the first i terms gives ``R_i``
+    back."""
     first, *rest = weights
     return [first] + [
         weight - expand(smaller, weight.shape[1], in_channels)
@@ -168,9 +180,11 @@ def residuals(weights: Sequence[Tensor], in_channels: int) -> list[Tensor]:
     ]
 
 
-def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """(before, after) padding of each spatial dimension under which a convolution of stride 1 keeps the size; an odd
-    total puts the larger half after, as ``torch.nn.Conv2d`` does."""
+def same_padding(
+    kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """(before, after) padding of each spatial dimension under which a convolution of stride 1 keeps
+    the size; an odd total puts the larger half after, as ``torch.nn.Conv2d`` does."""
     totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
 
@@ -190,9 +204,14 @@ def output_size(
 
 
 def convolution_macs(
-    out_channels: int, group_size: int, kernel_size: Sequence[int], out_size: Sequence[int], bias: bool = False
+    out_channels: int,
+    group_size: int,
+    kernel_size: Sequence[int],
+    out_size: Sequence[int],
+    bias: bool = False,
 ) -> int:
-    """Multiply–accumulates of one grouped convolution for one image, with one more per output element for a bias."""
+    """Multiply–accumulates of one grouped convolution for one image, with one more per output
+    element for a bias."""
     kh, kw = kernel_size
     h, w = out_size
     return out_channels * h * w * (group_size * kh * kw + bias)

@@ -1,4 +1,5 @@
-"""Every test starts from the same seed, and hypothesis from the same examples: a failure repeats."""
+"""Every test starts from the same seed, and hypothesis from the same examples: a failure
+repeats."""
 
 import sys
 from collections.abc import Iterator
@@ -8,12 +9,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Test modules are imported by their path, so what they share has to be found: the float64 definition and its cases,
-# and the tools of the Triton kernels' tests.
-sys.path += [str(Path(__file__).parent / folder) for folder in ("definition", "gross_kernels/triton")]
+# Test modules are imported by their path, so what they share has to be found: the float64
+# definition and its cases, and the tools of the Triton kernels' tests.
+sys.path += [
+    str(Path(__file__).parent / folder) for folder in ("definition", "gross_kernels/triton")
+]
 
-# On tensors as small as the tests', threads wait for one another more than they compute: with two of them on a busy
-# machine of two cores, test_operator.py takes 246 s instead of 20 s. Tests of threads set their own number.
+# On tensors as small as the tests', threads wait for one another more than they compute: with two
+# of them on a busy machine of two cores, test_operator.py takes 246 s instead of 20 s. Tests of
+# threads set their own number.
 torch.set_num_threads(1)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -36,7 +40,10 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fills every tensor that is allocated without a value with NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(1).isnan()

@@ -1,8 +1,10 @@
-// The kernels for AVX2 and FMA: 32-byte vectors, 16 registers. Nothing of this unit runs unless the processor has them.
+// The kernels for AVX2 and FMA: 32-byte vectors, 16 registers. Nothing of this unit runs unless the
+// processor has them.
 #include "includes.h"
 
 #if defined(__x86_64__)
-// After the standard headers, so that no inline function of theirs is compiled for a processor that may not be there.
+// After the standard headers, so that no inline function of theirs is compiled for a processor that
+// may not be there.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -16,9 +18,15 @@
 #include "kernels.h"
 
 namespace gross::cpu {
-const Kernels avx2_kernels{
-    "avx2", avx2::forward_entry<>, avx2::input_grad_entry<>, avx2::weight_grad_entry<>,
-    avx2::packed_size_entry, avx2::pack_entry, avx2::layer_entry, avx2::layer_backward_entry, avx2::sum_entry};
+const Kernels avx2_kernels{"avx2",
+                           avx2::forward_entry<>,
+                           avx2::input_grad_entry<>,
+                           avx2::weight_grad_entry<>,
+                           avx2::packed_size_entry,
+                           avx2::pack_entry,
+                           avx2::layer_entry,
+                           avx2::layer_backward_entry,
+                           avx2::sum_entry};
 }
 
 #if defined(__clang__)

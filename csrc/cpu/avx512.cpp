@@ -1,10 +1,13 @@
-// The kernels for AVX-512: 64-byte vectors, 32 registers. Nothing of this unit runs unless the processor has them.
+// The kernels for AVX-512: 64-byte vectors, 32 registers. Nothing of this unit runs unless the
+// processor has them.
 #include "includes.h"
 
 #if defined(__x86_64__)
-// After the standard headers, so that no inline function of theirs is compiled for a processor that may not be there.
+// After the standard headers, so that no inline function of theirs is compiled for a processor that
+// may not be there.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
@@ -16,14 +19,26 @@
 #include "kernels.h"
 
 namespace gross::cpu {
-const Kernels avx512_kernels{
-    "avx512", avx512::forward_entry<>, avx512::input_grad_entry<>, avx512::weight_grad_entry<>,
-    avx512::packed_size_entry, avx512::pack_entry, avx512::layer_entry, avx512::layer_backward_entry, avx512::sum_entry};
+const Kernels avx512_kernels{"avx512",
+                             avx512::forward_entry<>,
+                             avx512::input_grad_entry<>,
+                             avx512::weight_grad_entry<>,
+                             avx512::packed_size_entry,
+                             avx512::pack_entry,
+                             avx512::layer_entry,
+                             avx512::layer_backward_entry,
+                             avx512::sum_entry};
 // The same with AVX512_BF16: the convolution of bfloat16 tensors in pairs of channels.
-const Kernels avx512bf16_kernels{
-    "avx512bf16", avx512::forward_entry<avx512::Product::pairs>, avx512::input_grad_entry<avx512::Product::pairs>, avx512::weight_grad_entry<avx512::Product::pairs>,
-    avx512::packed_size_entry, avx512::pack_entry, avx512::layer_entry, avx512::layer_backward_entry, avx512::sum_entry};
-}
+const Kernels avx512bf16_kernels{"avx512bf16",
+                                 avx512::forward_entry<avx512::Product::pairs>,
+                                 avx512::input_grad_entry<avx512::Product::pairs>,
+                                 avx512::weight_grad_entry<avx512::Product::pairs>,
+                                 avx512::packed_size_entry,
+                                 avx512::pack_entry,
+                                 avx512::layer_entry,
+                                 avx512::layer_backward_entry,
+                                 avx512::sum_entry};
+}  // namespace gross::cpu
 
 #if defined(__clang__)
 #pragma clang attribute pop

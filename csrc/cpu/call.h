@@ -1,5 +1,6 @@
-// What a CPU kernel is told: tensors as pointers and strides, geometry as numbers. Nothing of torch, so that the kernels
-// can be compiled, tested and profiled on their own. Every argument has been checked before it gets here.
+// What a CPU kernel is told: tensors as pointers and strides, geometry as numbers. Nothing of
+// torch, so that the kernels can be compiled, tested and profiled on their own. Every argument has
+// been checked before it gets here.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ struct Image {
   int64_t stride_n, stride_c, stride_h, stride_w;
 };
 
-// The terms r_1 … r_active, contiguous [C_out, s_i, kh, kw]; gates as numbers (1 where there are none).
+// The terms r_1 … r_active, contiguous [C_out, s_i, kh, kw]; gates as numbers (1 where there are
+// none).
 struct Series {
   int active;
   Type type;
@@ -26,7 +28,8 @@ struct Series {
   double gates[max_terms];
 };
 
-// The same for gradients: where the gradient of each term goes, and gate_grads[i] = ⟨restrict_i(D), r_i⟩ or null.
+// The same for gradients: where the gradient of each term goes, and gate_grads[i] = ⟨restrict_i(D),
+// r_i⟩ or null.
 struct SeriesGradient {
   void* terms[max_terms];
   double* gates;
@@ -44,8 +47,9 @@ struct Geometry {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
-// A layer: pointwise, grouped, pointwise. `geometry` is the grouped convolution's, whose channels are the bottleneck's widths; terms of the
-// pointwise series are [width_in, C_in] and [C_out, width_out].
+// A layer: pointwise, grouped, pointwise. `geometry` is the grouped convolution's, whose channels
+// are the bottleneck's widths; terms of the pointwise series are [width_in, C_in] and [C_out,
+// width_out].
 struct Layer {
   Series pointwise_in, grouped, pointwise_out;
   Geometry geometry;
@@ -64,28 +68,33 @@ struct LayerGradient {
 // Runs body(context, begin, end) over slices of [0, count) on torch's own threads.
 struct Threads {
   int count;
-  void (*run)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  void (*run)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end),
+              void* context);
 };
 
 // The kernels for one instruction set; the activations' type is `type`.
 struct Kernels {
   const char* name;
-  void (*forward)(Type type, const Image& input, const Series& series, const Image& output, const Geometry& geometry,
-                  const Threads& threads);
+  void (*forward)(Type type, const Image& input, const Series& series, const Image& output,
+                  const Geometry& geometry, const Threads& threads);
   void (*input_grad)(Type type, const Image& grad, const Series& series, const Image& grad_input,
                      const Geometry& geometry, const Threads& threads);
   void (*weight_grad)(Type type, const Image& grad, const Image& input, const Series& series,
-                      const SeriesGradient& gradient, const Geometry& geometry, const Threads& threads);
-  // A layer's weights in the order that `layer` reads them: how many numbers of the sum's type they are, and the numbers.
+                      const SeriesGradient& gradient, const Geometry& geometry,
+                      const Threads& threads);
+  // A layer's weights in the order that `layer` reads them: how many numbers of the sum's type they
+  // are, and the numbers.
   int64_t (*packed_size)(Type type, const Layer& layer);
   void (*pack)(Type type, const Layer& layer, void* packed, const Threads& threads);
-  // The layer from packed weights. The first pointwise convolution's output is kept in `inner` where that has data.
-  void (*layer)(Type type, const Image& input, const Layer& layer, const void* packed, const Image& inner, const Image& output,
-                const Threads& threads);
-  // The gradients of a layer from `grad`, its output's. `inner` has data where the first pointwise convolution's output was kept, `output` where
-  // relu cut it off.
-  void (*layer_backward)(Type type, const Image& grad, const Image& input, const Layer& layer, const Image& inner, const Image& output,
-                         const LayerGradient& gradient, const Threads& threads);
+  // The layer from packed weights. The first pointwise convolution's output is kept in `inner`
+  // where that has data.
+  void (*layer)(Type type, const Image& input, const Layer& layer, const void* packed,
+                const Image& inner, const Image& output, const Threads& threads);
+  // The gradients of a layer from `grad`, its output's. `inner` has data where the first pointwise
+  // convolution's output was kept, `output` where relu cut it off.
+  void (*layer_backward)(Type type, const Image& grad, const Image& input, const Layer& layer,
+                         const Image& inner, const Image& output, const LayerGradient& gradient,
+                         const Threads& threads);
   // Σ gate_i t_i of terms of `count` elements each, in their type.
   void (*sum)(const Series& series, int64_t count, void* output, const Threads& threads);
 };

@@ -1,4 +1,5 @@
-// Which instruction set the kernels run with: the best that the processor has, or the one that GROSS_KERNELS_ISA names.
+// Which instruction set the kernels run with: the best that the processor has, or the one that
+// GROSS_KERNELS_ISA names.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -27,7 +28,10 @@ static const Kernels& choose() {
   if (name == "avx512" && avx512) return avx512_kernels;
   if (name == "avx512bf16" && avx512bf16) return avx512bf16_kernels;
 #endif
-  throw std::runtime_error("GROSS_KERNELS_ISA: got '" + name + "', accepted are portable, avx2, avx512 and avx512bf16 where the processor has them; it has up to " + best->name);
+  throw std::runtime_error("GROSS_KERNELS_ISA: got '" + name +
+                           "', accepted are portable, avx2, avx512 and avx512bf16 where the "
+                           "processor has them; it has up to " +
+                           best->name);
 }
 
 const Kernels& kernels() {

@@ -1,17 +1,21 @@
 // Convolutions that read the pixels of a channels-last tensor where they lie, without planes.
 //
-// Their kernels are three columns wide: the one left of, at and right of a pixel. An output vector reads one vector of source channels (group size 1,
-// and those that divide the lanes), or channels that are broadcast. One load of a pixel serves two of its channels and three taps: 14 columns are
-// 84 multiply–adds for 16 loads and 32 shuffles. With planes the copy alone takes a third of the time at group sizes up to 4.
+// Their kernels are three columns wide: the one left of, at and right of a pixel. An output vector
+// reads one vector of source channels (group size 1, and those that divide the lanes), or channels
+// that are broadcast. One load of a pixel serves two of its channels and three taps: 14 columns are
+// 84 multiply–adds for 16 loads and 32 shuffles. With planes the copy alone takes a third of the
+// time at group sizes up to 4.
 namespace gross::cpu::GROSS_ISA {
 
-// Bytes of pixels that are read and written at once, for one vector of outputs after the other: they stay in the second-level cache.
+// Bytes of pixels that are read and written at once, for one vector of outputs after the other:
+// they stay in the second-level cache.
 constexpr int64_t rows_budget = 128 << 10;
 
 // Rows of a kernel that is applied in place.
 constexpr int max_kernel_rows = 7;
 
-// One row of a kernel: target row i reads source row i · step + `row`, with the weights of columns −1, 0 and 1.
+// One row of a kernel: target row i reads source row i · step + `row`, with the weights of columns
+// −1, 0 and 1.
 struct KernelRow {
   int64_t row;
   int64_t weight[3];
@@ -28,50 +32,62 @@ struct RowTarget {
 
 // The plan's targets, where pixels can be read in place; none where they cannot.
 template <class T, class S>
-std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const Image& target_image, const Channels<T>& channels) {
+std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const Image& target_image,
+                                   const Channels<T>& channels) {
   if (source.stride_c != 1 || target_image.stride_c != 1) return {};
   if (channels.fetch == Fetch::broadcast) {
     if (!std::is_same_v<S, T>) return {};
   } else {
     if (is_permuted(channels.fetch) && !(std::is_same_v<S, float> && registers == 32)) return {};
     // One vector of source channels, and all of its lanes.
-    if (channels.together * channels.sources != lanes<T> || channels.groups % channels.together != 0) return {};
+    if (channels.together * channels.sources != lanes<T> ||
+        channels.groups % channels.together != 0)
+      return {};
     if (channels.fetch == Fetch::permuted && channels.sources % 2 != 0) return {};
     for (const LaneBlock& block : channels.blocks)
       if (block.lanes() != lanes<T>) return {};
   }
   std::vector<RowTarget> targets;
   for (const Target& target : plan.targets) {
-    RowTarget rows{target.lattice, target.rows, target.cols, plan.sources[0].row_step, plan.sources[0].col_step, false, 0, {}};
+    RowTarget rows{target.lattice,           target.rows, target.cols, plan.sources[0].row_step,
+                   plan.sources[0].col_step, false,       0,           {}};
     const int64_t last = (target.cols - 1) * rows.step + 1;
     if (target.cols < 2 || last > source.width) return {};
     rows.right = last == source.width;
     for (const Tap& tap : target.taps) {
       const Lattice& lattice = plan.sources[tap.source];
-      const int64_t row = lattice.first_row + tap.row * lattice.row_step, col = lattice.first_col + tap.col * lattice.col_step;
+      const int64_t row = lattice.first_row + tap.row * lattice.row_step,
+                    col = lattice.first_col + tap.col * lattice.col_step;
       if (col < -1 || col > 1) return {};
-      auto found = std::find_if(rows.kernel.begin(), rows.kernel.end(), [&](const KernelRow& other) { return other.row == row; });
+      auto found = std::find_if(rows.kernel.begin(), rows.kernel.end(),
+                                [&](const KernelRow& other) { return other.row == row; });
       if (found == rows.kernel.end()) found = rows.kernel.insert(found, {row, {}});
       found->weight[col + 1] = tap.index * lanes<T>;
       rows.taps |= 1 << (col + 1);
     }
     // Those of a kernel three columns wide at strides 1 and 2, and of its input gradient.
-    if (!(rows.taps == 7 && rows.step <= 2) && !(rows.step == 1 && (rows.taps == 2 || rows.taps == 3 || rows.taps == 6))) return {};
+    if (!(rows.taps == 7 && rows.step <= 2) &&
+        !(rows.step == 1 && (rows.taps == 2 || rows.taps == 3 || rows.taps == 6)))
+      return {};
     // Downwards: the last row is what a later target row has yet to read.
-    std::sort(rows.kernel.begin(), rows.kernel.end(), [](const KernelRow& a, const KernelRow& b) { return a.row < b.row; });
+    std::sort(rows.kernel.begin(), rows.kernel.end(),
+              [](const KernelRow& a, const KernelRow& b) { return a.row < b.row; });
     if (rows.kernel.size() > max_kernel_rows) return {};
     targets.push_back(rows);
   }
   return targets;
 }
 
-// Whether the convolution has tiles for it, and is faster in place. In planes, tiles of several short rows are where few channels are added (4×4,
-// s = 16: 5.5 instead of 7.2 ms; 2×2, s = 4: 3.1 instead of 4.2), and phases of one tap where channels are broadcast.
+// Whether the convolution has tiles for it, and is faster in place. In planes, tiles of several
+// short rows are where few channels are added (4×4, s = 16: 5.5 instead of 7.2 ms; 2×2, s = 4: 3.1
+// instead of 4.2), and phases of one tap where channels are broadcast.
 template <class T>
 bool is_faster_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels) {
   auto faster = [&](const RowTarget& target) {
     if (channels.fetch == Fetch::lanes) return true;
-    if (channels.fetch == Fetch::broadcast && (target.taps != 7 || (target.cols < 7 && channels.sources < 32))) return false;
+    if (channels.fetch == Fetch::broadcast &&
+        (target.taps != 7 || (target.cols < 7 && channels.sources < 32)))
+      return false;
     return target.cols >= 4;  // the least of their tiles
   };
   return !targets.empty() && std::all_of(targets.begin(), targets.end(), faster);
@@ -104,7 +120,8 @@ struct RowStencil {
   int64_t row_stride;  // from one source row to the next
 };
 
-// Source channel j of each lane's group, of groups of `Quad` channels within 16 bytes. With a constant j this is one instruction without an index.
+// Source channel j of each lane's group, of groups of `Quad` channels within 16 bytes. With a
+// constant j this is one instruction without an index.
 template <class T, int Quad, int J, int... L>
 GROSS_INLINE Vector<T> spread(Vector<T> v, std::integer_sequence<int, L...>) {
   return shuffle<T>(v, v, std::integer_sequence<int, (L / Quad * Quad + J)...>{});
@@ -112,16 +129,23 @@ GROSS_INLINE Vector<T> spread(Vector<T> v, std::integer_sequence<int, L...>) {
 template <class T, int Quad>
 GROSS_INLINE Vector<T> spread(Vector<T> v, int j) {
   constexpr auto all = std::make_integer_sequence<int, lanes<T>>{};
-  return j == 0 ? spread<T, Quad, 0>(v, all) : j == 1 ? spread<T, Quad, 1>(v, all) : j == 2 ? spread<T, Quad, 2>(v, all) : spread<T, Quad, 3>(v, all);
+  return j == 0   ? spread<T, Quad, 0>(v, all)
+         : j == 1 ? spread<T, Quad, 1>(v, all)
+         : j == 2 ? spread<T, Quad, 2>(v, all)
+                  : spread<T, Quad, 3>(v, all);
 }
 
-// to[segment][column][lane] = Σ_row Σ_source Σ_tap weight[source][row, tap][lane] · from[segment][row][step · column + tap][source], two source channels
-// at a time: with four the chains of additions to one sum would be too long to overlap (170 instead of 207 GFLOP/s); one that is broadcast. Groups of
-// `Quad` channels lie within 16 bytes. `from` and `to` say where in the rows the tile lies, `from` at the column left of its first, `ahead` what of the
-// later rows to ask memory for; `left` and `right` that the outermost columns lie beyond the border.
+// to[segment][column][lane] = Σ_row Σ_source Σ_tap weight[source][row, tap][lane] ·
+// from[segment][row][step · column + tap][source], two source channels at a time: with four the
+// chains of additions to one sum would be too long to overlap (170 instead of 207 GFLOP/s); one
+// that is broadcast. Groups of `Quad` channels lie within 16 bytes. `from` and `to` say where in
+// the rows the tile lies, `from` at the column left of its first, `ahead` what of the later rows to
+// ask memory for; `left` and `right` that the outermost columns lie beyond the border.
 template <class T, class S, Fetch fetch, int Quad, int Taps, int Step, int Columns, int Segments>
-__attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, const T* weights, const OutputRow<S>* rows, int64_t from, int64_t ahead, int64_t to,
-                                              int64_t to_pitch, int64_t outputs, bool left, bool right) {
+__attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, const T* weights,
+                                              const OutputRow<S>* rows, int64_t from, int64_t ahead,
+                                              int64_t to, int64_t to_pitch, int64_t outputs,
+                                              bool left, bool right) {
   constexpr int together = is_permuted(fetch) ? 2 : 1, last = (Columns - 1) * Step + 2;
   Vector<T> sum[Segments][Columns]{};
   const int64_t count = stencil.kernel.size();
@@ -142,17 +166,20 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, cons
 #pragma GCC unroll 3
         for (int c = 0; c < 3; c++)
           if (Taps >> c & 1) {
-            weight[i][c] = load<T>(weights + (j + i) * stencil.weight_stride + stencil.kernel[r].weight[c]);
+            weight[i][c] =
+                load<T>(weights + (j + i) * stencil.weight_stride + stencil.kernel[r].weight[c]);
             keep_in_register(weight[i][c]);
           }
-        if constexpr (fetch == Fetch::permuted) __builtin_memcpy(&index[i], stencil.permutation + (j + i) * lanes<T>, sizeof index[i]);
+        if constexpr (fetch == Fetch::permuted)
+          __builtin_memcpy(&index[i], stencil.permutation + (j + i) * lanes<T>, sizeof index[i]);
       }
 #pragma GCC unroll 8
       for (int segment = 0; segment < Segments; segment++) {
         const PixelRow<S>& row = rows[segment].from[r];
         if (!row.mask) continue;  // of a 4×4 map a sixth of the multiply–adds, of 2×2 a third
         const S* at = row.at + (fetch == Fetch::broadcast ? from + j : from);
-        // Or the compiler would load all pixels before a loop over channels, and keep them in memory.
+        // Or the compiler would load all pixels before a loop over channels, and keep them in
+        // memory.
         asm volatile("" : "+r"(at));
 #pragma GCC unroll 32
         for (int k = 0; k <= last; k++, at += row.pitch) {
@@ -171,7 +198,8 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, cons
             if constexpr (is_permuted(fetch)) keep_in_register(value);
 #pragma GCC unroll 3
             for (int c = 0; c < 3; c++)
-              if ((Taps >> c & 1) && k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[segment][(k - c) / Step] += value * weight[i][c];
+              if ((Taps >> c & 1) && k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns)
+                sum[segment][(k - c) / Step] += value * weight[i][c];
           }
         }
       }
@@ -195,20 +223,25 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, cons
     }
 }
 
-// Rows of a tile of so many columns. Where a pixel serves several channels 7 chains of additions are enough, and two rows of 7 columns took 1.7 times as
-// long at stride 2 (256 channels at 14×14, s = 4); where it serves one, weights are read less often by larger tiles.
+// Rows of a tile of so many columns. Where a pixel serves several channels 7 chains of additions
+// are enough, and two rows of 7 columns took 1.7 times as long at stride 2 (256 channels at 14×14,
+// s = 4); where it serves one, weights are read less often by larger tiles.
 template <Fetch fetch, int columns>
-constexpr int row_segments = fetch != Fetch::broadcast && columns >= 7 ? 1 : std::min(max_segments, max_sums / columns);
+constexpr int row_segments =
+    fetch != Fetch::broadcast && columns >= 7 ? 1 : std::min(max_segments, max_sums / columns);
 
 template <class T, class S>
 struct RowTile {
   int64_t columns, segments;
-  void (*correlate)(const RowStencil<T>&, const T*, const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool);
+  void (*correlate)(const RowStencil<T>&, const T*, const OutputRow<S>*, int64_t, int64_t, int64_t,
+                    int64_t, int64_t, bool, bool);
 };
 template <class T, class S, Fetch fetch, int Quad, int Taps, int Step>
 RowTile<T, S> row_tile_of(int64_t width) {
-  using Columns = std::conditional_t<fetch == Fetch::broadcast, std::integer_sequence<int, 16, 14, 8, 7, 4>,
-                                     std::conditional_t<fetch == Fetch::lanes, std::integer_sequence<int, 14, 8, 7, 4, 2>, std::integer_sequence<int, 14, 8, 7, 4>>>;
+  using Columns = std::conditional_t<
+      fetch == Fetch::broadcast, std::integer_sequence<int, 16, 14, 8, 7, 4>,
+      std::conditional_t<fetch == Fetch::lanes, std::integer_sequence<int, 14, 8, 7, 4, 2>,
+                         std::integer_sequence<int, 14, 8, 7, 4>>>;
   return narrowest_tile<RowTile<T, S>>(width, Columns{}, [](auto columns) {
     constexpr int c = columns, segments = row_segments<fetch, c>;
     return RowTile<T, S>{c, segments, correlate_rows<T, S, fetch, Quad, Taps, Step, c, segments>};
@@ -229,7 +262,8 @@ RowTile<T, S> row_tile_for(const Channels<T>& channels, const RowTarget& target)
   if constexpr (std::is_same_v<S, float> && registers == 32) {
     if (channels.fetch == Fetch::permuted) return row_tile_of<T, S, Fetch::permuted, 2>(target);
     if (channels.fetch == Fetch::within_quads)
-      return channels.sources == 4 ? row_tile_of<T, S, Fetch::within_quads, 4>(target) : row_tile_of<T, S, Fetch::within_quads, 2>(target);
+      return channels.sources == 4 ? row_tile_of<T, S, Fetch::within_quads, 4>(target)
+                                   : row_tile_of<T, S, Fetch::within_quads, 2>(target);
   }
   if constexpr (std::is_same_v<S, T>)
     if (channels.fetch == Fetch::broadcast) return row_tile_of<T, S, Fetch::broadcast, 1>(target);
@@ -242,36 +276,49 @@ struct RowUnits {
   const Image &source, &target_image;
   int64_t height, total, together, count;
 
-  RowUnits(const std::vector<RowTarget>& targets, const Image& source, const Image& target_image, int64_t images, int64_t at_least)
+  RowUnits(const std::vector<RowTarget>& targets, const Image& source, const Image& target_image,
+           int64_t images, int64_t at_least)
       : source(source), target_image(target_image), height(0) {
     for (const RowTarget& target : targets) height = std::max(height, target.rows);
     total = images * height;
-    const int64_t row_bytes =
-        sizeof(S) * (source.height * source.width * source.channels + target_image.height * target_image.width * target_image.channels) / height;
+    const int64_t row_bytes = sizeof(S) *
+                              (source.height * source.width * source.channels +
+                               target_image.height * target_image.width * target_image.channels) /
+                              height;
     together = std::clamp<int64_t>(std::min(rows_budget / row_bytes, total / at_least), 1, total);
     count = ceil_div(total, together);
   }
 
   // The target's rows of one unit; filled up to a multiple of `segments` with the last of them.
-  void rows_of(int64_t unit, const RowTarget& target, int64_t segments, std::vector<OutputRow<S>>& rows) const {
+  void rows_of(int64_t unit, const RowTarget& target, int64_t segments,
+               std::vector<OutputRow<S>>& rows) const {
     const S* const from = static_cast<const S*>(source.data);
     S* const to = static_cast<S*>(target_image.data);
     auto target_row = [&](int64_t n, int64_t y) {
-      return to + n * target_image.stride_n + (target.lattice.first_row + y * target.lattice.row_step) * target_image.stride_h +
+      return to + n * target_image.stride_n +
+             (target.lattice.first_row + y * target.lattice.row_step) * target_image.stride_h +
              target.lattice.first_col * target_image.stride_w;
     };
     rows.clear();
     for (int64_t i = unit * together; i < std::min(total, (unit + 1) * together); i++) {
-      const int64_t n = i / height, y = i % height, later = std::min(i + together, total - 1), later_y = std::min(later % height, target.rows - 1);
+      const int64_t n = i / height, y = i % height, later = std::min(i + together, total - 1),
+                    later_y = std::min(later % height, target.rows - 1);
       if (y >= target.rows) continue;
       OutputRow<S> row{};
       for (size_t r = 0; r < target.kernel.size(); r++) {
         const int64_t at = y * target.row_step + target.kernel[r].row;
         const bool inside = at >= 0 && at < source.height;
-        row.from[r] = inside ? PixelRow<S>{from + n * source.stride_n + at * source.stride_h - source.stride_w, source.stride_w, -1} : PixelRow<S>{no_pixel<T, S>, 0, 0};
+        row.from[r] =
+            inside
+                ? PixelRow<S>{from + n * source.stride_n + at * source.stride_h - source.stride_w,
+                              source.stride_w, -1}
+                : PixelRow<S>{no_pixel<T, S>, 0, 0};
       }
       row.to = target_row(n, y);
-      row.ahead = from + later / height * source.stride_n + std::clamp<int64_t>(later_y * target.row_step + target.kernel.back().row, 0, source.height - 1) * source.stride_h;
+      row.ahead = from + later / height * source.stride_n +
+                  std::clamp<int64_t>(later_y * target.row_step + target.kernel.back().row, 0,
+                                      source.height - 1) *
+                      source.stride_h;
       row.ahead_to = target_row(later / height, later_y);
       rows.push_back(row);
     }
@@ -280,11 +327,13 @@ struct RowUnits {
 };
 
 template <class T, class S>
-void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels, const Image& source, const Series& series, const Image& target_image,
+void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels,
+                       const Image& source, const Series& series, const Image& target_image,
                        const Geometry& g, const Threads& threads) {
   const int64_t blocks = channels.blocks.size();
   Buffer<T> weights(blocks * channels.packed);
-  pack_blocks<T, S>(series, g, channels, channels.blocks, channels.packed, channels.summed, weights.data(), threads);
+  pack_blocks<T, S>(series, g, channels, channels.blocks, channels.packed, channels.summed,
+                    weights.data(), threads);
 
   const RowUnits<T, S> units(targets, source, target_image, g.images, 4 * threads.count);
   // A few rows are shared by blocks.
@@ -298,14 +347,21 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
         units.rows_of(i / parts, target, tile.segments, rows);
         for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; b++) {
           const LaneBlock& block = channels.blocks[b];
-          const RowStencil<T> stencil{target.kernel, g.taps() * lanes<T>, channels.permutation_of(b), channels.sources, source.stride_h};
-          const int64_t channel = (channels.fetch == Fetch::broadcast ? block.group : block.group / channels.together * channels.together) * channels.sources;
+          const RowStencil<T> stencil{target.kernel, g.taps() * lanes<T>,
+                                      channels.permutation_of(b), channels.sources,
+                                      source.stride_h};
+          const int64_t channel = (channels.fetch == Fetch::broadcast
+                                       ? block.group
+                                       : block.group / channels.together * channels.together) *
+                                  channels.sources;
           for (size_t first = 0; first < rows.size(); first += tile.segments)
             for (int64_t k = 0; k < target.cols; k += tile.columns) {
               const int64_t col = std::min(k, target.cols - tile.columns);
-              tile.correlate(stencil, weights.data() + b * channels.packed, &rows[first], col * target.step * source.stride_w + channel,
-                             (b * target.cols + col) * target.step * lanes<T>, col * to_pitch + block.first(channels), to_pitch, block.lanes(), col == 0,
-                             target.right && col + tile.columns == target.cols);
+              tile.correlate(stencil, weights.data() + b * channels.packed, &rows[first],
+                             col * target.step * source.stride_w + channel,
+                             (b * target.cols + col) * target.step * lanes<T>,
+                             col * to_pitch + block.first(channels), to_pitch, block.lanes(),
+                             col == 0, target.right && col + tile.columns == target.cols);
             }
         }
       }
@@ -313,11 +369,16 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
   run(threads, units.count * parts, work);
 }
 
-// D[source][row, tap][lane] += Σ_column grads[column][lane] · from[row][step · column + tap][source] over `count` rows of gradients, for `Rows` rows of the
-// kernel and groups of `Quad` channels: so many chains of additions that they overlap, and no more than registers hold.
+// D[source][row, tap][lane] += Σ_column grads[column][lane] · from[row][step · column +
+// tap][source] over `count` rows of gradients, for `Rows` rows of the kernel and groups of `Quad`
+// channels: so many chains of additions that they overlap, and no more than registers hold.
 template <class T, class S, int Quad, int Rows, int Step, int Columns>
-__attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, int64_t count, int64_t row_stride, int64_t from, int64_t ahead, int64_t to,
-                                                     int64_t to_pitch, bool left, bool right, const std::vector<KernelRow>& kernel, T* sums, int64_t sum_stride) {
+__attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, int64_t count,
+                                                     int64_t row_stride, int64_t from,
+                                                     int64_t ahead, int64_t to, int64_t to_pitch,
+                                                     bool left, bool right,
+                                                     const std::vector<KernelRow>& kernel, T* sums,
+                                                     int64_t sum_stride) {
   constexpr int last = (Columns - 1) * Step + 2;
   for (int first = 0; first < 3; first += Rows) {
     Vector<T> sum[Rows][Quad][3]{};
@@ -331,7 +392,8 @@ __attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, i
           for (int k = 0; k < Columns * Step; k++) __builtin_prefetch(at + k * lanes<T>, 0, 2);
         }
 #pragma GCC unroll 16
-        for (int k = 0; k < Columns; k++) __builtin_prefetch(row.ahead_to + ahead + k * lanes<T>, 0, 2);
+        for (int k = 0; k < Columns; k++)
+          __builtin_prefetch(row.ahead_to + ahead + k * lanes<T>, 0, 2);
       }
       Vector<T> grad[Columns];
 #pragma GCC unroll 16
@@ -347,7 +409,8 @@ __attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, i
       for (int k = 0; k <= last; k++)
 #pragma GCC unroll 3
         for (int r = 0; r < Rows; r++) {
-          Vector<T> pixel = load<T>((k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at[r]);
+          Vector<T> pixel =
+              load<T>((k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at[r]);
           keep_in_register(pixel);
           at[r] += source[r].pitch;
 #pragma GCC unroll 4
@@ -359,7 +422,8 @@ __attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, i
             }
 #pragma GCC unroll 3
             for (int c = 0; c < 3; c++)
-              if (k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) sum[r][j][c] += grad[(k - c) / Step] * value;
+              if (k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns)
+                sum[r][j][c] += grad[(k - c) / Step] * value;
           }
         }
     }
@@ -378,17 +442,20 @@ __attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, i
 template <class T, class S>
 struct RowWeightsTile {
   int64_t columns;
-  void (*correlate)(const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, const std::vector<KernelRow>&, T*, int64_t);
+  void (*correlate)(const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                    bool, const std::vector<KernelRow>&, T*, int64_t);
 };
 // The next tile of a row of which `rest` columns are left: one that divides them, or the widest.
 template <class T, class S, int Quad, int Rows, int... Columns>
-RowWeightsTile<T, S> row_weights_tile(int64_t rest, int64_t step, std::integer_sequence<int, Columns...>) {
+RowWeightsTile<T, S> row_weights_tile(int64_t rest, int64_t step,
+                                      std::integer_sequence<int, Columns...>) {
   RowWeightsTile<T, S> tile{};
   auto consider = [&](auto columns, bool divides) {
     constexpr int c = columns;
     if constexpr (Rows * Quad * 3 + c + 2 <= registers || c <= 4)
       if (!tile.correlate && (divides ? c > 4 && rest % c == 0 : c <= rest))
-        tile = {c, step == 1 ? correlate_row_weights<T, S, Quad, Rows, 1, c> : correlate_row_weights<T, S, Quad, Rows, 2, c>};
+        tile = {c, step == 1 ? correlate_row_weights<T, S, Quad, Rows, 1, c>
+                             : correlate_row_weights<T, S, Quad, Rows, 2, c>};
   };
   (consider(std::integral_constant<int, Columns>{}, true), ...);
   (consider(std::integral_constant<int, Columns>{}, false), ...);
@@ -399,18 +466,22 @@ RowWeightsTile<T, S> row_weights_tile(const Channels<T>& channels, int64_t rest,
   using Columns = std::integer_sequence<int, 14, 8, 7, 4, 2, 1>;
   if constexpr (std::is_same_v<S, float> && registers == 32)
     if (channels.fetch == Fetch::within_quads)
-      return channels.sources == 4 ? row_weights_tile<T, S, 4, 1>(rest, step, Columns{}) : row_weights_tile<T, S, 2, 3>(rest, step, Columns{});
+      return channels.sources == 4 ? row_weights_tile<T, S, 4, 1>(rest, step, Columns{})
+                                   : row_weights_tile<T, S, 2, 3>(rest, step, Columns{});
   return row_weights_tile<T, S, 1, 3>(rest, step, Columns{});
 }
 
-// Whether the weight gradient can be computed in place: group size 1, or within 16 bytes, and kernels of 3 × 3.
+// Whether the weight gradient can be computed in place: group size 1, or within 16 bytes, and
+// kernels of 3 × 3.
 inline bool has_row_weights(const std::vector<RowTarget>& targets, Fetch fetch) {
-  return targets.size() == 1 && (fetch == Fetch::lanes || fetch == Fetch::within_quads) && targets[0].kernel.size() == 3 && targets[0].taps == 7;
+  return targets.size() == 1 && (fetch == Fetch::lanes || fetch == Fetch::within_quads) &&
+         targets[0].kernel.size() == 3 && targets[0].taps == 7;
 }
 
 template <class T, class S>
-void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels, const Image& grad, const Image& input, const Series& series,
-                          const SeriesGradient& gradient, const Geometry& g, const Threads& threads) {
+void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels, const Image& grad,
+                          const Image& input, const Series& series, const SeriesGradient& gradient,
+                          const Geometry& g, const Threads& threads) {
   const int64_t blocks = channels.blocks.size(), packed = channels.packed;
   const RowUnits<T, S> units({target}, input, grad, g.images, 1);
   const int64_t slices = std::min(grad_tasks, units.count);
@@ -420,15 +491,19 @@ void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels, 
     for (int64_t slice = begin; slice < end; slice++) {
       T* const sums = partial.data() + slice * blocks * packed;
       std::fill_n(sums, blocks * packed, T(0));
-      for (int64_t unit = units.count * slice / slices; unit < units.count * (slice + 1) / slices; unit++) {
+      for (int64_t unit = units.count * slice / slices; unit < units.count * (slice + 1) / slices;
+           unit++) {
         units.rows_of(unit, target, 1, rows);
         for (int64_t b = 0; b < blocks; b++)
           for (int64_t col = 0, columns; col < target.cols; col += columns) {
-            const RowWeightsTile<T, S> tile = row_weights_tile<T, S>(channels, target.cols - col, target.step);
+            const RowWeightsTile<T, S> tile =
+                row_weights_tile<T, S>(channels, target.cols - col, target.step);
             columns = tile.columns;
-            tile.correlate(rows.data(), rows.size(), input.stride_h, col * target.step * input.stride_w + b * lanes<T>, (b * target.cols + col) * lanes<T>,
-                           col * grad.stride_w + b * lanes<T>, grad.stride_w, col == 0, target.right && col + columns == target.cols, target.kernel,
-                           sums + b * packed, g.taps() * lanes<T>);
+            tile.correlate(rows.data(), rows.size(), input.stride_h,
+                           col * target.step * input.stride_w + b * lanes<T>,
+                           (b * target.cols + col) * lanes<T>, col * grad.stride_w + b * lanes<T>,
+                           grad.stride_w, col == 0, target.right && col + columns == target.cols,
+                           target.kernel, sums + b * packed, g.taps() * lanes<T>);
           }
       }
     }

@@ -1,7 +1,9 @@
-// Moving rows between a tensor of any strides and planes of the sum's type. The only code that knows memory formats and 16-bit types.
+// Moving rows between a tensor of any strides and planes of the sum's type. The only code that
+// knows memory formats and 16-bit types.
 //
-// Planes are [vector of channels][source][position][lane]: one position of a plane is a whole vector of consecutive channels, zeros in
-// the lanes that have none. A channels-last tensor is copied; of any other, squares of channels × columns are transposed in registers.
+// Planes are [vector of channels][source][position][lane]: one position of a plane is a whole
+// vector of consecutive channels, zeros in the lanes that have none. A channels-last tensor is
+// copied; of any other, squares of channels × columns are transposed in registers.
 namespace gross::cpu::GROSS_ISA {
 
 // Positions that a kernel may read past the last, as zeros.
@@ -19,27 +21,35 @@ struct Planes {
     Planes planes;
     planes.image_rows = plan.row_pitch;
     planes.rows = strip.rows + plan.halo();
-    // The last row's trailing zeros lie past its pitch. An odd number: planes of a power of two would all fall on the same cache sets.
-    planes.positions = (((strip.images - 1) * plan.row_pitch + planes.rows) * plan.pitch + plan.max_col - plan.min_col + slack) | 1;
+    // The last row's trailing zeros lie past its pitch. An odd number: planes of a power of two
+    // would all fall on the same cache sets.
+    planes.positions = (((strip.images - 1) * plan.row_pitch + planes.rows) * plan.pitch +
+                        plan.max_col - plan.min_col + slack) |
+                       1;
     planes.source_stride = planes.positions * lanes<T>;
-    planes.vector_stride = (planes.positions * static_cast<int64_t>(plan.sources.size()) | 1) * lanes<T>;
+    planes.vector_stride =
+        (planes.positions * static_cast<int64_t>(plan.sources.size()) | 1) * lanes<T>;
     return planes;
   }
 
-  // Rows that are written for image i of a strip. Rows between images that do not share their padding are zeros.
+  // Rows that are written for image i of a strip. Rows between images that do not share their
+  // padding are zeros.
   int64_t rows_of(int64_t i, const Strip& strip) const {
     return i + 1 < strip.images ? std::max(rows, image_rows) : rows;
   }
 };
 
-// The columns of a lattice that lie in the image: positions [lead, end) of each row, the first of them at column `first`.
+// The columns of a lattice that lie in the image: positions [lead, end) of each row, the first of
+// them at column `first`.
 struct Columns {
   int64_t lead, end, first;
 
   Columns(const Lattice& lattice, const Plan& plan, int64_t width) {
     const int64_t left = lattice.first_col + plan.min_col * lattice.col_step;
     lead = left < 0 ? std::min(plan.pitch, ceil_div(-left, lattice.col_step)) : 0;
-    end = left < width ? std::max(lead, std::min(plan.pitch, ceil_div(width - left, lattice.col_step))) : lead;
+    end = left < width
+              ? std::max(lead, std::min(plan.pitch, ceil_div(width - left, lattice.col_step)))
+              : lead;
     first = left + lead * lattice.col_step;
   }
 };
@@ -67,14 +77,15 @@ GROSS_INLINE void store_strided(S* to, Vector<T> v, int64_t stride, int64_t coun
 
 // `count` columns of one row of `channels` channels to consecutive positions of their planes.
 template <class T, class S>
-GROSS_INLINE void load_columns(const S* from, int64_t col_stride, int64_t channel_stride, int64_t count, int64_t channels, T* to,
-                               int64_t vector_stride) {
+GROSS_INLINE void load_columns(const S* from, int64_t col_stride, int64_t channel_stride,
+                               int64_t count, int64_t channels, T* to, int64_t vector_stride) {
   constexpr int n = lanes<T>;
   if (channel_stride == 1) {
     for (int64_t k = 0; k < count; k++, from += col_stride, to += n) {
       int64_t c = 0;
       T* vector = to;
-      for (; c + n <= channels; c += n, vector += vector_stride) store<T>(vector, load<T>(from + c));
+      for (; c + n <= channels; c += n, vector += vector_stride)
+        store<T>(vector, load<T>(from + c));
       if (c < channels) store<T>(vector, load_first<T>(from + c, channels - c));
     }
     return;
@@ -84,7 +95,10 @@ GROSS_INLINE void load_columns(const S* from, int64_t col_stride, int64_t channe
       Vector<T> square[n];
 #pragma GCC unroll 64
       for (int i = 0; i < n; i++)
-        square[i] = c + i < channels ? load_strided<T>(from + (c + i) * channel_stride + k * col_stride, col_stride, count - k) : Vector<T>{};
+        square[i] = c + i < channels
+                        ? load_strided<T>(from + (c + i) * channel_stride + k * col_stride,
+                                          col_stride, count - k)
+                        : Vector<T>{};
       transpose<T>(square);
       T* row = to + k * n;
       for (int i = 0; i < std::min<int64_t>(n, count - k); i++) store<T>(row + i * n, square[i]);
@@ -93,16 +107,19 @@ GROSS_INLINE void load_columns(const S* from, int64_t col_stride, int64_t channe
 
 // The reverse: `count` positions of one vector of channels to one row of the tensor.
 template <class T, class S>
-GROSS_INLINE void store_columns(const T* from, int64_t count, int64_t channels, S* to, int64_t col_stride, int64_t channel_stride) {
+GROSS_INLINE void store_columns(const T* from, int64_t count, int64_t channels, S* to,
+                                int64_t col_stride, int64_t channel_stride) {
   constexpr int n = lanes<T>;
   if (channel_stride == 1) {
-    for (int64_t k = 0; k < count; k++) store_strided<T>(to + k * col_stride, load<T>(from + k * n), 1, channels);
+    for (int64_t k = 0; k < count; k++)
+      store_strided<T>(to + k * col_stride, load<T>(from + k * n), 1, channels);
     return;
   }
   for (int64_t k = 0; k < count; k += n) {
     Vector<T> square[n];
 #pragma GCC unroll 64
-    for (int i = 0; i < n; i++) square[i] = k + i < count ? load<T>(from + (k + i) * n) : Vector<T>{};
+    for (int i = 0; i < n; i++)
+      square[i] = k + i < count ? load<T>(from + (k + i) * n) : Vector<T>{};
     transpose<T>(square);
     for (int i = 0; i < std::min<int64_t>(n, channels); i++)
       store_strided<T>(to + i * channel_stride + k * col_stride, square[i], col_stride, count - k);
@@ -111,9 +128,11 @@ GROSS_INLINE void store_columns(const T* from, int64_t count, int64_t channels, 
 
 // Fill the planes of channels [channel, channel + channels) for one strip.
 template <class T, class S>
-void load_planes(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes, int64_t channel, int64_t channels, T* to) {
+void load_planes(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes,
+                 int64_t channel, int64_t channels, T* to) {
   constexpr int n = lanes<T>;
-  const S* data = static_cast<const S*>(image.data) + strip.image * image.stride_n + channel * image.stride_c;
+  const S* data =
+      static_cast<const S*>(image.data) + strip.image * image.stride_n + channel * image.stride_c;
   const int64_t vectors = ceil_div(channels, n);
   auto zero = [&](T* at, int64_t count) {
     for (int64_t v = 0; v < vectors; v++) zero_positions(at + v * planes.vector_stride, count);
@@ -129,8 +148,10 @@ void load_planes(const Image& image, const Plan& plan, const Strip& strip, const
           continue;
         }
         zero(row, columns.lead);
-        load_columns<T>(data + i * image.stride_n + y * image.stride_h + columns.first * image.stride_w, lattice.col_step * image.stride_w,
-                        image.stride_c, columns.end - columns.lead, channels, row + columns.lead * n, planes.vector_stride);
+        load_columns<T>(
+            data + i * image.stride_n + y * image.stride_h + columns.first * image.stride_w,
+            lattice.col_step * image.stride_w, image.stride_c, columns.end - columns.lead, channels,
+            row + columns.lead * n, planes.vector_stride);
         zero(row + columns.end * n, plan.pitch - columns.end);
       }
     const int64_t used = ((strip.images - 1) * planes.image_rows + planes.rows) * plan.pitch;

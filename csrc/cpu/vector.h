@@ -1,6 +1,8 @@
-// A small vector type on the compiler's own vector extension: one spelling of every kernel for AVX-512, AVX2, NEON and plain
-// code. Included once per instruction set, inside that set's namespace and target options: GROSS_ISA names the namespace,
-// GROSS_VECTOR_BYTES and GROSS_VECTOR_REGISTERS describe the machine. All of it is inlined, so nothing of it crosses units.
+// A small vector type on the compiler's own vector extension: one spelling of every kernel for
+// AVX-512, AVX2, NEON and plain code. Included once per instruction set, inside that set's
+// namespace and target options: GROSS_ISA names the namespace, GROSS_VECTOR_BYTES and
+// GROSS_VECTOR_REGISTERS describe the machine. All of it is inlined, so nothing of it crosses
+// units.
 #define GROSS_INLINE __attribute__((always_inline)) inline
 
 namespace gross::cpu::GROSS_ISA {
@@ -24,7 +26,8 @@ struct float16 {
 template <class S>
 using Sum = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Conversions lane by lane, written for vectors of 32-bit integers; U is uint32_t or a vector of them, F the float alike. -----
+// Conversions lane by lane, written for vectors of 32-bit integers; U is uint32_t or a vector of
+// them, F the float alike. -----
 
 template <class U, class F>
 GROSS_INLINE F widen_bfloat16(U bits) {
@@ -45,7 +48,8 @@ GROSS_INLINE F widen_float16(U bits) {
   wide = magnitude >= 0x7c00u ? wide | 0x7f800000u : wide;
   return __builtin_bit_cast(F, wide | ((bits & 0x8000u) << 16));
 }
-// Round to nearest even, overflow to infinity; below 2^-14 adding 0.5 rounds to the denormals' spacing.
+// Round to nearest even, overflow to infinity; below 2^-14 adding 0.5 rounds to the denormals'
+// spacing.
 template <class U, class F>
 GROSS_INLINE U narrow_float16(F value) {
   const U bits = __builtin_bit_cast(U, value);
@@ -77,7 +81,7 @@ GROSS_INLINE S narrow(T value) {
     return static_cast<S>(value);
 }
 
-// Unaligned memory ------------------------------------------------------------------------------------------------------------
+// Unaligned memory --------------------------------------------------------------------------------
 
 using Halves __attribute__((vector_size(GROSS_VECTOR_BYTES / 2))) = uint16_t;
 using Words __attribute__((vector_size(GROSS_VECTOR_BYTES))) = uint32_t;
@@ -116,8 +120,9 @@ GROSS_INLINE void store(S* to, Vector<T> v) {
   }
 }
 
-// Says that a vector is to be loaded once and kept: the compiler would fold the load into each of its uses, and the weight gradient,
-// which uses each three times, would be limited by loads (24 of 24 multiply–adds instead of 11).
+// Says that a vector is to be loaded once and kept: the compiler would fold the load into each of
+// its uses, and the weight gradient, which uses each three times, would be limited by loads (24 of
+// 24 multiply–adds instead of 11).
 template <class V>
 GROSS_INLINE void keep_in_register([[maybe_unused]] V& v) {
 #if defined(__x86_64__)
@@ -127,7 +132,8 @@ GROSS_INLINE void keep_in_register([[maybe_unused]] V& v) {
 #endif
 }
 
-// What a multiply–add does with a lane: numbers of the lanes' type, or with 32-bit lanes two bfloat16 numbers each, whose products are both added.
+// What a multiply–add does with a lane: numbers of the lanes' type, or with 32-bit lanes two
+// bfloat16 numbers each, whose products are both added.
 enum class Product { numbers, pairs };
 
 template <Product product, class T>
@@ -136,7 +142,8 @@ GROSS_INLINE void multiply_add(Vector<T>& sum, Vector<T> value, Vector<T> weight
     sum += value * weight;
   } else {
 #if GROSS_VECTOR_BYTES == 64
-    // By its name: as an intrinsic it would need this whole unit to be compiled for processors that have it.
+    // By its name: as an intrinsic it would need this whole unit to be compiled for processors that
+    // have it.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(value), "v"(weight));
 #endif
   }
@@ -164,7 +171,7 @@ GROSS_INLINE void store_first(S* to, Vector<T> v, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] = part[i];
 }
 
-// Shuffles --------------------------------------------------------------------------------------------------------------------
+// Shuffles ----------------------------------------------------------------------------------------
 
 template <class T>
 using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
@@ -200,8 +207,9 @@ GROSS_INLINE Vector<T> permute(Vector<T> v, Vector<Index<T>> index) {
 #endif
 }
 
-// The same where every lane stays within its 16 bytes: an instruction that leaves the multiply–add units alone, where the general one
-// takes turns with them (25 instead of 29 cycles for 16 permutations and 42 multiply–adds, Zen 5).
+// The same where every lane stays within its 16 bytes: an instruction that leaves the multiply–add
+// units alone, where the general one takes turns with them (25 instead of 29 cycles for 16
+// permutations and 42 multiply–adds, Zen 5).
 template <class T>
 GROSS_INLINE Vector<T> permute_within_quads(Vector<T> v, Vector<Index<T>> index) {
 #if GROSS_VECTOR_BYTES == 64
@@ -227,7 +235,8 @@ GROSS_INLINE void transpose(Vector<T>* rows) {
   if constexpr (D < lanes<T>) {
 #pragma GCC unroll 64
     for (int i = 0; i < lanes<T>; i++)
-      if (!(i & D)) exchange<T, D>(rows[i], rows[i + D], std::make_integer_sequence<int, lanes<T>>{});
+      if (!(i & D))
+        exchange<T, D>(rows[i], rows[i + D], std::make_integer_sequence<int, lanes<T>>{});
     transpose<T, 2 * D>(rows);
   }
 }
@@ -242,7 +251,8 @@ GROSS_INLINE T sum_of_lanes(Vector<T> v) {
   if constexpr (Half == 0)
     return v[0];
   else
-    return sum_of_lanes<T, Half / 2>(v + upper_half<T, Half>(v, std::make_integer_sequence<int, lanes<T>>{}));
+    return sum_of_lanes<T, Half / 2>(
+        v + upper_half<T, Half>(v, std::make_integer_sequence<int, lanes<T>>{}));
 }
 
 }  // namespace gross::cpu::GROSS_ISA

@@ -1,9 +1,11 @@
-// A thread block's weights: assembled once from the terms, R = Σ gate_i Ψ(term_i), and kept in registers as the A operand of products.
+// A thread block's weights: assembled once from the terms, R = Σ gate_i Ψ(term_i), and kept in
+// registers as the A operand of products.
 //
-// The terms' rows are copied to shared memory as they lie, `piece` output channels at a time. A thread then owns two neighbouring input
-// channels of one output channel, with all nine taps: it sums what the terms have there in float32, rounds once, and writes a matrix
-// [tap][destination channel][source channel] from which ldmatrix takes the fragments. Outside the groups the matrix is zero. For the
-// input gradient the roles of rows and columns are exchanged and the taps turned.
+// The terms' rows are copied to shared memory as they lie, `piece` output channels at a time. A
+// thread then owns two neighbouring input channels of one output channel, with all nine taps: it
+// sums what the terms have there in float32, rounds once, and writes a matrix [tap][destination
+// channel][source channel] from which ldmatrix takes the fragments. Outside the groups the matrix
+// is zero. For the input gradient the roles of rows and columns are exchanged and the taps turned.
 #pragma once
 
 #include "problem.h"
@@ -19,11 +21,16 @@ struct Slab {
 template <Type type, int steps>
 struct Assembly {
   static constexpr int columns = steps * step_channels(type);
-  // 16 bytes more than the row: eight rows of a fragment then lie in eight different groups of banks.
+  // 16 bytes more than the row: eight rows of a fragment then lie in eight different groups of
+  // banks.
   static constexpr int pitch = steps * 32 + 16;
-  static constexpr Type narrow = type == Type::float32 ? Type::bfloat16 : type;  // of 16-bit terms: never read for float32 images
+  static constexpr Type narrow = type == Type::float32
+                                     ? Type::bfloat16
+                                     : type;  // of 16-bit terms: never read for float32 images
 
-  static GROSS_HOST_DEVICE_INLINE int matrix_bytes(int tiles) { return 9 * tiles * tile_channels * pitch; }
+  static GROSS_HOST_DEVICE_INLINE int matrix_bytes(int tiles) {
+    return 9 * tiles * tile_channels * pitch;
+  }
 
   // Bytes of all terms' weights of one output channel.
   static GROSS_HOST_DEVICE_INLINE int raw_bytes(const Terms& terms) {
@@ -31,18 +38,23 @@ struct Assembly {
     for (int i = 0; i < terms.active; i++) channels += terms.group_sizes[i];
     return channels * 9 * term_bytes(terms);
   }
-  static GROSS_HOST_DEVICE_INLINE int term_bytes(const Terms& terms) { return type == Type::float32 || terms.wide ? 4 : 2; }
+  static GROSS_HOST_DEVICE_INLINE int term_bytes(const Terms& terms) {
+    return type == Type::float32 || terms.wide ? 4 : 2;
+  }
 
   // The output channels whose weights the slab needs.
-  static GROSS_HOST_DEVICE_INLINE Range outputs(const Channels& channels, bool transposed, const Slab& slab) {
+  static GROSS_HOST_DEVICE_INLINE Range outputs(const Channels& channels, bool transposed,
+                                                const Slab& slab) {
     if (transposed) return {slab.source.begin, smaller(slab.source.end, channels.source)};
     return {slab.first, smaller(slab.first + slab.tiles * tile_channels, channels.destination)};
   }
 
-  static GROSS_DEVICE void request(const Terms& terms, Range piece, uint32_t raw, int thread, int threads) {
+  static GROSS_DEVICE void request(const Terms& terms, Range piece, uint32_t raw, int thread,
+                                   int threads) {
     for (int i = 0; i < terms.active; i++) {
       const int bytes = terms.group_sizes[i] * 9 * term_bytes(terms);
-      const char* from = static_cast<const char*>(terms.data[i]) + static_cast<long long>(piece.begin) * bytes;
+      const char* from =
+          static_cast<const char*>(terms.data[i]) + static_cast<long long>(piece.begin) * bytes;
       const int count = piece.size() * bytes / 16, rounds = divide_up(count, threads);
       for (int r = 0; r < rounds; r++) {
         const int k = r * threads + thread;
@@ -55,11 +67,14 @@ struct Assembly {
 
   static GROSS_DEVICE void clear(int tiles, uint32_t matrix, int thread, int threads) {
     const int count = matrix_bytes(tiles) / 16, rounds = divide_up(count, threads);
-    for (int r = 0; r < rounds; r++) store_shared_128(matrix + 16 * (r * threads + thread), {0, 0, 0, 0}, r * threads + thread < count);
+    for (int r = 0; r < rounds; r++)
+      store_shared_128(matrix + 16 * (r * threads + thread), {0, 0, 0, 0},
+                       r * threads + thread < count);
   }
 
   // Adds nine taps of two neighbouring channels, 18 values in a row.
-  static GROSS_DEVICE void add_pair(float (&sum)[18], uint32_t address, int bytes, float gate, bool on) {
+  static GROSS_DEVICE void add_pair(float (&sum)[18], uint32_t address, int bytes, float gate,
+                                    bool on) {
     GROSS_UNROLL
     for (int j = 0; j < 9; j++) {
       if (bytes == 2) {
@@ -78,22 +93,30 @@ struct Assembly {
   static GROSS_DEVICE void add_one(float* sum, uint32_t address, int bytes, float gate, bool on) {
     GROSS_UNROLL
     for (int j = 0; j < 9; j++)
-      sum[j] += gate * (bytes == 2 ? low_half<narrow>(load_shared_16(address + 2 * j, on)) : as_float(load_shared_32(address + 4 * j, on)));
+      sum[j] += gate * (bytes == 2 ? low_half<narrow>(load_shared_16(address + 2 * j, on))
+                                   : as_float(load_shared_32(address + 4 * j, on)));
   }
 
-  // Rows of a tile hold the even channels, then the odd ones: the two rows that a thread has of a result are neighbouring channels.
-  static GROSS_DEVICE int tile_row(int channel) { return channel / 16 * 16 + channel % 2 * 8 + channel % 16 / 2; }
+  // Rows of a tile hold the even channels, then the odd ones: the two rows that a thread has of a
+  // result are neighbouring channels.
+  static GROSS_DEVICE int tile_row(int channel) {
+    return channel / 16 * 16 + channel % 2 * 8 + channel % 16 / 2;
+  }
 
-  static GROSS_DEVICE void combine(const Terms& terms, const Channels& channels, bool transposed, const Slab& slab, Range piece,
-                                   uint32_t matrix, uint32_t raw, int thread, int threads) {
-    const int size = transposed ? channels.destination_group : channels.source_group;  // of the group, in input channels
+  static GROSS_DEVICE void combine(const Terms& terms, const Channels& channels, bool transposed,
+                                   const Slab& slab, Range piece, uint32_t matrix, uint32_t raw,
+                                   int thread, int threads) {
+    const int size = transposed ? channels.destination_group
+                                : channels.source_group;  // of the group, in input channels
     const int out_size = transposed ? channels.source_group : channels.destination_group;
-    const int rows = slab.tiles * tile_channels, last_row = smaller(slab.first + rows, channels.destination) - 1;
+    const int rows = slab.tiles * tile_channels,
+              last_row = smaller(slab.first + rows, channels.destination) - 1;
     const int pairs = (size + 1) / 2, items = piece.size() * pairs, bytes = term_bytes(terms);
     GROSS_NO_UNROLL
     for (int k = thread; k < round_up(items, threads); k += threads) {
       const int o = smaller(piece.begin + k / pairs, piece.end - 1), block = o / out_size * size;
-      const int c = block / 2 * 2 + k % pairs * 2;  // with odd sizes one of c and c + 1 may lie outside the block
+      const int c = block / 2 * 2 +
+                    k % pairs * 2;  // with odd sizes one of c and c + 1 may lie outside the block
       const bool inside = k < items && (!transposed || (c >= slab.first && c <= last_row));
       float sum[18];  // [channel][tap]
       GROSS_UNROLL
@@ -103,27 +126,33 @@ struct Assembly {
       for (int i = 0; i < terms.active; i++) {
         const int s = terms.group_sizes[i];
         const float gate = terms.gates ? as_float(load_global_32(terms.gates + i, true)) : 1.f;
-        const int relative = c - static_cast<int>(static_cast<unsigned>(o) / static_cast<unsigned>(terms.out_sizes[i])) * s;
+        const int relative = c - static_cast<int>(static_cast<unsigned>(o) /
+                                                  static_cast<unsigned>(terms.out_sizes[i])) *
+                                     s;
         const uint32_t address = at + ((o - piece.begin) * s + relative) * 9 * bytes;
         if (s % 2 == 0) {
           const bool on = inside && relative >= 0 && relative < s;
           if (any_lane(on)) add_pair(sum, address, bytes, gate, on);
         } else {
-          const bool low = inside && relative >= 0 && relative < s, high = inside && relative >= -1 && relative < s - 1;
+          const bool low = inside && relative >= 0 && relative < s,
+                     high = inside && relative >= -1 && relative < s - 1;
           if (any_lane(low)) add_one(sum, address, bytes, gate, low);
           if (any_lane(high)) add_one(sum + 9, address + 9 * bytes, bytes, gate, high);
         }
         at += piece.size() * s * 9 * bytes;
       }
-      const int row = (transposed ? c : o) - slab.first, tile_first = slab.first + row / tile_channels * tile_channels;
-      const int column = (transposed ? o : c) - channels.tile_begin(slab.source, tile_first, columns);
+      const int row = (transposed ? c : o) - slab.first,
+                tile_first = slab.first + row / tile_channels * tile_channels;
+      const int column =
+          (transposed ? o : c) - channels.tile_begin(slab.source, tile_first, columns);
       if (transposed) {
         GROSS_UNROLL
         for (int half = 0; half < 2; half++) {
           const bool on = inside && c + half >= block && c + half < block + size;
           GROSS_UNROLL
           for (int tap = 0; tap < 9; tap++) {
-            const uint32_t to = matrix + ((8 - tap) * rows + tile_row(row + half)) * pitch + column * bytes_of(type);
+            const uint32_t to = matrix + ((8 - tap) * rows + tile_row(row + half)) * pitch +
+                                column * bytes_of(type);
             if constexpr (type == Type::float32)
               store_shared_32(to, round_tf32(sum[9 * half + tap]), on);
             else
@@ -133,7 +162,8 @@ struct Assembly {
       } else {
         GROSS_UNROLL
         for (int tap = 0; tap < 9; tap++) {
-          const uint32_t to = matrix + (tap * rows + tile_row(row)) * pitch + column * bytes_of(type);
+          const uint32_t to =
+              matrix + (tap * rows + tile_row(row)) * pitch + column * bytes_of(type);
           if constexpr (type == Type::float32)
             store_shared_64(to, round_tf32(sum[tap]), round_tf32(sum[9 + tap]), inside);
           else
@@ -144,12 +174,14 @@ struct Assembly {
   }
 
   // The fragments of one tile.
-  static GROSS_DEVICE void load(uint32_t (&weight)[9][steps][4], int tile, int tiles, uint32_t matrix, int lane) {
+  static GROSS_DEVICE void load(uint32_t (&weight)[9][steps][4], int tile, int tiles,
+                                uint32_t matrix, int lane) {
     GROSS_UNROLL
-    for (int tap = 0; tap < 9; tap++)
-      GROSS_UNROLL
-      for (int k = 0; k < steps; k++)
-        load_matrix_x4(weight[tap][k], matrix + ((tap * tiles + tile) * tile_channels + lane % 16) * pitch + k * 32 + lane / 16 * 16);
+    for (int tap = 0; tap < 9; tap++) GROSS_UNROLL
+    for (int k = 0; k < steps; k++)
+      load_matrix_x4(weight[tap][k],
+                     matrix + ((tap * tiles + tile) * tile_channels + lane % 16) * pitch + k * 32 +
+                         lane / 16 * 16);
   }
 };
 

@@ -1,5 +1,6 @@
-// For kernels whose speed does not matter or is the memory's: one function of an index, a thread for each index, and numbers whose
-// type is known at run time. Compiled without CUDA it is a loop, so that the tests run the same functions on the host.
+// For kernels whose speed does not matter or is the memory's: one function of an index, a thread
+// for each index, and numbers whose type is known at run time. Compiled without CUDA it is a loop,
+// so that the tests run the same functions on the host.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,9 @@ using Half = __half;
 template <class Body>
 __global__ void each_kernel(Body body, int64_t count) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count; i += step) body(i);
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count;
+       i += step)
+    body(i);
 }
 #else
 using Half = _Float16;
@@ -38,7 +41,8 @@ int each(int64_t count, const Body& body, Stream stream) {
 #if defined(__CUDACC__)
   constexpr int64_t threads = 256, most_blocks = 1 << 20;
   const int64_t blocks = (count + threads - 1) / threads;
-  each_kernel<<<static_cast<unsigned>(blocks < most_blocks ? blocks : most_blocks), threads, 0, stream>>>(body, count);
+  each_kernel<<<static_cast<unsigned>(blocks < most_blocks ? blocks : most_blocks), threads, 0,
+                stream>>>(body, count);
   return cudaGetLastError();
 #else
   static_cast<void>(stream);
@@ -81,6 +85,8 @@ GROSS_HOST_DEVICE inline void store(void* data, int64_t i, Type type, double val
   }
 }
 
-GROSS_HOST_DEVICE inline double gate_of(const Series& series, int i) { return series.gates == nullptr ? 1.0 : series.gates[i]; }
+GROSS_HOST_DEVICE inline double gate_of(const Series& series, int i) {
+  return series.gates == nullptr ? 1.0 : series.gates[i];
+}
 
 }  // namespace gross::cuda

@@ -1,8 +1,10 @@
-// The operators gross_cuda::*, registered through LibTorch's stable ABI; gross_kernels/backends/cuda.py calls them once dispatch has
-// chosen this backend. Arguments are checked here, so that the kernels start with trust. Nothing waits for the device, and scratch comes
-// from torch's allocator, so a call can be captured in a CUDA graph.
+// The operators gross_cuda::*, registered through LibTorch's stable ABI;
+// gross_kernels/backends/cuda.py calls them once dispatch has chosen this backend. Arguments are
+// checked here, so that the kernels start with trust. Nothing waits for the device, and scratch
+// comes from torch's allocator, so a call can be captured in a CUDA graph.
 //
-// With GROSS_ON_HOST the tests build the same file beside kernels compiled for the host: tensors are then on the CPU.
+// With GROSS_ON_HOST the tests build the same file beside kernels compiled for the host: tensors
+// are then on the CPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -66,18 +68,21 @@ Device device_of(int64_t index) {
     }
     return all;
   }();
-  STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(devices.size()), "device: got ", index, ", there are ", devices.size());
+  STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(devices.size()), "device: got ", index,
+                  ", there are ", devices.size());
   return devices[index];
 }
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// While it lasts, the tensor's device is the current one; kernels run on the stream that is current there.
+// While it lasts, the tensor's device is the current one; kernels run on the stream that is current
+// there.
 struct Place {
   torch::stable::accelerator::DeviceGuard guard;
   Device device;
   Stream stream;
-  explicit Place(const Tensor& tensor) : guard(tensor.get_device_index()), device(device_of(tensor.get_device_index())) {
+  explicit Place(const Tensor& tensor)
+      : guard(tensor.get_device_index()), device(device_of(tensor.get_device_index())) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
     stream = static_cast<Stream>(current);
@@ -85,7 +90,9 @@ struct Place {
 };
 #endif
 
-void check_launch(int error, const char* name) { STD_TORCH_CHECK(error == 0, "gross_cuda::", name, ": ", error_text(error)); }
+void check_launch(int error, const char* name) {
+  STD_TORCH_CHECK(error == 0, "gross_cuda::", name, ": ", error_text(error));
+}
 
 Type type_of(ScalarType type, const char* name) {
   switch (type) {
@@ -93,13 +100,16 @@ Type type_of(ScalarType type, const char* name) {
     case ScalarType::BFloat16: return Type::bfloat16;
     case ScalarType::Float: return Type::float32;
     case ScalarType::Double: return Type::float64;
-    default: STD_TORCH_CHECK(false, name, ": accepted dtypes are float32, float64, bfloat16 and float16");
+    default:
+      STD_TORCH_CHECK(false, name, ": accepted dtypes are float32, float64, bfloat16 and float16");
   }
 }
 
 int64_t bytes_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
-bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0; }
+bool aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+}
 
 bool is_dense_channels_last(const Tensor& tensor) {
   int64_t stride = 1;
@@ -112,7 +122,8 @@ bool is_dense_channels_last(const Tensor& tensor) {
 
 Tensor empty_image(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
   const Ints size{like.size(0), channels, height, width};
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              MemoryFormat::ChannelsLast);
 }
 
 Tensor bytes(size_t count, const Tensor& like) {
@@ -120,7 +131,8 @@ Tensor bytes(size_t count, const Tensor& like) {
   return torch::stable::empty(size, ScalarType::Byte, std::nullopt, like.device());
 }
 
-// An image as the kernels read it: itself, or a copy where strides or alignment are others, as a gradient's may be.
+// An image as the kernels read it: itself, or a copy where strides or alignment are others, as a
+// gradient's may be.
 Tensor dense(const Tensor& image) {
   if (is_dense_channels_last(image) && aligned(image)) return image;
   Tensor copy = empty_image(image, image.size(1), image.size(2), image.size(3));
@@ -134,16 +146,19 @@ struct Gated {
   std::optional<Tensor> gates;
 
   Gated(const std::vector<Tensor>& terms, int64_t active, const std::optional<Tensor>& given) {
-    STD_TORCH_CHECK(!terms.empty() && terms.size() <= max_terms, "terms: got ", terms.size(), ", accepted are 1 to ", max_terms);
-    STD_TORCH_CHECK(active >= 1 && active <= static_cast<int64_t>(terms.size()), "active: got ", active, ", accepted is 1 to ", terms.size());
+    STD_TORCH_CHECK(!terms.empty() && terms.size() <= max_terms, "terms: got ", terms.size(),
+                    ", accepted are 1 to ", max_terms);
+    STD_TORCH_CHECK(active >= 1 && active <= static_cast<int64_t>(terms.size()), "active: got ",
+                    active, ", accepted is 1 to ", terms.size());
     series.count = static_cast<int>(terms.size());
     series.active = static_cast<int>(active);
     series.type = type_of(terms[0].scalar_type(), "terms");
     if (!given.has_value()) return;
-    STD_TORCH_CHECK(in_place(*given) && given->get_device_index() == terms[0].get_device_index() && given->dim() == 1 &&
-                        given->size(0) == series.count,
+    STD_TORCH_CHECK(in_place(*given) && given->get_device_index() == terms[0].get_device_index() &&
+                        given->dim() == 1 && given->size(0) == series.count,
                     "gates: accepted is one per term, on the terms' device");
-    STD_TORCH_CHECK(type_of(given->scalar_type(), "gates") != Type::float64, "gates: got float64, accepted are float32, bfloat16 and float16");
+    STD_TORCH_CHECK(type_of(given->scalar_type(), "gates") != Type::float64,
+                    "gates: got float64, accepted are float32, bfloat16 and float16");
     gates = torch::stable::contiguous(torch::stable::to(*given, ScalarType::Float));
     series.gates = gates->const_data_ptr<float>();
   }
@@ -157,9 +172,11 @@ struct Call : Gated {
   std::optional<Tensor> arranged;
 
   // Where `reads_terms` is false, only the terms' shapes matter.
-  Call(const Tensor& input, const std::vector<Tensor>& terms, int64_t active, const std::optional<Tensor>& gates, int64_t stride,
-       bool reads_terms)
-      : Gated(terms, active, gates), place(checked(input)), type(type_of(input.scalar_type(), "input")) {
+  Call(const Tensor& input, const std::vector<Tensor>& terms, int64_t active,
+       const std::optional<Tensor>& gates, int64_t stride, bool reads_terms)
+      : Gated(terms, active, gates),
+        place(checked(input)),
+        type(type_of(input.scalar_type(), "input")) {
     STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: got ", stride, ", accepted are 1 and 2");
     STD_TORCH_CHECK(series.type == type || (series.type == Type::float32 && bytes_of(type) == 2),
                     "terms: accepted is the input's dtype, or float32 with a 16-bit input");
@@ -167,35 +184,45 @@ struct Call : Gated {
     const int64_t in_channels = input.size(1), out_channels = terms[0].size(0);
     for (size_t i = 0; i < terms.size(); i++) {
       const Tensor& term = terms[i];
-      STD_TORCH_CHECK(in_place(term) && term.get_device_index() == input.get_device_index() && term.dim() == 4 &&
-                          term.scalar_type() == terms[0].scalar_type() && term.size(0) == out_channels && term.size(2) == 3 &&
-                          term.size(3) == 3,
-                      "terms[", i, "]: accepted is [C_out, group size, 3, 3], C_out and dtype those of terms[0], on the input's device");
+      STD_TORCH_CHECK(in_place(term) && term.get_device_index() == input.get_device_index() &&
+                          term.dim() == 4 && term.scalar_type() == terms[0].scalar_type() &&
+                          term.size(0) == out_channels && term.size(2) == 3 && term.size(3) == 3,
+                      "terms[", i,
+                      "]: accepted is [C_out, group size, 3, 3], C_out and dtype those of "
+                      "terms[0], on the input's device");
       const int64_t s = term.size(1);
-      STD_TORCH_CHECK(s >= 1 && in_channels > 0 && in_channels % s == 0 && out_channels > 0 && out_channels % (in_channels / s) == 0 &&
+      STD_TORCH_CHECK(s >= 1 && in_channels > 0 && in_channels % s == 0 && out_channels > 0 &&
+                          out_channels % (in_channels / s) == 0 &&
                           (i == 0 || (s > terms[i - 1].size(1) && s % terms[i - 1].size(1) == 0)),
-                      "terms[", i, "]: group size ", s, " does not nest in ", in_channels, " → ", out_channels, " channels");
+                      "terms[", i, "]: group size ", s, " does not nest in ", in_channels, " → ",
+                      out_channels, " channels");
       series.group_sizes[i] = static_cast<int>(s);
     }
-    STD_TORCH_CHECK(input.size(2) >= 1 && input.size(3) >= 1, "input: accepted is at least one pixel");
-    const int64_t out_h = (input.size(2) - 1) / stride + 1, out_w = (input.size(3) - 1) / stride + 1;
+    STD_TORCH_CHECK(input.size(2) >= 1 && input.size(3) >= 1,
+                    "input: accepted is at least one pixel");
+    const int64_t out_h = (input.size(2) - 1) / stride + 1,
+                  out_w = (input.size(3) - 1) / stride + 1;
     // Kernels count pieces of 16 bytes in 32 bits.
     const int64_t pixels = input.size(0) * input.size(2) * input.size(3), most = int64_t{1} << 36;
-    STD_TORCH_CHECK(pixels * in_channels * bytes_of(type) < most && pixels * out_channels * bytes_of(type) < most,
+    STD_TORCH_CHECK(pixels * in_channels * bytes_of(type) < most &&
+                        pixels * out_channels * bytes_of(type) < most,
                     "input: accepted are inputs and outputs of less than 64 GiB");
-    geometry = {input.size(0), in_channels, out_channels, input.size(2), input.size(3), out_h, out_w,
-                series.group_sizes[series.active - 1], static_cast<int>(stride)};
+    geometry = {
+        input.size(0),           in_channels, out_channels, input.size(2),
+        input.size(3),           out_h,       out_w,        series.group_sizes[series.active - 1],
+        static_cast<int>(stride)};
     if (reads_terms) read(terms);
   }
 
  private:
   static const Tensor& checked(const Tensor& input) {
-    STD_TORCH_CHECK(in_place(input) && input.dim() == 4, "input: accepted is [N, C_in, H, W] on ", place_name);
+    STD_TORCH_CHECK(in_place(input) && input.dim() == 4, "input: accepted is [N, C_in, H, W] on ",
+                    place_name);
     return input;
   }
 
-  // Terms that are contiguous and aligned are read where they are. Parameters of a channels-last model are not: they are rearranged
-  // together, in one launch.
+  // Terms that are contiguous and aligned are read where they are. Parameters of a channels-last
+  // model are not: they are rearranged together, in one launch.
   void read(const std::vector<Tensor>& terms) {
     bool as_they_are = true;
     int64_t strides[max_terms][4], ends[max_terms + 1] = {};
@@ -208,64 +235,78 @@ struct Call : Gated {
     if (as_they_are) return;
     arranged = bytes(ends[series.active], terms[0]);
     Series to = series;
-    for (int i = 0; i < series.active; i++) to.terms[i] = static_cast<char*>(arranged->data_ptr()) + ends[i];
+    for (int i = 0; i < series.active; i++)
+      to.terms[i] = static_cast<char*>(arranged->data_ptr()) + ends[i];
     check_launch(arrange(geometry.out_channels, series, strides, to, place.stream), "arrange");
     series = to;
   }
 };
 
-// Whether kernels for warpgroups are chosen where there are any: tests and measurements of the others on the same GPU switch it off.
+// Whether kernels for warpgroups are chosen where there are any: tests and measurements of the
+// others on the same GPU switch it off.
 std::atomic<bool> warpgroups{true};
 
 void set_warpgroups(bool allowed) { warpgroups = allowed; }
 
-bool chooses_wide(Operation operation, Type type, Type terms_type, const Geometry& g, const Device& device) {
+bool chooses_wide(Operation operation, Type type, Type terms_type, const Geometry& g,
+                  const Device& device) {
   return warpgroups && supports_wide(operation, type, terms_type, g, device);
 }
 
-bool serves(Operation operation, Type type, Type terms_type, const Geometry& g, const Device& device) {
-  return chooses_wide(operation, type, terms_type, g, device) || supports_convolution(operation, type, terms_type, g, device);
+bool serves(Operation operation, Type type, Type terms_type, const Geometry& g,
+            const Device& device) {
+  return chooses_wide(operation, type, terms_type, g, device) ||
+         supports_convolution(operation, type, terms_type, g, device);
 }
 
 int convolve(Operation operation, const Call& call, const void* source, void* destination) {
   const Device& device = call.place.device;
   if (chooses_wide(operation, call.type, call.series.type, call.geometry, device))
-    return convolve_wide(operation, call.type, call.geometry, call.series, source, destination, device, call.place.stream);
+    return convolve_wide(operation, call.type, call.geometry, call.series, source, destination,
+                         device, call.place.stream);
   const auto launcher = operation == Operation::forward ? forward : input_grad;
-  return launcher(call.type, call.geometry, call.series, source, destination, device, call.place.stream);
+  return launcher(call.type, call.geometry, call.series, source, destination, device,
+                  call.place.stream);
 }
 
 void check_served(bool served, const char* name) {
-  STD_TORCH_CHECK(served, "gross_cuda::", name, ": there is no kernel for this call; gross_cuda::supports says which there are");
+  STD_TORCH_CHECK(served, "gross_cuda::", name,
+                  ": there is no kernel for this call; gross_cuda::supports says which there are");
 }
 
 void check_grad(const Tensor& grad, const Tensor& input, const Geometry& g) {
-  STD_TORCH_CHECK(in_place(grad) && grad.get_device_index() == input.get_device_index() && grad.dim() == 4 && grad.size(0) == g.images &&
-                      grad.size(1) == g.out_channels && grad.size(2) == g.out_h && grad.size(3) == g.out_w &&
-                      grad.scalar_type() == input.scalar_type(),
+  STD_TORCH_CHECK(in_place(grad) && grad.get_device_index() == input.get_device_index() &&
+                      grad.dim() == 4 && grad.size(0) == g.images &&
+                      grad.size(1) == g.out_channels && grad.size(2) == g.out_h &&
+                      grad.size(3) == g.out_w && grad.scalar_type() == input.scalar_type(),
                   "grad: accepted is the output's shape and dtype, on the input's device");
 }
 
 // Results are channels-last. `slow` stands for the plain kernels.
 template <bool slow>
-Tensor forward_operator(const Tensor& input, const std::vector<Tensor>& terms, int64_t active, const std::optional<Tensor>& gates,
-                        int64_t stride) {
+Tensor forward_operator(const Tensor& input, const std::vector<Tensor>& terms, int64_t active,
+                        const std::optional<Tensor>& gates, int64_t stride) {
   const Call call(input, terms, active, gates, stride, true);
   const Geometry& g = call.geometry;
   Tensor output = empty_image(input, g.out_channels, g.out_h, g.out_w);
   if (output.numel() == 0) return output;
   const Tensor source = dense(input);
   if (slow) {
-    check_launch(plain::forward(call.type, g, call.series, source.data_ptr(), output.data_ptr(), call.place.stream), "plain_forward");
+    check_launch(plain::forward(call.type, g, call.series, source.data_ptr(), output.data_ptr(),
+                                call.place.stream),
+                 "plain_forward");
   } else {
-    check_served(serves(Operation::forward, call.type, call.series.type, g, call.place.device), "forward");
-    check_launch(convolve(Operation::forward, call, source.data_ptr(), output.data_ptr()), "forward");
+    check_served(serves(Operation::forward, call.type, call.series.type, g, call.place.device),
+                 "forward");
+    check_launch(convolve(Operation::forward, call, source.data_ptr(), output.data_ptr()),
+                 "forward");
   }
   return output;
 }
 
 template <bool slow>
-Tensor input_grad_operator(const Tensor& grad, const Tensor& input, const std::vector<Tensor>& terms, int64_t active,
+Tensor input_grad_operator(const Tensor& grad, const Tensor& input,
+                           const std::vector<Tensor>& terms, int64_t active,
                            const std::optional<Tensor>& gates, int64_t stride) {
   const Call call(input, terms, active, gates, stride, true);
   const Geometry& g = call.geometry;
@@ -274,27 +315,34 @@ Tensor input_grad_operator(const Tensor& grad, const Tensor& input, const std::v
   if (result.numel() == 0) return result;
   const Tensor source = dense(grad);
   if (slow) {
-    check_launch(plain::input_grad(call.type, g, call.series, source.data_ptr(), result.data_ptr(), call.place.stream), "plain_input_grad");
+    check_launch(plain::input_grad(call.type, g, call.series, source.data_ptr(), result.data_ptr(),
+                                   call.place.stream),
+                 "plain_input_grad");
   } else {
-    check_served(serves(Operation::input_grad, call.type, call.series.type, g, call.place.device), "input_grad");
-    check_launch(convolve(Operation::input_grad, call, source.data_ptr(), result.data_ptr()), "input_grad");
+    check_served(serves(Operation::input_grad, call.type, call.series.type, g, call.place.device),
+                 "input_grad");
+    check_launch(convolve(Operation::input_grad, call, source.data_ptr(), result.data_ptr()),
+                 "input_grad");
   }
   return result;
 }
 
 // Gradients of all terms, and of the gates: float32, empty without gates.
 template <bool slow>
-std::tuple<std::vector<Tensor>, Tensor> weight_grad_operator(const Tensor& grad, const Tensor& input, const std::vector<Tensor>& terms,
-                                                             int64_t active, const std::optional<Tensor>& gates, int64_t stride) {
+std::tuple<std::vector<Tensor>, Tensor> weight_grad_operator(
+    const Tensor& grad, const Tensor& input, const std::vector<Tensor>& terms, int64_t active,
+    const std::optional<Tensor>& gates, int64_t stride) {
   const Call call(input, terms, active, gates, stride, gates.has_value());
   const Geometry& g = call.geometry;
   check_grad(grad, input, g);
   const Ints gate_shape{gates.has_value() ? call.series.count : 0};
-  Tensor grad_gates = torch::stable::empty(gate_shape, ScalarType::Float, std::nullopt, input.device());
+  Tensor grad_gates =
+      torch::stable::empty(gate_shape, ScalarType::Float, std::nullopt, input.device());
   std::vector<Tensor> grad_terms;
   SeriesGradient gradient{};
   for (const Tensor& term : terms) {
-    grad_terms.push_back(torch::stable::empty(term.sizes(), term.scalar_type(), std::nullopt, term.device()));
+    grad_terms.push_back(
+        torch::stable::empty(term.sizes(), term.scalar_type(), std::nullopt, term.device()));
     gradient.terms[grad_terms.size() - 1] = grad_terms.back().data_ptr();
   }
   if (gates.has_value()) gradient.gates = grad_gates.mutable_data_ptr<float>();
@@ -306,71 +354,104 @@ std::tuple<std::vector<Tensor>, Tensor> weight_grad_operator(const Tensor& grad,
   const Tensor wide_grad = dense(grad), wide_input = dense(input);
   if (slow) {
     const Tensor scratch = bytes(plain::weight_grad_scratch_bytes(g), input);
-    check_launch(plain::weight_grad(call.type, g, call.series, wide_grad.data_ptr(), wide_input.data_ptr(), gradient, scratch.data_ptr(),
-                                    call.place.stream),
-                 "plain_weight_grad");
+    check_launch(
+        plain::weight_grad(call.type, g, call.series, wide_grad.data_ptr(), wide_input.data_ptr(),
+                           gradient, scratch.data_ptr(), call.place.stream),
+        "plain_weight_grad");
   } else {
-    check_served(supports_weight_grad(call.type, call.series.type, g, call.place.device), "weight_grad");
+    check_served(supports_weight_grad(call.type, call.series.type, g, call.place.device),
+                 "weight_grad");
     const Tensor scratch = bytes(weight_grad_scratch_bytes(call.type, g, call.place.device), input);
-    check_launch(weight_grad(call.type, g, call.series, wide_grad.data_ptr(), wide_input.data_ptr(), gradient, scratch.data_ptr(),
-                             call.place.device, call.place.stream),
+    check_launch(weight_grad(call.type, g, call.series, wide_grad.data_ptr(), wide_input.data_ptr(),
+                             gradient, scratch.data_ptr(), call.place.device, call.place.stream),
                  "weight_grad");
   }
   return {grad_terms, grad_gates};
 }
 
-Tensor series_sum_operator(const std::vector<Tensor>& terms, int64_t active, const std::optional<Tensor>& gates) {
+Tensor series_sum_operator(const std::vector<Tensor>& terms, int64_t active,
+                           const std::optional<Tensor>& gates) {
   Gated gated(terms, active, gates);
   std::vector<Tensor> kept;
   for (int i = 0; i < gated.series.active; i++) {
     bool same = in_place(terms[i]) && terms[i].get_device_index() == terms[0].get_device_index() &&
-                terms[i].scalar_type() == terms[0].scalar_type() && terms[i].dim() == terms[0].dim();
-    for (int64_t d = 0; same && d < terms[0].dim(); d++) same = terms[i].size(d) == terms[0].size(d);
-    STD_TORCH_CHECK(same, "terms[", i, "]: accepted is the shape and dtype of terms[0], on ", place_name);
+                terms[i].scalar_type() == terms[0].scalar_type() &&
+                terms[i].dim() == terms[0].dim();
+    for (int64_t d = 0; same && d < terms[0].dim(); d++)
+      same = terms[i].size(d) == terms[0].size(d);
+    STD_TORCH_CHECK(same, "terms[", i, "]: accepted is the shape and dtype of terms[0], on ",
+                    place_name);
     kept.push_back(terms[i].is_contiguous() ? terms[i] : torch::stable::contiguous(terms[i]));
     gated.series.terms[i] = kept[i].data_ptr();
   }
   const Place place(terms[0]);
-  Tensor result = torch::stable::empty(terms[0].sizes(), terms[0].scalar_type(), std::nullopt, terms[0].device());
-  check_launch(series_sum(gated.series, result.numel(), result.data_ptr(), place.stream), "series_sum");
+  Tensor result = torch::stable::empty(terms[0].sizes(), terms[0].scalar_type(), std::nullopt,
+                                       terms[0].device());
+  check_launch(series_sum(gated.series, result.numel(), result.data_ptr(), place.stream),
+               "series_sum");
   return result;
 }
 
-// How the library was built: torch's version, CUDA's (1000 × major + 10 × minor), the architectures it has code for.
-std::tuple<std::string, int64_t, std::string> build_operator() { return {TORCH_VERSION, CUDART_VERSION, GROSS_CUDA_ARCHITECTURES}; }
+// How the library was built: torch's version, CUDA's (1000 × major + 10 × minor), the architectures
+// it has code for.
+std::tuple<std::string, int64_t, std::string> build_operator() {
+  return {TORCH_VERSION, CUDART_VERSION, GROSS_CUDA_ARCHITECTURES};
+}
 
-// What kernels depend on: compute capability (10 × major + minor), multiprocessors, opt-in limit of shared memory per block.
+// What kernels depend on: compute capability (10 × major + minor), multiprocessors, opt-in limit of
+// shared memory per block.
 Ints device_operator(int64_t index) {
   const Device device = device_of(index);
   return {device.capability, device.multiprocessors, device.shared_bytes};
 }
 
-// Whether there are kernels for an operation ("forward", "input_grad", "weight_grad") at a group size on such a device.
-bool supports_operator(const std::string& operation, ScalarType dtype, ScalarType terms_dtype, int64_t in_channels, int64_t out_channels,
-                       int64_t group_size, int64_t stride, const Ints& numbers) {
+// Whether there are kernels for an operation ("forward", "input_grad", "weight_grad") at a group
+// size on such a device.
+bool supports_operator(const std::string& operation, ScalarType dtype, ScalarType terms_dtype,
+                       int64_t in_channels, int64_t out_channels, int64_t group_size,
+                       int64_t stride, const Ints& numbers) {
   const Type type = type_of(dtype, "dtype"), terms_type = type_of(terms_dtype, "terms_dtype");
-  const Geometry g{1, in_channels, out_channels, 1, 1, 1, 1, static_cast<int>(group_size), static_cast<int>(stride)};
+  const Geometry g{1,
+                   in_channels,
+                   out_channels,
+                   1,
+                   1,
+                   1,
+                   1,
+                   static_cast<int>(group_size),
+                   static_cast<int>(stride)};
   STD_TORCH_CHECK(numbers.size() == 3, "device: accepted is what gross_cuda::device returns");
-  const Device device{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2])};
+  const Device device{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]),
+                      static_cast<int>(numbers[2])};
   if (operation == "weight_grad") return supports_weight_grad(type, terms_type, g, device);
-  STD_TORCH_CHECK(operation == "forward" || operation == "input_grad", "operation: got ", operation.c_str());
-  return serves(operation == "forward" ? Operation::forward : Operation::input_grad, type, terms_type, g, device);
+  STD_TORCH_CHECK(operation == "forward" || operation == "input_grad", "operation: got ",
+                  operation.c_str());
+  return serves(operation == "forward" ? Operation::forward : Operation::input_grad, type,
+                terms_type, g, device);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(GROSS_NAMESPACE, m) {
   for (const std::string prefix : {"", "plain_"}) {
-    m.def((prefix + "forward(Tensor input, Tensor[] terms, int active, Tensor? gates, int stride) -> Tensor").c_str());
-    m.def((prefix + "input_grad(Tensor grad, Tensor input, Tensor[] terms, int active, Tensor? gates, int stride) -> Tensor").c_str());
-    m.def((prefix + "weight_grad(Tensor grad, Tensor input, Tensor[] terms, int active, Tensor? gates, int stride) -> (Tensor[], Tensor)").c_str());
+    m.def((prefix +
+           "forward(Tensor input, Tensor[] terms, int active, Tensor? gates, int stride) -> Tensor")
+              .c_str());
+    m.def((prefix + "input_grad(Tensor grad, Tensor input, Tensor[] terms, int active, Tensor? "
+                    "gates, int stride) -> Tensor")
+              .c_str());
+    m.def((prefix + "weight_grad(Tensor grad, Tensor input, Tensor[] terms, int active, Tensor? "
+                    "gates, int stride) -> (Tensor[], Tensor)")
+              .c_str());
   }
   m.def("series_sum(Tensor[] terms, int active, Tensor? gates) -> Tensor");
   m.def("set_warpgroups(bool allowed) -> ()");
   m.def("build() -> (str, int, str)");
   m.def("device(int index) -> int[]");
-  m.def("supports(str operation, ScalarType dtype, ScalarType terms_dtype, int in_channels, int out_channels, int group_size, int stride, "
-        "int[] device) -> bool");
+  m.def(
+      "supports(str operation, ScalarType dtype, ScalarType terms_dtype, int in_channels, int "
+      "out_channels, int group_size, int stride, "
+      "int[] device) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, GROSS_KEY, m) {

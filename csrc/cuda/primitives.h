@@ -1,6 +1,7 @@
-// Every instruction that the kernels take from PTX, each behind one function. Beside the device's version stands its twin for the
-// host, where tests/cuda_on_host/emulator.h runs the kernels: it does what the PTX manual documents, layouts of fragments included.
-// Addresses of shared memory are bytes from the start of the 32-bit shared window; `on` predicates an access.
+// Every instruction that the kernels take from PTX, each behind one function. Beside the device's
+// version stands its twin for the host, where tests/cuda_on_host/emulator.h runs the kernels: it
+// does what the PTX manual documents, layouts of fragments included. Addresses of shared memory are
+// bytes from the start of the 32-bit shared window; `on` predicates an access.
 #pragma once
 
 #include <cstddef>
@@ -33,12 +34,16 @@ struct alignas(16) Words4 {
   uint32_t x, y, z, w;
 };
 
-GROSS_HOST_DEVICE_INLINE constexpr int bytes_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+GROSS_HOST_DEVICE_INLINE constexpr int bytes_of(Type type) {
+  return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2;
+}
 
-// Matrix products take their k dimension 32 bytes at a time: 16 channels of 16 bits, or 8 of TF32. Fragments of A (16 rows × 32
-// bytes, four words a lane) and B (8 columns × 32 bytes, two words) lie alike for all types, and ldmatrix delivers them: lane l holds
-// word l % 4 of row l / 4; A's words are rows 0–7 and 8–15 of the first 16 bytes, then of the last; B's are the first and the
-// last 16 bytes. D (16 × 8 float32): lane l holds columns 2 (l % 4), + 1 of row l / 4, then of row l / 4 + 8.
+// Matrix products take their k dimension 32 bytes at a time: 16 channels of 16 bits, or 8 of TF32.
+// Fragments of A (16 rows × 32 bytes, four words a lane) and B (8 columns × 32 bytes, two words)
+// lie alike for all types, and ldmatrix delivers them: lane l holds word l % 4 of row l / 4; A's
+// words are rows 0–7 and 8–15 of the first 16 bytes, then of the last; B's are the first and the
+// last 16 bytes. D (16 × 8 float32): lane l holds columns 2 (l % 4), + 1 of row l / 4, then of row
+// l / 4 + 8.
 
 #if defined(__CUDACC__)
 
@@ -52,10 +57,13 @@ GROSS_DEVICE uint32_t shared_base() {
   return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared));
 }
 
-// 16 bytes from global to shared memory, past the first-level cache; zeros where `valid` is false: then nothing is read.
+// 16 bytes from global to shared memory, past the first-level cache; zeros where `valid` is false:
+// then nothing is read.
 GROSS_DEVICE void copy_async_16(uint32_t destination, const void* source, bool valid, bool on) {
   if (on)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
 }
 GROSS_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 template <int pending>
@@ -64,7 +72,9 @@ GROSS_DEVICE void copy_async_wait() {
 }
 
 // `threads` of the block (a multiple of 32, whole warps) meet at barrier `id`, 0 to 15.
-GROSS_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory"); }
+GROSS_DEVICE void barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
 GROSS_DEVICE void warp_barrier() { __syncwarp(); }
 
 GROSS_DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -75,7 +85,10 @@ GROSS_DEVICE void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
 }
 // The first two matrices alone; r[2] and r[3] stay as they are.
 GROSS_DEVICE void load_matrix_x2(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];\n" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
 }
 GROSS_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
@@ -84,12 +97,16 @@ GROSS_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address) 
                : "memory");
 }
 GROSS_DEVICE void load_matrix_x2_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\n" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
 }
 
-#define GROSS_MMA(shape, types, a_words, b_words, addend, output, ...)                                                                 \
-  asm volatile("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3}, {" a_words "}, {" b_words "}, {" addend "};\n"     \
-               : output(d[0]), output(d[1]), output(d[2]), output(d[3])                                                                \
+#define GROSS_MMA(shape, types, a_words, b_words, addend, output, ...)                         \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3}, {" a_words \
+               "}, {" b_words "}, {" addend "};\n"                                             \
+               : output(d[0]), output(d[1]), output(d[2]), output(d[3])                        \
                : __VA_ARGS__)
 #define GROSS_OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)
 // d += a · b over 32 bytes of k.
@@ -108,11 +125,14 @@ template <Type type>
 GROSS_DEVICE void multiply_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   static_assert(type != Type::float64);
   if constexpr (type == Type::float16)
-    GROSS_MMA("m16n8k16", "f16.f16", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", GROSS_OPERANDS, "f"(0.f));
+    GROSS_MMA("m16n8k16", "f16.f16", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f",
+              GROSS_OPERANDS, "f"(0.f));
   else if constexpr (type == Type::bfloat16)
-    GROSS_MMA("m16n8k16", "bf16.bf16", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", GROSS_OPERANDS, "f"(0.f));
+    GROSS_MMA("m16n8k16", "bf16.bf16", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f",
+              GROSS_OPERANDS, "f"(0.f));
   else
-    GROSS_MMA("m16n8k8", "tf32.tf32", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f", GROSS_OPERANDS, "f"(0.f));
+    GROSS_MMA("m16n8k8", "tf32.tf32", "%4,%5,%6,%7", "%8,%9", "%10,%10,%10,%10", "=f",
+              GROSS_OPERANDS, "f"(0.f));
 }
 // d += a · b over 16 bytes of k: a[0], a[1] and b[0] of the above.
 template <Type type>
@@ -147,7 +167,9 @@ GROSS_DEVICE float low_half(uint32_t word) {
   static_assert(type == Type::float16 || type == Type::bfloat16);
   if constexpr (type == Type::bfloat16) return __uint_as_float(word << 16);
   float value;
-  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}\n" : "=f"(value) : "r"(word));
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}\n"
+      : "=f"(value)
+      : "r"(word));
   return value;
 }
 template <Type type>
@@ -155,7 +177,9 @@ GROSS_DEVICE float high_half(uint32_t word) {
   static_assert(type == Type::float16 || type == Type::bfloat16);
   if constexpr (type == Type::bfloat16) return __uint_as_float(word & 0xffff0000u);
   float value;
-  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}\n" : "=f"(value) : "r"(word));
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}\n"
+      : "=f"(value)
+      : "r"(word));
   return value;
 }
 // To the nearest TF32, ties away from zero: products would cut the last 13 bits off.
@@ -177,32 +201,48 @@ GROSS_DEVICE uint32_t load_shared_32(uint32_t address, bool on) {
 }
 GROSS_DEVICE void load_shared_64(uint32_t (&v)[2], uint32_t address, bool on) {
   v[0] = v[1] = 0;
-  if (on) asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];\n" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
+  if (on)
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];\n"
+                 : "=r"(v[0]), "=r"(v[1])
+                 : "r"(address)
+                 : "memory");
 }
 GROSS_DEVICE Words4 load_shared_128(uint32_t address, bool on) {
   Words4 v = {0, 0, 0, 0};
   if (on)
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
   return v;
 }
 GROSS_DEVICE void store_shared_16(uint32_t address, uint32_t v, bool on) {
-  if (on) asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(address), "h"(static_cast<uint16_t>(v)) : "memory");
+  if (on)
+    asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(address), "h"(static_cast<uint16_t>(v))
+                 : "memory");
 }
 GROSS_DEVICE void store_shared_32(uint32_t address, uint32_t v, bool on) {
   if (on) asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(v) : "memory");
 }
 GROSS_DEVICE void store_shared_64(uint32_t address, uint32_t low, uint32_t high, bool on) {
-  if (on) asm volatile("st.shared.v2.b32 [%0], {%1,%2};\n" ::"r"(address), "r"(low), "r"(high) : "memory");
+  if (on)
+    asm volatile("st.shared.v2.b32 [%0], {%1,%2};\n" ::"r"(address), "r"(low), "r"(high)
+                 : "memory");
 }
 GROSS_DEVICE void store_shared_128(uint32_t address, Words4 v, bool on) {
-  if (on) asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  if (on)
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 // Loads of global memory that nothing writes while the kernel runs.
 GROSS_DEVICE uint32_t load_global_16(const void* p, bool on) {
   return on ? __ldg(static_cast<const unsigned short*>(p)) : 0;
 }
-GROSS_DEVICE uint32_t load_global_32(const void* p, bool on) { return on ? __ldg(static_cast<const unsigned*>(p)) : 0; }
+GROSS_DEVICE uint32_t load_global_32(const void* p, bool on) {
+  return on ? __ldg(static_cast<const unsigned*>(p)) : 0;
+}
 GROSS_DEVICE Words4 load_global_128(const void* p, bool on) {
   Words4 v = {0, 0, 0, 0};
   if (on) {
@@ -212,22 +252,28 @@ GROSS_DEVICE Words4 load_global_128(const void* p, bool on) {
   return v;
 }
 GROSS_DEVICE void store_global_16(void* p, uint32_t v, bool on) {
-  if (on) asm volatile("st.global.b16 [%0], %1;\n" ::"l"(p), "h"(static_cast<uint16_t>(v)) : "memory");
+  if (on)
+    asm volatile("st.global.b16 [%0], %1;\n" ::"l"(p), "h"(static_cast<uint16_t>(v)) : "memory");
 }
 GROSS_DEVICE void store_global_32(void* p, uint32_t v, bool on) {
   if (on) asm volatile("st.global.b32 [%0], %1;\n" ::"l"(p), "r"(v) : "memory");
 }
 GROSS_DEVICE void store_global_64(void* p, uint32_t low, uint32_t high, bool on) {
-  if (on) asm volatile("st.global.v2.b32 [%0], {%1,%2};\n" ::"l"(p), "r"(low), "r"(high) : "memory");
+  if (on)
+    asm volatile("st.global.v2.b32 [%0], {%1,%2};\n" ::"l"(p), "r"(low), "r"(high) : "memory");
 }
 GROSS_DEVICE void store_global_128(void* p, Words4 v, bool on) {
-  if (on) asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  if (on)
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
 }
 
 // Of a whole warp.
 GROSS_DEVICE bool any_lane(bool b) { return __any_sync(0xffffffffu, b); }
 GROSS_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
-// The same value in all lanes, told to the compiler: it, and what follows from it, lives in uniform registers.
+// The same value in all lanes, told to the compiler: it, and what follows from it, lives in uniform
+// registers.
 GROSS_DEVICE int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
 // A value that the compiler must keep: it may not compute it again from what it was made of.
 GROSS_DEVICE uint32_t keep(uint32_t v) {
@@ -283,10 +329,18 @@ inline void load_matrix(uint32_t (&r)[4], uint32_t address) {
   MatrixOperand operand{r, address};
   emulator::collective(&load_matrices<matrices, transposed>, &operand);
 }
-inline void load_matrix_x4(uint32_t (&r)[4], uint32_t address) { load_matrix<4, false>(r, address); }
-inline void load_matrix_x2(uint32_t (&r)[4], uint32_t address) { load_matrix<2, false>(r, address); }
-inline void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address) { load_matrix<4, true>(r, address); }
-inline void load_matrix_x2_transposed(uint32_t (&r)[4], uint32_t address) { load_matrix<2, true>(r, address); }
+inline void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
+  load_matrix<4, false>(r, address);
+}
+inline void load_matrix_x2(uint32_t (&r)[4], uint32_t address) {
+  load_matrix<2, false>(r, address);
+}
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
+  load_matrix<4, true>(r, address);
+}
+inline void load_matrix_x2_transposed(uint32_t (&r)[4], uint32_t address) {
+  load_matrix<2, true>(r, address);
+}
 
 inline float as_float(uint32_t word) {
   float value;
@@ -342,7 +396,8 @@ struct ProductOperand {
   uint32_t a[4], b[2];
   bool first;
 };
-// One word of a fragment as the numbers that the matrix unit takes from it: two of 16 bits, or one of TF32.
+// One word of a fragment as the numbers that the matrix unit takes from it: two of 16 bits, or one
+// of TF32.
 template <Type type>
 inline void numbers(uint32_t word, float* to) {
   if constexpr (type == Type::float32)
@@ -409,12 +464,16 @@ inline void store_shared_16(uint32_t address, uint32_t v, bool on) {
   const uint16_t half = static_cast<uint16_t>(v);
   emulator::write_shared(address, &half, 2, on);
 }
-inline void store_shared_32(uint32_t address, uint32_t v, bool on) { emulator::write_shared(address, &v, 4, on); }
+inline void store_shared_32(uint32_t address, uint32_t v, bool on) {
+  emulator::write_shared(address, &v, 4, on);
+}
 inline void store_shared_64(uint32_t address, uint32_t low, uint32_t high, bool on) {
   const uint32_t v[2] = {low, high};
   emulator::write_shared(address, v, 8, on);
 }
-inline void store_shared_128(uint32_t address, Words4 v, bool on) { emulator::write_shared(address, &v, 16, on); }
+inline void store_shared_128(uint32_t address, Words4 v, bool on) {
+  emulator::write_shared(address, &v, 16, on);
+}
 
 inline uint32_t load_global_16(const void* p, bool on) {
   uint16_t v = 0;
@@ -480,33 +539,42 @@ inline uint32_t keep(uint32_t v) { return v; }
 #endif
 
 // ---- Warpgroup products (sm_90a) ----
-// 64 rows × 56 or 64 columns, 32 bytes of k. A comes from registers: warp w of the four holds rows 16 w to 16 w + 15 as above. B comes from
-// shared memory in planes of 16 bytes per pixel without swizzle: pixels 16 bytes apart, eights of them 128 bytes, the plane of
-// the last 16 bytes of k `plane` bytes after the first. Where the instruction does not exist these functions do not either, except on
-// the host: a kernel that uses them does not compile for another architecture.
+// 64 rows × 56 or 64 columns, 32 bytes of k. A comes from registers: warp w of the four holds rows
+// 16 w to 16 w + 15 as above. B comes from shared memory in planes of 16 bytes per pixel without
+// swizzle: pixels 16 bytes apart, eights of them 128 bytes, the plane of the last 16 bytes of k
+// `plane` bytes after the first. Where the instruction does not exist these functions do not
+// either, except on the host: a kernel that uses them does not compile for another architecture.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 GROSS_DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t plane) {
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(plane >> 4) << 16 | static_cast<uint64_t>(128 >> 4) << 32;
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(plane >> 4) << 16 |
+         static_cast<uint64_t>(128 >> 4) << 32;
 }
 
 #if defined(__CUDACC__)
 
 GROSS_DEVICE void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
-GROSS_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+GROSS_DEVICE void warpgroup_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
 template <int pending>
 GROSS_DEVICE void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(pending) : "memory");
 }
 // Between this thread's writes to shared memory and products that read them, before the barrier.
-GROSS_DEVICE void fence_for_matrix_units() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+GROSS_DEVICE void fence_for_matrix_units() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
 
 #define GROSS_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define GROSS_D7 GROSS_D(0), GROSS_D(1), GROSS_D(2), GROSS_D(3), GROSS_D(4), GROSS_D(5), GROSS_D(6)
-#define GROSS_D7_WORDS "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27"
-#define GROSS_WGMMA(shape, types, d_words, a_words, b_word, ...)                                                                           \
-  asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." types " {" d_words "}, {" a_words "}, " b_word ", 1, 1, 1, 0;\n"             \
-               : __VA_ARGS__                                                                                                             \
+#define GROSS_D7_WORDS                                                                             \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+  "%26,%27"
+#define GROSS_WGMMA(shape, types, d_words, a_words, b_word, ...)                               \
+  asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." types " {" d_words "}, {" a_words \
+               "}, " b_word ", 1, 1, 1, 0;\n"                                                  \
+               : __VA_ARGS__                                                                   \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 // d += a · b, for 7 or 8 atoms of 8 columns.
 template <Type type, int atoms>
@@ -517,9 +585,11 @@ GROSS_DEVICE void warpgroup_multiply(float (&d)[atoms][4], const uint32_t (&a)[4
   else if constexpr (atoms == 7)
     GROSS_WGMMA("m64n56k16", "bf16.bf16", GROSS_D7_WORDS, "%28,%29,%30,%31", "%32", GROSS_D7);
   else if constexpr (type == Type::float16)
-    GROSS_WGMMA("m64n64k16", "f16.f16", GROSS_D7_WORDS ",%28,%29,%30,%31", "%32,%33,%34,%35", "%36", GROSS_D7, GROSS_D(7));
+    GROSS_WGMMA("m64n64k16", "f16.f16", GROSS_D7_WORDS ",%28,%29,%30,%31", "%32,%33,%34,%35", "%36",
+                GROSS_D7, GROSS_D(7));
   else
-    GROSS_WGMMA("m64n64k16", "bf16.bf16", GROSS_D7_WORDS ",%28,%29,%30,%31", "%32,%33,%34,%35", "%36", GROSS_D7, GROSS_D(7));
+    GROSS_WGMMA("m64n64k16", "bf16.bf16", GROSS_D7_WORDS ",%28,%29,%30,%31", "%32,%33,%34,%35",
+                "%36", GROSS_D7, GROSS_D(7));
 }
 #undef GROSS_WGMMA
 #undef GROSS_D7_WORDS
@@ -543,13 +613,18 @@ struct WarpgroupOperand {
 template <Type type, int atoms>
 inline void multiply_warpgroup(void* operands[32]) {
   const auto lane = [&](int l) { return static_cast<WarpgroupOperand*>(operands[l]); };
-  const auto field = [&](int shift) { return static_cast<uint32_t>(lane(0)->b >> shift & 0x3fff) << 4; };
+  const auto field = [&](int shift) {
+    return static_cast<uint32_t>(lane(0)->b >> shift & 0x3fff) << 4;
+  };
   const uint32_t address = field(0), plane = field(16), eight = field(32);
   for (int atom = 0; atom < atoms; atom++) {
     ProductOperand products[32];
     void* of_atom[32];
     for (int l = 0; l < 32; l++) {
-      products[l] = {lane(l)->d[atom], {lane(l)->a[0], lane(l)->a[1], lane(l)->a[2], lane(l)->a[3]}, {0, 0}, false};
+      products[l] = {lane(l)->d[atom],
+                     {lane(l)->a[0], lane(l)->a[1], lane(l)->a[2], lane(l)->a[3]},
+                     {0, 0},
+                     false};
       of_atom[l] = &products[l];
     }
     for (int half = 0; half < 2; half++)
@@ -578,10 +653,11 @@ inline void warpgroup_multiply(float (&d)[atoms][4], const uint32_t (&a)[4], uin
 
 // Returns a cudaError_t. The current device is the stream's.
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes, Stream stream,
-           const std::common_type_t<Parameters>&... arguments) {
+int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes,
+           Stream stream, const std::common_type_t<Parameters>&... arguments) {
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, stream>>>(arguments...);
@@ -597,10 +673,10 @@ inline std::vector<Counters> launched;  // what they counted, one for each
 
 // What the kernel touches has been told to the emulator before.
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes, Stream,
-           const std::common_type_t<Parameters>&... arguments) {
-  emulator::launched.push_back(
-      emulator::launch(grid_x, grid_y, threads, shared_bytes, [&] { kernel(arguments...); }, emulator::schedule));
+int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes,
+           Stream, const std::common_type_t<Parameters>&... arguments) {
+  emulator::launched.push_back(emulator::launch(
+      grid_x, grid_y, threads, shared_bytes, [&] { kernel(arguments...); }, emulator::schedule));
   return 0;
 }
 #endif

@@ -1,4 +1,5 @@
-// Plans and launches the weight gradient of weight_grad.h. The plan is plain C++: what the tests on the host run is what a GPU is given.
+// Plans and launches the weight gradient of weight_grad.h. The plan is plain C++: what the tests on
+// the host run is what a GPU is given.
 #include "weight_grad.h"
 
 namespace gross::cuda {
@@ -11,28 +12,36 @@ struct WeightGradPlan {
   bool half_last;
 };
 
-// How channels are divided among warps, blocks and shared memory, with `slots` on a line of gradients and `in_slots` of input.
-// False where not even one team fits.
-bool divide_channels(WeightGradPlan& plan, Type type, int stride, int slots, int in_slots, int shared_limit) {
+// How channels are divided among warps, blocks and shared memory, with `slots` on a line of
+// gradients and `in_slots` of input. False where not even one team fits.
+bool divide_channels(WeightGradPlan& plan, Type type, int stride, int slots, int in_slots,
+                     int shared_limit) {
   WeightGradProblem& p = plan.problem;
   const int chunk = chunk_channels(type);
   int widest = 0;
   for (int first = 0; first < p.channels.destination; first += tile_channels)
-    widest = larger(widest, p.channels.seen_by(first, smaller(first + tile_channels, p.channels.destination) - 1).size());
+    widest =
+        larger(widest,
+               p.channels.seen_by(first, smaller(first + tile_channels, p.channels.destination) - 1)
+                   .size());
   plan.atoms = widest <= 16 ? 2 : 4;
   p.windows = divide_up(widest, plan.atoms * 8);
-  const int most_warps = weight_grad_warps(plan.atoms), all_tiles = divide_up(p.channels.destination, tile_channels);
+  const int most_warps = weight_grad_warps(plan.atoms),
+            all_tiles = divide_up(p.channels.destination, tile_channels);
   // 64 outputs of 16 bits are a line of memory.
   for (int most = smaller(4, most_warps / p.windows); most > 0; most--) {
     plan.slabs = divide_up(all_tiles, most);
     p.tiles = divide_up(all_tiles, plan.slabs);
     int columns = 0;
     for (int tile = 0; tile < plan.slabs * p.tiles; tile += p.tiles)
-      columns = larger(columns, tile_begin(p.channels, tile + p.tiles - 1) - tile_begin(p.channels, tile));
+      columns = larger(columns,
+                       tile_begin(p.channels, tile + p.tiles - 1) - tile_begin(p.channels, tile));
     p.in_chunks = (columns + p.windows * plan.atoms * 8) / chunk;
     p.grad_chunks = p.tiles * tile_channels / chunk;
     // Eight neighbouring slots, or four for TF32, then lie in different banks.
-    const auto pitch = [&](int chunks) { return 16 * (type == Type::float32 ? chunks + (6 - chunks % 4) % 4 : chunks | 1); };
+    const auto pitch = [&](int chunks) {
+      return 16 * (type == Type::float32 ? chunks + (6 - chunks % 4) % 4 : chunks | 1);
+    };
     p.in_pitch = pitch(p.in_chunks);
     p.grad_pitch = pitch(p.grad_chunks);
     p.in_slots = in_slots;
@@ -56,29 +65,40 @@ bool divide_channels(WeightGradPlan& plan, Type type, int stride, int slots, int
   return false;
 }
 
-// Slots that products of a row touch where narrow images leave the largest gaps: every half of a product is an image.
-int most_slots(Type type, int stride) { return weight_grad_products(stride) * (step_channels(type) + 2) - 1; }
+// Slots that products of a row touch where narrow images leave the largest gaps: every half of a
+// product is an image.
+int most_slots(Type type, int stride) {
+  return weight_grad_products(stride) * (step_channels(type) + 2) - 1;
+}
 int input_slots(int slots, int stride) { return stride == 1 ? slots + 2 : 2 * slots + 1; }
 
 // Columns and images of a line.
 void divide_columns(WeightGradPlan& plan, Type type, int stride) {
   WeightGradProblem& p = plan.problem;
-  const int step = step_channels(type), products = weight_grad_products(stride), line = step * products;
+  const int step = step_channels(type), products = weight_grad_products(stride),
+            line = step * products;
   p.column_tiles = divide_up(p.out_w, line);
   p.columns = divide_up(p.out_w, p.column_tiles);
-  // Where images end with a product or with its half, products leave the gaps out, and images fill the line.
+  // Where images end with a product or with its half, products leave the gaps out, and images fill
+  // the line.
   const bool leaves_gaps = p.columns == step / 2 || p.columns % step == 0;
-  p.line_images = p.column_tiles > 1 ? 1 : smaller(p.images, leaves_gaps ? line / p.columns : (line + 1) / (p.columns + 1));
+  p.line_images =
+      p.column_tiles > 1
+          ? 1
+          : smaller(p.images, leaves_gaps ? line / p.columns : (line + 1) / (p.columns + 1));
   const bool gaps = leaves_gaps && p.line_images > 1;
   p.period = p.line_images > 1 ? p.columns + 1 : 1 << 15;
   p.half_slots = step / 2 + (gaps && p.columns == step / 2 ? 1 : 0);
   for (int i = 0; i < products; i++) p.grad_tile[i] = i * step + (gaps ? i * step / p.columns : 0);
-  plan.half_last = type != Type::float32 && stride == 1 && !gaps && p.line_images * (p.columns + 1) - 1 <= line - step / 2;
+  plan.half_last = type != Type::float32 && stride == 1 && !gaps &&
+                   p.line_images * (p.columns + 1) - 1 <= line - step / 2;
 }
 
-// How many blocks share a slab's rows, and whether they share whole strips: more blocks finish the first pass sooner, and leave the
-// second more to add up. Short layers thus get fewer, fatter shares. Costs are bytes that the whole device moves. A step of one team
-// takes some 2000 clocks whatever its bytes, in which a multiprocessor could move 36 KB (estimated from the instructions; not measured).
+// How many blocks share a slab's rows, and whether they share whole strips: more blocks finish the
+// first pass sooner, and leave the second more to add up. Short layers thus get fewer, fatter
+// shares. Costs are bytes that the whole device moves. A step of one team takes some 2000 clocks
+// whatever its bytes, in which a multiprocessor could move 36 KB (estimated from the instructions;
+// not measured).
 constexpr double step_bytes = 36 * 1024;
 
 void divide_rows(WeightGradPlan& plan, int stride, const Device& device) {
@@ -87,13 +107,18 @@ void divide_rows(WeightGradPlan& plan, int stride, const Device& device) {
   const double sums = 9.0 * p.channels.destination * p.channels.source_group * sizeof(float);
   double least = 0;
   for (int unit : {p.out_h, 1})
-    for (int blocks = larger(1, device.multiprocessors / plan.slabs); blocks > 0; blocks = blocks * 3 / 4)
+    for (int blocks = larger(1, device.multiprocessors / plan.slabs); blocks > 0;
+         blocks = blocks * 3 / 4)
       for (int teams = most_teams; teams > 0; teams--) {
-        const int64_t share = (p.rows / unit + static_cast<int64_t>(blocks) * teams - 1) / (static_cast<int64_t>(blocks) * teams) * unit;
-        const int64_t steps = unit == 1 ? share + (share - 1) / p.out_h + (stride == 1 ? 2 : 1) : share / unit * (p.last_step + 1);
+        const int64_t share = (p.rows / unit + static_cast<int64_t>(blocks) * teams - 1) /
+                              (static_cast<int64_t>(blocks) * teams) * unit;
+        const int64_t steps = unit == 1 ? share + (share - 1) / p.out_h + (stride == 1 ? 2 : 1)
+                                        : share / unit * (p.last_step + 1);
         const int waves = divide_up(blocks * plan.slabs, device.multiprocessors);
         const double bytes = static_cast<double>(teams) * p.stage_bytes;
-        const double cost = steps * (bytes > step_bytes ? bytes : step_bytes) * waves * device.multiprocessors + 2 * blocks * sums;
+        const double cost =
+            steps * (bytes > step_bytes ? bytes : step_bytes) * waves * device.multiprocessors +
+            2 * blocks * sums;
         if (least > 0 && cost >= least) continue;
         least = cost;
         plan.blocks = blocks;
@@ -114,7 +139,8 @@ WeightGradPlan plan_of(Type type, const Geometry& geometry, const Device& device
   p.images = static_cast<int>(geometry.images);
   p.in_h = static_cast<int>(geometry.in_h), p.in_w = static_cast<int>(geometry.in_w);
   p.out_h = static_cast<int>(geometry.out_h), p.out_w = static_cast<int>(geometry.out_w);
-  p.in_pixel = p.channels.source / p.channels.chunk, p.grad_pixel = p.channels.destination / p.channels.chunk;
+  p.in_pixel = p.channels.source / p.channels.chunk,
+  p.grad_pixel = p.channels.destination / p.channels.chunk;
   p.in_row = p.in_w * p.in_pixel, p.grad_row = p.out_w * p.grad_pixel;
   p.in_image = p.in_h * p.in_row, p.grad_image = p.out_h * p.grad_row;
   p.group_magic = ((1u << 31) + p.channels.source_group - 1) / p.channels.source_group;
@@ -122,7 +148,8 @@ WeightGradPlan plan_of(Type type, const Geometry& geometry, const Device& device
 
   divide_columns(plan, type, stride);
   const int last = weight_grad_products(stride) - 1;
-  const int slots = p.grad_tile[last] + (plan.half_last ? 0 : p.half_slots) + step_channels(type) / 2;
+  const int slots =
+      p.grad_tile[last] + (plan.half_last ? 0 : p.half_slots) + step_channels(type) / 2;
   divide_channels(plan, type, stride, slots, input_slots(slots, stride), device.shared_bytes);
   const unsigned in_strip = stride * p.columns * p.in_pixel, grad_strip = p.columns * p.grad_pixel;
   p.in_next_strip = in_strip - (p.last_step + 1) * stride * p.in_row;
@@ -135,19 +162,23 @@ WeightGradPlan plan_of(Type type, const Geometry& geometry, const Device& device
     p.in_tile[i] = p.grad_tile[i] * p.in_pitch;
     p.grad_tile[i] *= p.grad_pitch;
   }
-  for (int kw = 0; kw < 3; kw++) p.in_tap[kw] = (stride == 1 ? kw : kw == 1 ? 0 : slots + kw / 2) * p.in_pitch;
+  for (int kw = 0; kw < 3; kw++)
+    p.in_tap[kw] = (stride == 1 ? kw : kw == 1 ? 0 : slots + kw / 2) * p.in_pitch;
   return plan;
 }
 
-int second_pass_blocks(const Channels& channels) { return divide_up(9 * channels.destination * channels.source_group, 32); }
+int second_pass_blocks(const Channels& channels) {
+  return divide_up(9 * channels.destination * channels.source_group, 32);
+}
 size_t sums_of(const WeightGradPlan& plan) {
-  return static_cast<size_t>(plan.blocks) * 9 * plan.problem.channels.destination * plan.problem.channels.source_group;
+  return static_cast<size_t>(plan.blocks) * 9 * plan.problem.channels.destination *
+         plan.problem.channels.source_group;
 }
 
 template <Type type, int stride, int atoms, bool half_last = false>
 int first_pass(const WeightGradPlan& plan, Stream stream) {
-  return launch(&weight_grad_partial<type, stride, atoms, half_last>, plan.blocks, plan.slabs, plan.problem.threads, plan.shared_bytes, stream,
-                plan.problem);
+  return launch(&weight_grad_partial<type, stride, atoms, half_last>, plan.blocks, plan.slabs,
+                plan.problem.threads, plan.shared_bytes, stream, plan.problem);
 }
 template <Type type, int atoms>
 int first_pass(const WeightGradPlan& plan, int stride, Stream stream) {
@@ -158,34 +189,45 @@ int first_pass(const WeightGradPlan& plan, int stride, Stream stream) {
 }
 template <Type type>
 int first_pass(const WeightGradPlan& plan, int stride, Stream stream) {
-  return plan.atoms == 2 ? first_pass<type, 2>(plan, stride, stream) : first_pass<type, 4>(plan, stride, stream);
+  return plan.atoms == 2 ? first_pass<type, 2>(plan, stride, stream)
+                         : first_pass<type, 4>(plan, stride, stream);
 }
 
 }  // namespace
 
-bool supports_weight_grad(Type type, Type terms_type, const Geometry& geometry, const Device& device) {
+bool supports_weight_grad(Type type, Type terms_type, const Geometry& geometry,
+                          const Device& device) {
   if (type == Type::float64 || (terms_type != type && terms_type != Type::float32)) return false;
-  if (device.capability < 80 || geometry.group_size > 64 || (geometry.stride != 1 && geometry.stride != 2)) return false;
+  if (device.capability < 80 || geometry.group_size > 64 ||
+      (geometry.stride != 1 && geometry.stride != 2))
+    return false;
   const int chunk = chunk_channels(type);
   if (geometry.in_channels % chunk || geometry.out_channels % chunk) return false;
   WeightGradPlan plan{};
   plan.problem.channels = channels_of(geometry, false, type);
   const int slots = most_slots(type, geometry.stride);
-  return divide_channels(plan, type, geometry.stride, slots, input_slots(slots, geometry.stride), device.shared_bytes);
+  return divide_channels(plan, type, geometry.stride, slots, input_slots(slots, geometry.stride),
+                         device.shared_bytes);
 }
 
 size_t weight_grad_scratch_bytes(Type type, const Geometry& geometry, const Device& device) {
   const WeightGradPlan plan = plan_of(type, geometry, device);
-  return (sums_of(plan) + static_cast<size_t>(most_active) * second_pass_blocks(plan.problem.channels)) * sizeof(float);
+  return (sums_of(plan) +
+          static_cast<size_t>(most_active) * second_pass_blocks(plan.problem.channels)) *
+         sizeof(float);
 }
 
-int weight_grad(Type type, const Geometry& geometry, const Series& series, const void* grad, const void* input,
-                const SeriesGradient& gradient, void* scratch, const Device& device, Stream stream) {
+int weight_grad(Type type, const Geometry& geometry, const Series& series, const void* grad,
+                const void* input, const SeriesGradient& gradient, void* scratch,
+                const Device& device, Stream stream) {
   constexpr int64_t reach = int64_t{1} << 32;  // pieces of 16 bytes, 64 GB
-  const int64_t in_pieces = geometry.images * geometry.in_h * geometry.in_w * (geometry.in_channels / chunk_channels(type));
-  const int64_t grad_pieces = geometry.images * geometry.out_h * geometry.out_w * (geometry.out_channels / chunk_channels(type));
+  const int64_t in_pieces = geometry.images * geometry.in_h * geometry.in_w *
+                            (geometry.in_channels / chunk_channels(type));
+  const int64_t grad_pieces = geometry.images * geometry.out_h * geometry.out_w *
+                              (geometry.out_channels / chunk_channels(type));
   const int64_t most_rows = geometry.images * geometry.out_h * (geometry.out_w / 16 + 1);
-  if (in_pieces > reach || grad_pieces > reach || most_rows > INT32_MAX) return 1;  // cudaErrorInvalidValue
+  if (in_pieces > reach || grad_pieces > reach || most_rows > INT32_MAX)
+    return 1;  // cudaErrorInvalidValue
   WeightGradPlan plan = plan_of(type, geometry, device);
   plan.problem.input = input;
   plan.problem.grad = grad;
@@ -203,16 +245,20 @@ int weight_grad(Type type, const Geometry& geometry, const Series& series, const
     emulator::allow(gradient.terms[i], bytes, true);
   }
   if (series.gates != nullptr) emulator::allow(series.gates, series.count * sizeof(float), false);
-  if (gradient.gates != nullptr) emulator::allow(gradient.gates, series.count * sizeof(float), true);
+  if (gradient.gates != nullptr)
+    emulator::allow(gradient.gates, series.count * sizeof(float), true);
 #endif
   int error = type == Type::float16    ? first_pass<Type::float16>(plan, geometry.stride, stream)
               : type == Type::bfloat16 ? first_pass<Type::bfloat16>(plan, geometry.stride, stream)
                                        : first_pass<Type::float32>(plan, geometry.stride, stream);
   if (error) return error;
-  const WeightGradTerms terms{plan.problem.partial, gate_parts, plan.problem.channels, plan.blocks, series, gradient};
-  error = launch(&weight_grad_terms, blocks, 1, weight_grad_adders * 32, weight_grad_adders * 32 * 4, stream, terms);
+  const WeightGradTerms terms{plan.problem.partial, gate_parts, plan.problem.channels,
+                              plan.blocks,          series,     gradient};
+  error = launch(&weight_grad_terms, blocks, 1, weight_grad_adders * 32,
+                 weight_grad_adders * 32 * 4, stream, terms);
   if (error || gate_parts == nullptr) return error;
-  return launch(&weight_grad_gates, series.count, 1, 256, 32, stream, gate_parts, blocks, series.active, gradient.gates);
+  return launch(&weight_grad_gates, series.count, 1, 256, 32, stream, gate_parts, blocks,
+                series.active, gradient.gates);
 }
 
 }  // namespace gross::cuda

@@ -1,2 +1,2 @@
-"""One module per backend, each with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum`` and
-``supports(call)``."""
+"""One module per backend, each with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum``
+and ``supports(call)``."""

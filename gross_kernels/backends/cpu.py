@@ -1,8 +1,7 @@
 """The C++ kernels for CPUs (``csrc/cpu``).
 
-The library registers itself for the public operators' CPU key through LibTorch's stable ABI; the functions here call
-those.
-"""
+The library registers itself for the public operators' CPU key through LibTorch's stable ABI; the
+functions here call those."""
 
 from __future__ import annotations
 
@@ -46,7 +45,9 @@ def forward(
     dilation: Sequence[int],
 ) -> Tensor:
     """``gross::series_conv2d`` on the CPU."""
-    return torch.ops.gross.series_conv2d(input, terms, torch.tensor(active), gates, stride, padding, dilation)
+    return torch.ops.gross.series_conv2d(
+        input, terms, torch.tensor(active), gates, stride, padding, dilation
+    )
 
 
 def input_grad(
@@ -61,7 +62,15 @@ def input_grad(
 ) -> Tensor:
     """``gross::series_conv2d_backward`` on the CPU, for the input alone."""
     return torch.ops.gross.series_conv2d_backward(
-        grad, input, terms, torch.tensor(active), gates, stride, padding, dilation, [True, False, False]
+        grad,
+        input,
+        terms,
+        torch.tensor(active),
+        gates,
+        stride,
+        padding,
+        dilation,
+        [True, False, False],
     )[0]
 
 

@@ -1,10 +1,9 @@
-"""The CUDA C++ kernels (``csrc/cuda``) for the convolutions that matter most: 3×3, padding 1, stride 1 or 2,
-channels-last, 16 bits or TF32. Triton serves everything else.
+"""The CUDA C++ kernels (``csrc/cuda``) for the convolutions that matter most: 3×3, padding 1,
+stride 1 or 2, channels-last, 16 bits or TF32. Triton serves everything else.
 
-Contiguous tensors are among that: a copy to channels-last and one back would move three times the bytes of the
-convolution, which Triton's kernels do in place. A gradient of another memory format than its input's is copied: it is
-the exception, and only one of the two tensors.
-"""
+Contiguous tensors are among that: a copy to channels-last and one back would move three times the
+bytes of the convolution, which Triton's kernels do in place. A gradient of another memory format
+than its input's is copied: it is the exception, and only one of the two tensors."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ LIBRARY = Path(__file__).parent.parent / "gross_cuda.so"
 
 
 def load() -> OSError | None:
-    """Load the compiled library, if there is one and torch is a CUDA build, without which it cannot be. Returns why an
-    existing library cannot be loaded."""
+    """Load the compiled library, if there is one and torch is a CUDA build, without which it cannot
+    be. Returns why an existing library cannot be loaded."""
     try:
         if available():
             torch.ops.load_library(LIBRARY)
@@ -47,8 +46,8 @@ load_error = load()
 
 
 def supports(call: Call) -> bool:
-    """3×3 convolutions in dense channels-last memory whose group size the kernels know, on a GPU they were built for;
-    sums of anything."""
+    """3×3 convolutions in dense channels-last memory whose group size the kernels know, on a GPU
+    they were built for; sums of anything."""
     return refusal(call) is None
 
 
@@ -64,7 +63,11 @@ def refusal(call: Call) -> str | None:
         )
     if not available():
         return "was not built: no CUDA compiler was found, or GROSS_KERNELS_CUDA=0"
-    if call.dtype not in DTYPES or call.terms_dtype not in DTYPES or len(call.group_sizes) > MAX_TERMS:
+    if (
+        call.dtype not in DTYPES
+        or call.terms_dtype not in DTYPES
+        or len(call.group_sizes) > MAX_TERMS
+    ):
         return "serves float32, bfloat16 and float16"
     if call.operation != "series_sum":
         if (call.kernel_size, call.padding, call.dilation) != ((3, 3), (1, 1), (1, 1)):
@@ -89,16 +92,20 @@ def refusal(call: Call) -> str | None:
 
 @cache
 def properties(index: int) -> list[int]:
-    """Compute capability (10 × major + minor), multiprocessors and shared memory per block of a device."""
+    """Compute capability (10 × major + minor), multiprocessors and shared memory per block of a
+    device."""
     return list(_operators().device(index))
 
 
 def runs_on(capability: int, architectures: str) -> bool:
-    """Whether code built for ``architectures``, such as "8.0;9.0a;10.0+PTX", runs on a device: that of its generation
-    from its own minor version on, "a" on exactly that, PTX on everything that is newer."""
+    """Whether code built for ``architectures``, such as "8.0;9.0a;10.0+PTX", runs on a device: that
+    of its generation from its own minor version on, "a" on exactly that, PTX on everything that is
+    newer."""
     for major, minor, exact, ptx in re.findall(r"(\d+)\.(\d)(a?)(\+PTX)?", architectures):
         built = 10 * int(major) + int(minor)
-        if capability == built or (capability > built and not exact and (ptx or capability // 10 == int(major))):
+        if capability == built or (
+            capability > built and not exact and (ptx or capability // 10 == int(major))
+        ):
             return True
     return False
 
@@ -140,8 +147,11 @@ def weight_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients with respect to every term and to the gates (None without gates); zero beyond ``active``."""
-    grad_terms, grad_gates = _operators().weight_grad.default(grad, input, terms, active, gates, stride[0])
+    """Gradients with respect to every term and to the gates (None without gates); zero beyond
+    ``active``."""
+    grad_terms, grad_gates = _operators().weight_grad.default(
+        grad, input, terms, active, gates, stride[0]
+    )
     return grad_terms, None if gates is None else grad_gates.to(gates.dtype)
 
 

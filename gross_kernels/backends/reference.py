@@ -1,9 +1,9 @@
-"""The series convolution as its definition reads: sum the expanded terms, then call torch. Any dtype, any device.
+"""The series convolution as its definition reads: sum the expanded terms, then call torch. Any
+dtype, any device.
 
-Every kernel is tested against this module; it is never optimised. 16-bit calls are computed in float32 and rounded
-once: torch's own bfloat16 weight gradient on the CPU reads memory that nobody wrote where the image is narrower than
-the kernel (torch 2.10 and 2.15).
-"""
+Every kernel is tested against this module; it is never optimised. 16-bit calls are computed in
+float32 and rounded once: torch's own bfloat16 weight gradient on the CPU reads memory that nobody
+wrote where the image is narrower than the kernel (torch 2.10 and 2.15)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ def forward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Grouped convolution of ``input`` with ``R_n = Σ gate_i Ψ(r_i)`` (equations 4 and 5), ``[N, C_out, H', W']``.
+    """Grouped convolution of ``input`` with ``R_n = Σ gate_i Ψ(r_i)`` (equations 4 and 5), ``[N,
+    C_out, H', W']``.
 
-    The terms are summed in their own dtype, float32 at least, and cast once to the input's. Differentiable.
-    """
+    The terms are summed in their own dtype, float32 at least, and cast once to the input's.
+    Differentiable."""
     weight = sum_terms(_widened(terms), input.shape[1], active, gates).to(input.dtype)
     groups = _groups(input, weight)
     wide_input, wide_weight = _widened([input, weight])
-    output = F.conv2d(wide_input, wide_weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+    output = F.conv2d(
+        wide_input, wide_weight, None, tuple(stride), tuple(padding), tuple(dilation), groups
+    )
     return output.to(input.dtype)
 
 
@@ -71,7 +74,8 @@ def weight_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients with respect to every term and to the gates (None without gates); zero beyond ``active``."""
+    """Gradients with respect to every term and to the gates (None without gates); zero beyond
+    ``active``."""
     grad_terms = [torch.zeros_like(term) for term in terms]
     grad_gates = None if gates is None else torch.zeros_like(gates)
     if grad.numel() == 0:

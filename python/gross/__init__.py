@@ -1,4 +1,5 @@
-"""GroSS: train every grouped-convolution architecture of a network at once, and find the best one under a budget."""
+"""GroSS: train every grouped-convolution architecture of a network at once, and find the best one
+under a budget."""
 
 from . import networks
 from .decompose import package as decompose
@@ -6,4 +7,13 @@ from .macs import MacsReport, macs
 from .storage import load, save
 from .supernet import configuration, set_configuration
 
-__all__ = ["MacsReport", "configuration", "decompose", "load", "macs", "networks", "save", "set_configuration"]
+__all__ = [
+    "MacsReport",
+    "configuration",
+    "decompose",
+    "load",
+    "macs",
+    "networks",
+    "save",
+    "set_configuration",
+]

@@ -1,8 +1,8 @@
-"""The ``gross`` command: decompose a network, count its multiply-accumulates, look at what was saved.
+"""The ``gross`` command: decompose a network, count its multiply-accumulates, look at what was
+saved.
 
-Results go to the output stream, as text or with ``--json`` as one JSON object; progress and errors go to the error
-stream.
-"""
+Results go to the output stream, as text or with ``--json`` as one JSON object; progress and errors
+go to the error stream."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class Ints(tuple[int, ...]):
         try:
             return cls(int(part) for part in text.split(","))
         except ValueError as error:
-            raise typer.BadParameter(f"got {text!r}, accepted are ints with commas between them") from error
+            raise typer.BadParameter(
+                f"got {text!r}, accepted are ints with commas between them"
+            ) from error
 
 
 NAMES = ", ".join(networks.NETWORKS)
@@ -81,8 +83,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 @app.command("decompose")
 def decompose_command(
-    network: Annotated[str, typer.Argument(metavar="NETWORK", help=f"{NAMES}; or {CALLABLE}.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.", show_default=False)],
+    network: Annotated[
+        str, typer.Argument(metavar="NETWORK", help=f"{NAMES}; or {CALLABLE}.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The .safetensors file to write.", show_default=False),
+    ],
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -94,7 +101,10 @@ def decompose_command(
         ),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Outputs of the classifier, for the paper's networks.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Outputs of the classifier, for the paper's networks.", show_default=False
+        ),
     ] = None,
     group_sizes: GroupSizes = None,
     width: Annotated[
@@ -114,9 +124,15 @@ def decompose_command(
             show_default=False,
         ),
     ] = None,
-    method: Annotated[Method, typer.Option(help="als fits the weights, random makes the structure alone.")] = "als",
-    sweeps: Annotated[int, typer.Option(min=1, help="At most so many for each layer and group size.")] = 50,
-    tolerance: Annotated[float, typer.Option(help="Stop when a sweep lowers the relative error by less.")] = 1e-5,
+    method: Annotated[
+        Method, typer.Option(help="als fits the weights, random makes the structure alone.")
+    ] = "als",
+    sweeps: Annotated[
+        int, typer.Option(min=1, help="At most so many for each layer and group size.")
+    ] = 50,
+    tolerance: Annotated[
+        float, typer.Option(help="Stop when a sweep lowers the relative error by less.")
+    ] = 1e-5,
     seed: Annotated[int, typer.Option(help="Of the fit, and of fresh weights.")] = 0,
     device: Annotated[str, typer.Option(help="Where the fit runs: cpu, cuda, cuda:1.")] = "cpu",
     input_size: InputSize = None,
@@ -127,9 +143,13 @@ def decompose_command(
     Example: gross decompose vgg16 --weights vgg16-397923af.pth --output supernet.safetensors
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"got {device!r}, and no CUDA device is available", param_hint="--device")
+        raise typer.BadParameter(
+            f"got {device!r}, and no CUDA device is available", param_hint="--device"
+        )
     if not output.parent.is_dir():
-        raise typer.BadParameter(f"got {output}, accepted is a file in a folder that exists", param_hint="--output")
+        raise typer.BadParameter(
+            f"got {output}, accepted is a file in a folder that exists", param_hint="--output"
+        )
     with _failures():
         torch.manual_seed(seed)
         known = networks.NETWORKS.get(network)
@@ -146,9 +166,15 @@ def decompose_command(
             input_size=input_size or (known.input_size if known else None),
             quiet=as_json,
         )
-        origin = {"network": network, "weights": None if weights is None else weights.name, "seed": seed}
+        origin = {
+            "network": network,
+            "weights": None if weights is None else weights.name,
+            "seed": seed,
+        }
         storage.save(supernet, output, provenance=origin)
-        _print(as_json, {"output": str(output), **asdict(storage.describe(output))}, f"saved {output}")
+        _print(
+            as_json, {"output": str(output), **asdict(storage.describe(output))}, f"saved {output}"
+        )
 
 
 @app.command("macs")
@@ -156,7 +182,9 @@ def macs_command(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help=f"A supernet that gross saved; or {NAMES}; or {CALLABLE}.", show_default=False
+            metavar="TARGET",
+            help=f"A supernet that gross saved; or {NAMES}; or {CALLABLE}.",
+            show_default=False,
         ),
     ],
     configuration: Annotated[
@@ -181,16 +209,23 @@ def macs_command(
         model, known_size = _target(target)
         counted_size = input_size or known_size
         if counted_size is None:
-            raise typer.BadParameter("needed, it is not known for this network", param_hint="--input-size")
+            raise typer.BadParameter(
+                "needed, it is not known for this network", param_hint="--input-size"
+            )
         if configuration and not decomposed_layers(model):
-            model = decompose(model, group_sizes or _group_sizes(target), method="random", quiet=True)
+            model = decompose(
+                model, group_sizes or _group_sizes(target), method="random", quiet=True
+            )
         report = macs(model, counted_size, configuration)
         content = {
             "input_size": report.input_size,
             "configuration": report.configuration,
             "total": report.total,
             "grouped": report.grouped,
-            "layers": [{**asdict(layer), "grouped": layer.grouped, "total": layer.total} for layer in report.layers],
+            "layers": [
+                {**asdict(layer), "grouped": layer.grouped, "total": layer.total}
+                for layer in report.layers
+            ],
         }
         _print(as_json, content, report)
 
@@ -198,11 +233,13 @@ def macs_command(
 @app.command()
 def info(
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="A supernet that gross saved.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="FILE", help="A supernet that gross saved.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a saved supernet is and where it is from. Without FILE, list the networks that gross knows."""
+    """Say what a saved supernet is and where it is from. Without FILE, list the networks that gross
+    knows."""
     with _failures():
         if file is None:
             rows = [_known_network(name) for name in networks.NETWORKS]
@@ -223,7 +260,9 @@ def _failures() -> Iterator[None]:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         lines = [str(error), *getattr(error, "__notes__", ())]
         message = "error: " + "\n".join(lines)
-        error_console().print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
+        error_console().print(
+            message, style="bold red", markup=False, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(1) from error
 
 
@@ -240,7 +279,9 @@ def _build(network: str, num_classes: int | None, weights: Path | None) -> nn.Mo
         return networks.build(network, num_classes=num_classes, weights=weights)
     module_name, _, function = network.partition(":")
     if not function:
-        raise typer.BadParameter(f"got {network!r}, accepted are {NAMES} and {CALLABLE}", param_hint="NETWORK")
+        raise typer.BadParameter(
+            f"got {network!r}, accepted are {NAMES} and {CALLABLE}", param_hint="NETWORK"
+        )
     # An installed command does not look for modules where it is called, as python does.
     sys.path.insert(0, os.getcwd())
     try:
@@ -249,7 +290,9 @@ def _build(network: str, num_classes: int | None, weights: Path | None) -> nn.Mo
         raise typer.BadParameter(f"got {network!r}: {error}", param_hint="NETWORK") from error
     model = make()
     if not isinstance(model, nn.Module):
-        raise typer.BadParameter(f"got {network!r}, which returns {type(model).__name__}", param_hint="NETWORK")
+        raise typer.BadParameter(
+            f"got {network!r}, which returns {type(model).__name__}", param_hint="NETWORK"
+        )
     if weights is not None:
         weight_files.load(model, weight_files.read(weights), weights)
     return model
@@ -295,12 +338,22 @@ def _cell(value: object) -> str:
 
 def _saved_supernet(description: storage.Description) -> Group:
     """What ``gross info`` shows of a file."""
-    name = "a network that gross does not know" if description.network is None else description.network[0]
+    name = (
+        "a network that gross does not know"
+        if description.network is None
+        else description.network[0]
+    )
     report = description.decomposition
-    errors = {} if report is None else {layer.name: errors_in_short(layer.errors) for layer in report.layers}
+    errors = (
+        {}
+        if report is None
+        else {layer.name: errors_in_short(layer.errors) for layer in report.layers}
+    )
     headings = ("layer", "convolution", "width", "group sizes", "active", "relative error")
     layers = Table(*headings, title=f"supernet of {name}", box=SIMPLE_HEAD)
-    for (layer, structure), active in zip(description.layers.items(), description.configuration, strict=True):
+    for (layer, structure), active in zip(
+        description.layers.items(), description.configuration, strict=True
+    ):
         layers.add_row(
             layer,
             f"{structure['in_channels']}→{structure['out_channels']} {size(structure['kernel_size'])}",

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def from_extra(extra: str = "gross") -> Iterator[None]:
-    """Around an import of an optional library: if it is not installed, say which extra of this package brings it.
+    """Around an import of an optional library: if it is not installed, say which extra of this
+    package brings it.
 
     Raises:
         ImportError: naming the missing module and ``pip install gross-kernels[extra]``.
@@ -17,5 +18,6 @@ def from_extra(extra: str = "gross") -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{error.name} is needed here and is not installed: pip install gross-kernels[{extra}]", name=error.name
+            f"{error.name} is needed here and is not installed: pip install gross-kernels[{extra}]",
+            name=error.name,
         ) from error

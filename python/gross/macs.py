@@ -1,16 +1,17 @@
-"""Multiply–accumulates (MACs) of a whole network: closed form in its configuration, once the spatial sizes are known.
+"""Multiply–accumulates (MACs) of a whole network: closed form in its configuration, once the
+spatial sizes are known.
 
 The counting rule, which reproduces the papers' tables:
 
-- a convolution or linear layer counts its multiply–accumulates, a convolution with a bias one more per output element;
+- a convolution or linear layer counts its multiply–accumulates, a convolution with a bias one more
+  per output element;
 - a batch norm counts two per output element;
 - biases of linear layers, activations, pooling and the sums of a series count nothing;
-- of a decomposed layer, the first pointwise convolution counts at the input's resolution, the grouped and the last
-  pointwise one at the output's.
+- of a decomposed layer, the first pointwise convolution counts at the input's resolution, the
+  grouped and the last pointwise one at the output's.
 
-So every count is affine in the group sizes, ``fixed + Σ_i per_group_size_i · s_i``. Layers are what PyTorch calls
-modules: a convolution that a model computes by calling a function is not seen.
-"""
+So every count is affine in the group sizes, ``fixed + Σ_i per_group_size_i · s_i``. Layers are what
+PyTorch calls modules: a convolution that a model computes by calling a function is not seen."""
 
 from __future__ import annotations
 
@@ -46,10 +47,12 @@ class LayerMacs:
         name: qualified name, the first one of a layer that is registered more than once.
         kind: the layer's class.
         output_size: shape of its output without the batch dimension, at the first call.
-        calls: how often the forward pass calls it; a layer that is not called as a module counts nothing.
+        calls: how often the forward pass calls it; a layer that is not called as a module counts
+            nothing.
         fixed: MACs that are the same at every group size.
         per_group_size: MACs of the grouped convolution per input channel of a group.
-        group_size: the one that is counted. None for a layer that is not decomposed, which counts as fixed.
+        group_size: the one that is counted. None for a layer that is not decomposed, which counts
+            as fixed.
     """
 
     name: str
@@ -75,7 +78,8 @@ class MacsReport:
 
     Attributes:
         input_size: shape of the input, without the batch dimension.
-        configuration: one group size per decomposed layer in network order; empty for a network that is not decomposed.
+        configuration: one group size per decomposed layer in network order; empty for a network
+            that is not decomposed.
         group_sizes: the sizes that each decomposed layer can take.
         fixed: MACs that are the same in every configuration.
         per_group_size: MACs of each decomposed layer per unit of its group size.
@@ -91,7 +95,9 @@ class MacsReport:
     @property
     def grouped(self) -> int:
         """MACs of the grouped convolutions alone (the column "G.Conv" of the paper's tables)."""
-        return sum(slope * s for slope, s in zip(self.per_group_size, self.configuration, strict=True))
+        return sum(
+            slope * s for slope, s in zip(self.per_group_size, self.configuration, strict=True)
+        )
 
     @property
     def total(self) -> int:
@@ -103,7 +109,8 @@ class MacsReport:
         """The counted layers in network order, at this configuration."""
         sizes = iter(self.configuration)
         return tuple(
-            count if count.group_size is None else replace(count, group_size=next(sizes)) for count in self._counts
+            count if count.group_size is None else replace(count, group_size=next(sizes))
+            for count in self._counts
         )
 
     def with_configuration(self, configuration: Sequence[int]) -> MacsReport:
@@ -119,7 +126,11 @@ class MacsReport:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(box=SIMPLE_HEAD, title=f"MACs for one input of {size(self.input_size)}", show_footer=True)
+        table = Table(
+            box=SIMPLE_HEAD,
+            title=f"MACs for one input of {size(self.input_size)}",
+            show_footer=True,
+        )
         table.add_column("layer", "total")
         table.add_column("kind")
         table.add_column("output", justify="right")
@@ -141,26 +152,33 @@ class MacsReport:
         return text(self)
 
 
-def macs(model: nn.Module, input_size: Sequence[int], configuration: Sequence[int] | None = None) -> MacsReport:
+def macs(
+    model: nn.Module, input_size: Sequence[int], configuration: Sequence[int] | None = None
+) -> MacsReport:
     """Count the multiply–accumulates of ``model`` for one input by the rule above.
 
-    The spatial sizes come from one forward pass of a copy of the model on the meta device, which computes nothing and
-    holds no weights. Other configurations then cost microseconds: :meth:`MacsReport.with_configuration`.
+    The spatial sizes come from one forward pass of a copy of the model on the meta device, which
+    computes nothing and holds no weights. Other configurations then cost microseconds:
+    :meth:`MacsReport.with_configuration`.
 
     Args:
         model: any network, decomposed or not.
         input_size: shape of one input without the batch dimension, such as ``(3, 224, 224)``.
-        configuration: one group size per decomposed layer in network order; by default the active ones.
+        configuration: one group size per decomposed layer in network order; by default the active
+            ones.
 
     Returns:
         The report: ``total``, ``grouped``, ``layers``.
 
     Raises:
-        ValueError: for an input size that is not made of positive ints, or a configuration that does not fit. What the
-            model itself raises on an input of this size is passed on with a note.
+        ValueError: for an input size that is not made of positive ints, or a configuration that
+            does not fit. What the model itself raises on an input of this size is passed on with a
+            note.
     """
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in input_size):
-        raise ValueError(f"input_size: got {input_size}, accepted are positive ints, such as (3, 224, 224)")
+        raise ValueError(
+            f"input_size: got {input_size}, accepted are positive ints, such as (3, 224, 224)"
+        )
     shapes = _shapes_of(model).eval()
     counts: dict[str, LayerMacs] = {}
     for name, module in shapes.named_modules():
@@ -170,11 +188,14 @@ def macs(model: nn.Module, input_size: Sequence[int], configuration: Sequence[in
             module.register_forward_hook(partial(_add_call, counts, name), with_kwargs=True)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     try:
-        # Tensors that the model's own forward makes follow to the meta device, where the reference alone always serves.
+        # Tensors that the model's own forward makes follow to the meta device, where the reference
+        # alone always serves.
         with torch.no_grad(), torch.device("meta"), use_backend("reference"):
             shapes(torch.empty(1, *input_size, dtype=dtype))
     except (RuntimeError, ValueError, TypeError) as error:
-        error.add_note(f"while running the model on the meta device for input_size={tuple(input_size)}")
+        error.add_note(
+            f"while running the model on the meta device for input_size={tuple(input_size)}"
+        )
         raise
     layers = decomposed_layers(model)
     report = MacsReport(
@@ -189,7 +210,8 @@ def macs(model: nn.Module, input_size: Sequence[int], configuration: Sequence[in
 
 
 def _shapes_of(model: nn.Module) -> nn.Module:
-    """A copy of the model that has the shapes of its parameters and no memory, so that running it costs nothing."""
+    """A copy of the model that has the shapes of its parameters and no memory, so that running it
+    costs nothing."""
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -219,7 +241,8 @@ def _add_call(
 
 
 def _macs_of_call(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int, int]:
-    """MACs of one call: those that do not depend on the group size, and those per unit of group size."""
+    """MACs of one call: those that do not depend on the group size, and those per unit of group
+    size."""
     elements = output.numel()
     if isinstance(layer, GroSSConv2d):
         per_group_size = convolution_macs(layer.width[1], 1, layer.kernel_size, output.shape[-2:])
@@ -232,7 +255,7 @@ def _macs_of_call(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int,
         return elements * layer.in_features, 0
     assert isinstance(layer, _ConvNd)
     bias = elements if layer.bias is not None else 0
-    # A transposed convolution spreads each input element over the outputs, where a convolution gathers each output from
-    # the inputs.
+    # A transposed convolution spreads each input element over the outputs, where a convolution
+    # gathers each output from the inputs.
     spread = input.numel() if isinstance(layer, _ConvTransposeNd) else elements
     return spread * math.prod(layer.weight.shape[1:]) + bias, 0

@@ -11,7 +11,8 @@ from .extras import from_extra
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: Columns of a table that is turned into text, so that a report reads the same in a file as on a wide terminal.
+#: Columns of a table that is turned into text, so that a report reads the same in a file as on a
+#: wide terminal.
 TEXT_WIDTH = 120
 
 

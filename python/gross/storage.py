@@ -1,8 +1,8 @@
 """Supernets on disk: a safetensors file whose header carries a JSON description.
 
-One file, so that weights and description cannot part and both are replaced at once. The description has the
-architecture where it is one of the paper's networks, the geometry, group sizes and width of each decomposed layer, the
-active configuration, and where the supernet is from. Nothing is pickled.
+One file, so that weights and description cannot part and both are replaced at once. The description
+has the architecture where it is one of the paper's networks, the geometry, group sizes and width of
+each decomposed layer, the active configuration, and where the supernet is from. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Description:
     """What a saved supernet says about itself.
 
     Attributes:
-        network: name and number of classes of one of the paper's networks before its decomposition; None for any other
-            model.
-        layers: geometry, width and group sizes of each decomposed layer, by qualified name in network order.
+        network: name and number of classes of one of the paper's networks before its decomposition;
+            None for any other model.
+        layers: geometry, width and group sizes of each decomposed layer, by qualified name in
+            network order.
         configuration: the active group sizes.
         shared: tensors stored under another name, because the model has them under several.
         decomposition: the report of ``gross.decompose``, if the model has one.
@@ -58,7 +59,8 @@ class Description:
 
     @classmethod
     def from_json(cls, text: str) -> Description:
-        """The description back from JSON. Raises ValueError if the text is not one of this format."""
+        """The description back from JSON. Raises ValueError if the text is not one of this
+        format."""
         content = json.loads(text)
         try:
             if content["format"] != FORMAT:
@@ -76,18 +78,21 @@ class Description:
             raise ValueError(f"incomplete description, {type(error).__name__}: {error}") from error
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None) -> None:
-    """Save a supernet as one safetensors file with a JSON description in its header. An existing file is replaced at
-    once.
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Save a supernet as one safetensors file with a JSON description in its header. An existing
+    file is replaced at once.
 
     Args:
-        model: a network with decomposed layers. Whether it is one of the paper's networks is found out, also when its
-            number of classes or its group sizes are others.
+        model: a network with decomposed layers. Whether it is one of the paper's networks is found
+            out, also when its number of classes or its group sizes are others.
         path: the file to write, by custom ``.safetensors``; its folder must exist.
         provenance: what else the description shall say: anything that JSON can.
 
     Raises:
-        ValueError: if the model has no decomposed layer, or its state is not all tensors with values.
+        ValueError: if the model has no decomposed layer, or its state is not all tensors with
+            values.
         FileNotFoundError: if the folder does not exist.
     """
     layers = decomposed_layers(model)
@@ -98,9 +103,14 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, provenance: Mapping[
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta:
-            raise ValueError(f"model: got a state {name!r} without values, accepted are tensors on a real device")
+            raise ValueError(
+                f"model: got a state {name!r} without values, accepted are tensors on a real device"
+            )
     first_names: dict[tuple[Any, ...], str] = {}
-    stored = {n: first_names.setdefault((v.data_ptr(), v.shape, v.stride(), v.dtype), n) for n, v in state.items()}
+    stored = {
+        n: first_names.setdefault((v.data_ptr(), v.shape, v.stride(), v.dtype), n)
+        for n, v in state.items()
+    }
     description = Description(
         _recognise(model),
         {name: _structure(layer) for name, layer in layers.items()},
@@ -123,15 +133,18 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     Args:
         path: the file.
-        model: needed where the supernet is not of one of the paper's networks: the model before its decomposition, or a
-            supernet of the same structure. It is left as it is; the result has its device and dtypes.
+        model: needed where the supernet is not of one of the paper's networks: the model before its
+            decomposition, or a supernet of the same structure. It is left as it is; the result has
+            its device and dtypes.
 
     Returns:
-        A new supernet in the saved configuration; without ``model`` on the CPU, in the saved dtypes, in training mode.
+        A new supernet in the saved configuration; without ``model`` on the CPU, in the saved
+        dtypes, in training mode.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, is not a saved supernet, or does not fit the model, with what is wrong.
+        ValueError: if the file is truncated, is not a saved supernet, or does not fit the model,
+            with what is wrong.
     """
     description = describe(path)
     try:
@@ -163,7 +176,9 @@ def describe(path: str | os.PathLike[str]) -> Description:
     """
     metadata = weights.read_metadata(path)
     if KEY not in metadata:
-        raise ValueError(f"{path} holds tensors, but no supernet saved by gross.save: its header has no description")
+        raise ValueError(
+            f"{path} holds tensors, but no supernet saved by gross.save: its header has no description"
+        )
     try:
         return Description.from_json(metadata[KEY])
     except ValueError as error:
@@ -188,7 +203,8 @@ def _structure(layer: GroSSConv2d) -> dict[str, Any]:
 
 
 def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """A copy of ``model`` with these decomposed layers; those that it has already must have the same structure."""
+    """A copy of ``model`` with these decomposed layers; those that it has already must have the
+    same structure."""
     present = decomposed_layers(model)
     new = {name: layer for name, layer in layers.items() if name not in present}
     if new:
@@ -203,7 +219,9 @@ def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> n
         model = copy.deepcopy(model)
     for name, layer in decomposed_layers(model).items():
         if _structure(layer) != layers.get(name):
-            raise ValueError(f"layer {name!r} is {_structure(layer)}, and {layers.get(name)} in the file")
+            raise ValueError(
+                f"layer {name!r} is {_structure(layer)}, and {layers.get(name)} in the file"
+            )
     return model
 
 
@@ -213,11 +231,11 @@ def _empty(name: str, num_classes: int) -> nn.Module:
 
 
 def _recognise(model: nn.Module) -> tuple[str, int] | None:
-    """Name and number of classes of the network that ``model`` is a decomposition of, if :func:`gross.networks.build`
-    makes it.
+    """Name and number of classes of the network that ``model`` is a decomposition of, if
+    :func:`gross.networks.build` makes it.
 
-    The network is built without memory, given the same structure, and compared module by module, arguments included.
-    """
+    The network is built without memory, given the same structure, and compared module by module,
+    arguments included."""
     classifiers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     layers = {name: _structure(layer) for name, layer in decomposed_layers(model).items()}
     for name, network in networks.NETWORKS.items():
@@ -235,7 +253,8 @@ def _recognise(model: nn.Module) -> tuple[str, int] | None:
 
 
 def _modules(model: nn.Module) -> list[tuple[str, type[nn.Module], str]]:
-    """Every module with its arguments. Lists of parameters are left out: they show device and dtype."""
+    """Every module with its arguments. Lists of parameters are left out: they show device and
+    dtype."""
     return [
         (name, type(module), module.extra_repr())
         for name, module in model.named_modules()
@@ -247,7 +266,9 @@ def _report(content: Mapping[str, Any]) -> Decomposition:
     """The report back from JSON, which has lists for tuples."""
     layers: list[DecomposedLayer] = []
     for layer in content["layers"]:
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in layer.items()}
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in layer.items()
+        }
         layers.append(DecomposedLayer(**values))
     return Decomposition(**{**content, "layers": tuple(layers)})
 

@@ -1,4 +1,5 @@
-"""A supernet: a network whose convolutions are ``GroSSConv2d``, and the configuration it runs in."""
+"""A supernet: a network whose convolutions are ``GroSSConv2d``, and the configuration it runs
+in."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ Configuration = tuple[int, ...]
 def decomposed_layers(model: nn.Module) -> dict[str, GroSSConv2d]:
     """The decomposed layers by qualified name, in network order.
 
-    That is the order in which the model registers them; a layer that is registered more than once has its first name.
-    """
-    return {name: module for name, module in model.named_modules() if isinstance(module, GroSSConv2d)}
+    That is the order in which the model registers them; a layer that is registered more than once
+    has its first name."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, GroSSConv2d)
+    }
 
 
 def configuration(model: nn.Module) -> Configuration:
@@ -29,8 +32,8 @@ def set_configuration(model: nn.Module, configuration: Sequence[int]) -> None:
     """Set the active group size of each decomposed layer, in network order.
 
     Raises:
-        ValueError: if there is not one group size per decomposed layer, or a layer does not have it; nothing is changed
-            then.
+        ValueError: if there is not one group size per decomposed layer, or a layer does not have
+            it; nothing is changed then.
     """
     layers = decomposed_layers(model)
     check_configuration(configuration, [layer.group_sizes for layer in layers.values()])
@@ -51,4 +54,6 @@ def check_configuration(configuration: Sequence[int], group_sizes: Sequence[Sequ
         )
     for i, (size, sizes) in enumerate(zip(configuration, group_sizes, strict=True)):
         if size not in sizes:
-            raise ValueError(f"configuration: got {size!r} for decomposed layer {i}, accepted are {tuple(sizes)}")
+            raise ValueError(
+                f"configuration: got {size!r} for decomposed layer {i}, accepted are {tuple(sizes)}"
+            )

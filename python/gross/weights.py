@@ -1,4 +1,5 @@
-"""Tensors on disk: weight files are read whole, written whole, and put into a model whole or not at all."""
+"""Tensors on disk: weight files are read whole, written whole, and put into a model whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from .extras import from_extra
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-#: What torch's reader was seen to raise on 11 000 files with bytes changed or cut off; it trusts the stream's
-#: structure.
+#: What torch's reader was seen to raise on 11 000 files with bytes changed or cut off; it trusts
+#: the stream's structure.
 BROKEN = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -39,8 +40,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a local weight file, on the CPU.
 
     Args:
-        path: a ``.safetensors`` file, or one written by ``torch.save`` (read with ``weights_only=True``): a state dict,
-            bare or under the key "state_dict".
+        path: a ``.safetensors`` file, or one written by ``torch.save`` (read with
+            ``weights_only=True``): a state dict, bare or under the key "state_dict".
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -53,11 +54,17 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"weights: {path} is not a whole file of tensors written by torch.save: {reason}") from error
+        raise ValueError(
+            f"weights: {path} is not a whole file of tensors written by torch.save: {reason}"
+        ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"weights: {path} holds no state dict, accepted are tensors by name, bare or in 'state_dict'")
+    if not isinstance(content, Mapping) or not all(
+        isinstance(value, Tensor) for value in content.values()
+    ):
+        raise ValueError(
+            f"weights: {path} holds no state dict, accepted are tensors by name, bare or in 'state_dict'"
+        )
     return dict(content)
 
 
@@ -91,8 +98,11 @@ def _open_safetensors(path: str | os.PathLike[str]) -> Iterator[safe_open]:
         raise ValueError(f"weights: {path} is not a whole safetensors file: {error}") from error
 
 
-def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Put a safetensors file in place of ``path`` at once: whoever reads it finds the old file or the new one, whole.
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Put a safetensors file in place of ``path`` at once: whoever reads it finds the old file or
+    the new one, whole.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -104,7 +114,9 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
         raise FileNotFoundError(f"path: got {path}, accepted is a file in a folder that exists")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, dict(metadata))
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, part, dict(metadata)
+        )
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
@@ -112,12 +124,16 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
         part.unlink(missing_ok=True)
 
 
-def load(model: nn.Module, tensors: Mapping[str, Tensor], source: object, *, assign: bool = False) -> None:
-    """Load ``tensors`` into ``model``. All names and shapes are compared first, so that nothing is half-loaded.
+def load(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: object, *, assign: bool = False
+) -> None:
+    """Load ``tensors`` into ``model``. All names and shapes are compared first, so that nothing is
+    half-loaded.
 
     Args:
         source: where the tensors are from, for the error.
-        assign: make the tensors the model's own (for a model on the meta device), instead of copying into the model's.
+        assign: make the tensors the model's own (for a model on the meta device), instead of
+            copying into the model's.
 
     Raises:
         ValueError: if names or shapes differ.

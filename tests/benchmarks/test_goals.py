@@ -12,16 +12,35 @@ MAIN = {"device_type": "cpu", "dtype": "float32", "memory_format": "channels_las
 
 
 def core(setting: int, operation: str = "forward", **more: Any) -> dict[str, Any]:
-    return {**MAIN, "suite": "grouped convolution", "setting": setting, "operation": operation, "batch": 16, **more}
+    return {
+        **MAIN,
+        "suite": "grouped convolution",
+        "setting": setting,
+        "operation": operation,
+        "batch": 16,
+        **more,
+    }
 
 
 def layer(setting: int, batch: int, operation: str = "inference", **more: Any) -> dict[str, Any]:
-    entry = {"suite": "GroSSConv2d", "setting": setting, "operation": operation, "batch": batch, "narrow": False}
+    entry = {
+        "suite": "GroSSConv2d",
+        "setting": setting,
+        "operation": operation,
+        "batch": batch,
+        "narrow": False,
+    }
     return {**MAIN, **entry, **more}
 
 
 def network(subject: str, setting: str, **more: Any) -> dict[str, Any]:
-    entry = {"suite": "networks", "subject": subject, "setting": setting, "operation": "inference", "batch": 16}
+    entry = {
+        "suite": "networks",
+        "subject": subject,
+        "setting": setting,
+        "operation": "inference",
+        "batch": 16,
+    }
     return {**MAIN, **entry, **more}
 
 
@@ -35,7 +54,8 @@ def network(subject: str, setting: str, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_both_mean_and_minimum_count(values: list[float], mark: str) -> None:
-    """Catches an arithmetic mean (1.05 in the last), a strict comparison, and one of two conditions left out."""
+    """Catches an arithmetic mean (1.05 in the last), a strict comparison, and one of two conditions
+    left out."""
     assert Goal(1.0, 0.5).mark(values) == mark
 
 
@@ -46,17 +66,27 @@ def test_goal_without_minimum() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "means"),
-    [(1, (1.1, 1.5, 1.1)), (4, (3.5, 3.5, 2.8)), (16, (1.05, 1.05, 1.05)), (64, (0.97, 0.97, 0.97)), (29, (1.0,) * 3)],
+    [
+        (1, (1.1, 1.5, 1.1)),
+        (4, (3.5, 3.5, 2.8)),
+        (16, (1.05, 1.05, 1.05)),
+        (64, (0.97, 0.97, 0.97)),
+        (29, (1.0,) * 3),
+    ],
 )
 def test_grouped_convolution(setting: int, means: tuple[float, ...]) -> None:
-    """Catches an operation's goal beside another's, and sizes that are no power of two without one."""
+    """Catches an operation's goal beside another's, and sizes that are no power of two without
+    one."""
     found = [goals.goal("library", core(setting, operation)) for operation in goals.OPERATIONS]
     assert found == [Goal(mean, 0.85) for mean in means]
 
 
-@pytest.mark.parametrize("precision", [{"dtype": "bfloat16"}, {"memory_format": "contiguous_format"}])
+@pytest.mark.parametrize(
+    "precision", [{"dtype": "bfloat16"}, {"memory_format": "contiguous_format"}]
+)
 def test_other_precisions_must_only_keep_up(precision: dict[str, str]) -> None:
-    """Catches float32's goals beside figures of another precision; layers and networks have none there."""
+    """Catches float32's goals beside figures of another precision; layers and networks have none
+    there."""
     assert goals.goal("library", core(4, **precision)) == Goal(1.0, 0.85)
     assert goals.goal("η", layer(4, 16, **precision)) is None
     assert goals.goal("dense", network("vgg16", "4 4", **precision)) is None
@@ -100,7 +130,8 @@ def test_layer(figure: str, entry: dict[str, Any], goal: Goal | None) -> None:
     ],
 )
 def test_network(figure: str, entry: dict[str, Any], goal: Goal | None) -> None:
-    """Catches the goal of group size 4 in inference beside another configuration, operation or batch."""
+    """Catches the goal of group size 4 in inference beside another configuration, operation or
+    batch."""
     assert goals.goal(figure, entry) == goal
 
 
@@ -110,7 +141,8 @@ def test_networks_with_goals_are_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("figure", "entry"), [("library", core(4)), ("η", layer(4, 16)), ("dense", network("vgg16", "4 4"))]
+    ("figure", "entry"),
+    [("library", core(4)), ("η", layer(4, 16)), ("dense", network("vgg16", "4 4"))],
 )
 def test_no_goal_on_a_gpu(figure: str, entry: dict[str, Any]) -> None:
     """Catches a processor's goals beside a GPU's figures."""

@@ -1,4 +1,5 @@
-"""The benchmarks' arithmetic: a wrong ratio, or a wrong kernel that passes the check, would go unnoticed in a table."""
+"""The benchmarks' arithmetic: a wrong ratio, or a wrong kernel that passes the check, would go
+unnoticed in a table."""
 
 import subprocess
 import sys
@@ -47,8 +48,13 @@ BUDGET = measure.Budget(seconds=1.0, least=3, most=5)
 
 
 def test_ratio_pairs_neighbours() -> None:
-    """Catches a ratio of medians: pair by pair the baseline takes 2, 3 and 4 times as long, its median 30 times."""
-    assert measure.ratio([1.0, 10.0, 100.0], [2.0, 30.0, 400.0]) == {"median": 3.0, "q1": 2.5, "q3": 3.5}
+    """Catches a ratio of medians: pair by pair the baseline takes 2, 3 and 4 times as long, its
+    median 30 times."""
+    assert measure.ratio([1.0, 10.0, 100.0], [2.0, 30.0, 400.0]) == {
+        "median": 3.0,
+        "q1": 2.5,
+        "q3": 3.5,
+    }
 
 
 def test_ratio_of_one_pair() -> None:
@@ -69,19 +75,28 @@ def test_budget(seconds: float, rounds: int) -> None:
 
 @pytest.mark.usefixtures("durations")
 def test_calls_alternate() -> None:
-    """Catches blocks of one call after the other (A A B B), which drift of the machine would bias."""
+    """Catches blocks of one call after the other (A A B B), which drift of the machine would
+    bias."""
     log: list[str] = []
-    ours, library, user = (call_taking(0.1, log=log, name=name) for name in ("ours", "library", "user"))
+    ours, library, user = (
+        call_taking(0.1, log=log, name=name) for name in ("ours", "library", "user")
+    )
     expected = call_taking(0.1)
-    measure.compare(Recorder(), ours, expected, {"library": {"": library}, "materialised": {"": user}}, BUDGET)
+    measure.compare(
+        Recorder(), ours, expected, {"library": {"": library}, "materialised": {"": user}}, BUDGET
+    )
     assert log[-9:] == ["ours", "library", "user"] * 3
 
 
 @pytest.mark.usefixtures("durations")
 def test_fastest_variant_counts_and_hopeless_ones_are_not_timed() -> None:
-    """Catches a baseline that is represented by its slower memory format, and minutes spent on a hopeless one."""
+    """Catches a baseline that is represented by its slower memory format, and minutes spent on a
+    hopeless one."""
     log: list[str] = []
-    slow, hopeless = call_taking(3.0, log=log, name="slow"), call_taking(9.0, log=log, name="hopeless")
+    slow, hopeless = (
+        call_taking(3.0, log=log, name="slow"),
+        call_taking(9.0, log=log, name="hopeless"),
+    )
     baselines = {"library": {"slow": slow, "fast": call_taking(2.0), "hopeless": hopeless}}
     result = measure.compare(Recorder(), call_taking(1.0), call_taking(1.0), baselines, BUDGET)
     assert result["fastest"] == {"library": "fast"}
@@ -101,7 +116,8 @@ def test_one_disturbed_call_does_not_make_a_variant_hopeless() -> None:
 
 @pytest.mark.usefixtures("durations")
 def test_warm_up_is_not_counted() -> None:
-    """Catches a first call (algorithm choice, compilation) in the medians, and rounds planned from it."""
+    """Catches a first call (algorithm choice, compilation) in the medians, and rounds planned from
+    it."""
     recorder = Recorder()
     ours, library = call_taking(0.125, 100.0, 0.125), call_taking(50.0, 0.125)
     result = measure.compare(recorder, ours, call_taking(0.125), {"library": {"": library}}, BUDGET)
@@ -113,7 +129,9 @@ def test_warm_up_is_not_counted() -> None:
 def test_pytest_benchmark_records_ours_alone() -> None:
     """Catches baselines in the times that pytest-benchmark stores."""
     recorder = Recorder()
-    measure.compare(recorder, call_taking(0.25), call_taking(0.25), {"library": {"": call_taking(0.5)}}, BUDGET)
+    measure.compare(
+        recorder, call_taking(0.25), call_taking(0.25), {"library": {"": call_taking(0.5)}}, BUDGET
+    )
     assert recorder.recorded == [0.25] * 3
 
 
@@ -141,7 +159,8 @@ def test_one_wrong_element_is_noticed() -> None:
 
 
 def test_results_are_compared_one_by_one() -> None:
-    """Catches a gradient that is missing, of another shape, or not a number; what was not asked for does not count."""
+    """Catches a gradient that is missing, of another shape, or not a number; what was not asked for
+    does not count."""
     ones, nothing = torch.ones(2), torch.empty(0)
     measure.check_close((nothing, [ones, ones], nothing), ([ones, ones], None))
     with pytest.raises(ValueError, match="longer"):
@@ -156,7 +175,10 @@ def test_results_are_compared_one_by_one() -> None:
 
 def test_rates() -> None:
     """Catches a factor of two between MACs and FLOP, and of a thousand in the units."""
-    assert measure.rates(macs=10**9, bytes=3 * 10**9, milliseconds=1000.0) == {"gflops": 2.0, "gbps": 3.0}
+    assert measure.rates(macs=10**9, bytes=3 * 10**9, milliseconds=1000.0) == {
+        "gflops": 2.0,
+        "gbps": 3.0,
+    }
 
 
 def test_time_call_includes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,13 +190,18 @@ def test_time_call_includes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("durations")
 def test_best_product_counts_two_flop_for_each_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the slowest in place of the fastest, MACs for FLOP, and a thousand in the unit."""
-    calls = {"slow": (10**9, call_taking(1.0)), "fast": (10**9, call_taking(0.5)), "small": (10**8, call_taking(0.25))}
+    calls = {
+        "slow": (10**9, call_taking(1.0)),
+        "fast": (10**9, call_taking(0.5)),
+        "small": (10**8, call_taking(0.25)),
+    }
     monkeypatch.setattr(measure, "_products", lambda dtype: calls)
     assert measure.best_product(torch.float32) == {"gflops": 4.0, "by": "fast"}
 
 
 def test_products_macs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches MACs of another product than the one that is timed: each is counted by torch's own counter."""
+    """Catches MACs of another product than the one that is timed: each is counted by torch's own
+    counter."""
     monkeypatch.setattr(measure, "_warm", lambda call: 0.0)
     for macs, call in measure._products.__wrapped__(torch.float32).values():
         with FlopCounterMode(display=False) as counter:
@@ -182,9 +209,12 @@ def test_products_macs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert counter.get_total_flops() == 2 * macs
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc, which other systems lack")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="asks glibc, which other systems lack"
+)
 def test_freed_memory_is_kept() -> None:
-    """Catches a setting that glibc ignores: 64 MB in fresh pages are 16384 faults, and next to none may remain."""
+    """Catches a setting that glibc ignores: 64 MB in fresh pages are 16384 faults, and next to none
+    may remain."""
     script = """
 import resource
 

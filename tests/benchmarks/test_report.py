@@ -36,7 +36,10 @@ def entry(
         "bytes": 10**6,
         "milliseconds": {"ours": 2.0} | {name: 2.0 * value for name, value in ratios.items()},
         "fastest": dict.fromkeys(ratios, "eager"),
-        "ratios": {name: {"median": value, "q1": value - 0.5, "q3": value + 0.5} for name, value in ratios.items()},
+        "ratios": {
+            name: {"median": value, "q1": value - 0.5, "q3": value + 0.5}
+            for name, value in ratios.items()
+        },
         "gflops": 1000.0,
         "gbps": 0.5,
         "narrow": False,
@@ -50,7 +53,14 @@ ENTRIES = [
     entry("grouped convolution", "forward", "64@56", 4, {"library": 4.0, "materialised": 8.0}),
     entry("grouped convolution", "forward", "128@28", 4, {"library": 1.0, "materialised": 2.0}),
     entry("grouped convolution", "input gradient", "128@28", 4, {"library": 5.0}),
-    entry("grouped convolution", "forward", "64@56", 4, {"library": 48.0}, memory_format="contiguous_format"),
+    entry(
+        "grouped convolution",
+        "forward",
+        "64@56",
+        4,
+        {"library": 48.0},
+        memory_format="contiguous_format",
+    ),
     entry("GroSSConv2d", "inference", "64@56", 4, {"dense": 3.0, "fold": 1.5, "unpacked": 1.25}),
     entry("networks", "training", "4-layer", "8 16 64", {"dense": 2.0, "fold": 1.25}),
 ]
@@ -59,7 +69,9 @@ ENTRIES = [
 def cells(summary: str, *start: str) -> list[str]:
     """The cells of the only row that starts with these."""
     rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in summary.splitlines() if line.startswith("|")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in summary.splitlines()
+        if line.startswith("|")
     ]
     (found,) = [row for row in rows if tuple(row[: len(start)]) == start]
     return found
@@ -86,12 +98,14 @@ def test_geometric_mean_and_minimum_over_shapes() -> None:
 def test_group_sizes_are_in_numerical_order() -> None:
     """Catches rows in the order of their measurement, or 16 before 4 as text."""
     core = table(report.summary(ENTRIES), "Grouped convolution, float32 channels_last")
-    assert [line.split("|")[1].strip() for line in core.splitlines() if line.startswith("|")][2:] == ["4", "16"]
+    assert [line.split("|")[1].strip() for line in core.splitlines() if line.startswith("|")][
+        2:
+    ] == ["4", "16"]
 
 
 def test_efficiency_is_time_ratio_over_mac_ratio() -> None:
-    """Catches η upside down: 3 times as fast with a quarter of the MACs is 0.75, and 0.60 where unpacked takes 1.25
-    times as long."""
+    """Catches η upside down: 3 times as fast with a quarter of the MACs is 0.75, and 0.60 where
+    unpacked takes 1.25 times as long."""
     layers = table(report.summary(ENTRIES), "GroSSConv2d")
     assert cells(layers, "inference", "4") == [
         "inference",
@@ -109,7 +123,9 @@ def test_efficiency_is_time_ratio_over_mac_ratio() -> None:
 def test_training_has_no_unpacked_layer() -> None:
     """Catches a table that needs every baseline of every row."""
     layers = table(
-        report.summary([*ENTRIES, entry("GroSSConv2d", "training", "64@56", 4, {"dense": 4.0, "fold": 1.0})]),
+        report.summary(
+            [*ENTRIES, entry("GroSSConv2d", "training", "64@56", 4, {"dense": 4.0, "fold": 1.0})]
+        ),
         "GroSSConv2d",
     )
     assert cells(layers, "training", "4")[5:7] == ["1.00 / 1.00 (≥ 0.80 reached)", ""]
@@ -121,7 +137,9 @@ def test_narrow_layers_have_a_table_of_their_own() -> None:
     narrow = entry("GroSSConv2d", "inference", "64@224:11-18", 4, ratios, narrow=True)
     summary = report.summary([*ENTRIES, narrow])
     assert cells(table(summary, "GroSSConv2d, "), "inference", "4")[2] == "1"
-    assert cells(table(summary, "GroSSConv2d with a narrow bottleneck, "), "inference", "4")[4:8] == [
+    assert cells(table(summary, "GroSSConv2d with a narrow bottleneck, "), "inference", "4")[
+        4:8
+    ] == [
         "30.00 / 30.00",
         "7.50 / 7.50",
         "7.50 / 7.50",
@@ -137,14 +155,20 @@ def test_networks_show_time_beside_macs() -> None:
 
 
 def test_machine_is_named() -> None:
-    """Catches a table that nobody can place, and page faults in the times that nobody is told of."""
-    assert report.summary(ENTRIES).startswith("a machine; 2 threads; torch 2.15.0; freed memory kept, no fresh pages; ")
+    """Catches a table that nobody can place, and page faults in the times that nobody is told
+    of."""
+    assert report.summary(ENTRIES).startswith(
+        "a machine; 2 threads; torch 2.15.0; freed memory kept, no fresh pages; "
+    )
     fresh = [{**ENTRIES[0], "keeps_memory": False}]
-    assert report.summary(fresh).startswith("a machine; 2 threads; torch 2.15.0; memory freed to the system; ")
+    assert report.summary(fresh).startswith(
+        "a machine; 2 threads; torch 2.15.0; memory freed to the system; "
+    )
 
 
 def test_share_is_of_the_best_that_any_entry_saw_in_that_precision() -> None:
-    """Catches a share above 1 from an entry during which the machine was disturbed, and float32 over another's best."""
+    """Catches a share above 1 from an entry during which the machine was disturbed, and float32
+    over another's best."""
     one, two, sixteen = (
         {**ENTRIES[3], "gflops": gflops, "dtype": dtype, "best_product": {"gflops": best, "by": by}}
         for gflops, dtype, best, by in (
@@ -161,7 +185,10 @@ def test_share_is_of_the_best_that_any_entry_saw_in_that_precision() -> None:
     assert summary.split("\n")[0].endswith(f"; best product {best}")
     assert cells(table(summary, "Grouped convolution, float32"), "4")[-1] == "–, 0.25, –"
     assert cells(table(summary, "Grouped convolution, bfloat16"), "4")[-1] == "–, 0.25, –"
-    assert [line.split("|")[9].strip() for line in report.details([one, two]).splitlines()[4:]] == ["0.13", "0.50"]
+    assert [line.split("|")[9].strip() for line in report.details([one, two]).splitlines()[4:]] == [
+        "0.13",
+        "0.50",
+    ]
 
 
 def app() -> typer.Typer:
@@ -171,7 +198,8 @@ def app() -> typer.Typer:
 
 
 def test_report_of_a_file(tmp_path: Path) -> None:
-    """Catches entries of other suites breaking the report, a plot without its suite, and files left half-written."""
+    """Catches entries of other suites breaking the report, a plot without its suite, and files left
+    half-written."""
     other = {"extra_info": {}, "stats": {}}
     file = tmp_path / "result.json"
     file.write_text(json.dumps({"benchmarks": [{"extra_info": e} for e in ENTRIES] + [other]}))
@@ -191,17 +219,23 @@ def test_report_of_a_file(tmp_path: Path) -> None:
 
 
 def test_plots_have_a_panel_for_each_shape_and_bars_for_each_size() -> None:
-    """Catches bars that overwrite one another: two shapes, the first with two sizes, ours and two baselines."""
+    """Catches bars that overwrite one another: two shapes, the first with two sizes, ours and two
+    baselines."""
     figure = report.plots(ENTRIES)["grouped_convolution-forward-float32_channels_last.png"]
     places = {
         axes.get_title(): {round(bar.get_x(), 3) for bars in axes.containers for bar in bars}
         for axes in figure.axes
         if axes.containers
     }
-    assert {title: len(xs) for title, xs in places.items()} == {"128@28, batch 16": 3, "64@56, batch 16": 6}
+    assert {title: len(xs) for title, xs in places.items()} == {
+        "128@28, batch 16": 3,
+        "64@56, batch 16": 6,
+    }
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"benchmarks": []}', '{"benchmarks": [{"extra_info": {}}]}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"benchmarks": []}', '{"benchmarks": [{"extra_info": {}}]}']
+)
 def test_what_is_not_a_result_is_refused(tmp_path: Path, content: str) -> None:
     """Catches an empty report from a wrong file."""
     file = tmp_path / "wrong.json"

@@ -6,15 +6,16 @@ from benchmarks import shapes
 
 
 def test_every_distinct_layer_of_the_papers_networks() -> None:
-    """Catches a network that is left out, and layers that repeat: 3 of the 4-layer network, 8 of VGG-16 at each
-    resolution, 7 of ResNet-18, and of the narrow VGG-16 12 less two repetitions."""
+    """Catches a network that is left out, and layers that repeat: 3 of the 4-layer network, 8 of
+    VGG-16 at each resolution, 7 of ResNet-18, and of the narrow VGG-16 12 less two repetitions."""
     labels = [layer.label for layer in shapes.layers()]
     assert len(labels) == len(set(labels)) == 3 + 8 + 8 + 7 + 10
     assert {"32-64@8", "512@2", "256-512@14/2", "64@224", "64@224:11-18"} <= set(labels)
 
 
 def test_cores_have_the_bottlenecks_width() -> None:
-    """Catches a grouped convolution of the layer's output width: 64 to 128 channels at 112×112 is 64 to 64 inside."""
+    """Catches a grouped convolution of the layer's output width: 64 to 128 channels at 112×112 is
+    64 to 64 inside."""
     cores = {core.label: core for core in shapes.cores()}
     assert len(cores) == len(shapes.cores())
     assert {"64@112", "116-100@28", "256@14/2"} <= set(cores)

@@ -1,4 +1,5 @@
-"""Compiles the CUDA sources for the host, where emulator.h runs them: no GPU and no CUDA toolkit is needed."""
+"""Compiles the CUDA sources for the host, where emulator.h runs them: no GPU and no CUDA toolkit is
+needed."""
 
 import platform
 import shutil
@@ -35,7 +36,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
     def compile_once(name: str, *flags: str) -> Path:
         key = (name, *flags)
         if key not in programs:
-            programs[key] = build(HERE / name, folder / f"program{len(programs)}", *WARNINGS, *flags)
+            programs[key] = build(
+                HERE / name, folder / f"program{len(programs)}", *WARNINGS, *flags
+            )
         return programs[key]
 
     return compile_once
@@ -43,19 +46,27 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
 
 @pytest.fixture
 def with_fault(tmp_path: Path) -> Callable[..., Path]:
-    """Changes a copy of the sources: ``with_fault("test_x.cpp", ("x.h", old, new), …)`` returns the program."""
+    """Changes a copy of the sources: ``with_fault("test_x.cpp", ("x.h", old, new), …)`` returns the
+    program."""
 
     def plant(test: str, *changes: tuple[str, str, str]) -> Path:
         for folder in ("csrc", "tests/cuda_on_host"):
             shutil.copytree(ROOT / folder, tmp_path / folder)
         for file, old, new in changes:
             path = tmp_path / "csrc/cuda" / file
-            text = path.read_text()
-            assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
-            path.write_text(text.replace(old, new))
+            path.write_text(changed(path.read_text(), old, new))
         return build(tmp_path / "tests/cuda_on_host" / test, tmp_path / "program", "-O0", "-w")
 
     return plant
+
+
+def changed(text: str, old: str, new: str) -> str:
+    """``text`` with ``new`` for ``old``, which stands there once, however its lines are broken."""
+    places = [i for i, letter in enumerate(text) if not letter.isspace()]
+    solid, wanted = "".join(text[i] for i in places), "".join(old.split())
+    assert solid.count(wanted) == 1, f"stands {solid.count(wanted)} times: {old}"
+    first = solid.index(wanted)
+    return text[: places[first]] + new + text[places[first + len(wanted) - 1] + 1 :]
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,9 +1,12 @@
-// Runs CUDA kernels on the host, one thread block at a time: threads are fibers, warps run in random order, and whatever a GPU would
-// leave undefined is an error. It checks every access for range and alignment; shared memory, word by word, for accesses that no
-// barrier orders and for copies still in flight; barriers and warp-wide instructions for threads that are missing; global memory for
-// blocks that touch what another wrote. Shared memory starts as NaN. It counts bytes of global memory and wavefronts of shared memory.
+// Runs CUDA kernels on the host, one thread block at a time: threads are fibers, warps run in
+// random order, and whatever a GPU would leave undefined is an error. It checks every access for
+// range and alignment; shared memory, word by word, for accesses that no barrier orders and for
+// copies still in flight; barriers and warp-wide instructions for threads that are missing; global
+// memory for blocks that touch what another wrote. Shared memory starts as NaN. It counts bytes of
+// global memory and wavefronts of shared memory.
 //
-// It does not see time, the asynchronous proxy of the matrix units, or registers of a product that is still running.
+// It does not see time, the asynchronous proxy of the matrix units, or registers of a product that
+// is still running.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +30,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Switches stacks: saves the callee's registers on this stack, its pointer in *save, and continues from `load`.
+// Switches stacks: saves the callee's registers on this stack, its pointer in *save, and continues
+// from `load`.
 extern "C" void gross_switch_stack(void** save, void* load);
 #if defined(__x86_64__)
 asm(R"(
@@ -66,7 +70,8 @@ enum Kind { shared_read, shared_write, matrix_read, copy, global_read, global_wr
 struct Traffic {
   uint64_t instructions = 0;  // of a warp
   uint64_t bytes = 0;         // asked for
-  uint64_t units = 0;         // shared memory: wavefronts of 128 bytes, bank conflicts included; global: sectors of 32 bytes
+  uint64_t units = 0;  // shared memory: wavefronts of 128 bytes, bank conflicts included; global:
+                       // sectors of 32 bytes
 };
 
 struct Counters {
@@ -74,7 +79,9 @@ struct Counters {
   uint64_t products = 0;  // 16 × 8 results each
   uint64_t barriers = 0;
 
-  uint64_t shared_wavefronts() const { return of[shared_read].units + of[shared_write].units + of[matrix_read].units + of[copy].units; }
+  uint64_t shared_wavefronts() const {
+    return of[shared_read].units + of[shared_write].units + of[matrix_read].units + of[copy].units;
+  }
   uint64_t global_bytes() const { return of[global_read].bytes + of[global_write].bytes; }
 };
 
@@ -133,8 +140,8 @@ struct Reads {  // of a piece by a warp, after its last barrier before them
   uint32_t lanes = 0;
 };
 
-// Global memory that the kernel may touch. Of what it may write, per 2 bytes: the blocks that wrote and read it in this launch, counted from
-// 1; `several` readers are no single block.
+// Global memory that the kernel may touch. Of what it may write, per 2 bytes: the blocks that wrote
+// and read it in this launch, counted from 1; `several` readers are no single block.
 constexpr uint32_t several = ~0u;
 struct Allocation {
   size_t bytes;
@@ -148,7 +155,8 @@ struct Machine {
   std::vector<uint8_t> shared;
   std::vector<Piece> pieces;
   std::vector<Reads> reads;  // [piece][warp]
-  std::vector<std::vector<int32_t>> clock;  // [warp][of warp]: barriers of the second that the first knows of
+  std::vector<std::vector<int32_t>>
+      clock;  // [warp][of warp]: barriers of the second that the first knows of
   std::map<const char*, Allocation> allocations;
   std::function<void()> body;
   void* scheduler_stack_pointer = nullptr;
@@ -166,11 +174,13 @@ inline Machine machine;
 inline Thread& self() { return machine.threads[machine.current]; }
 
 [[noreturn]] inline void fail(const std::string& what) {
-  throw Error(what + " (block " + std::to_string(machine.block_x) + ", " + std::to_string(machine.block_y) + ", thread " +
-              std::to_string(machine.current) + ")");
+  throw Error(what + " (block " + std::to_string(machine.block_x) + ", " +
+              std::to_string(machine.block_y) + ", thread " + std::to_string(machine.current) +
+              ")");
 }
 
-// Every switch is announced to AddressSanitizer, which otherwise takes another fiber's frames for overflows of this one's.
+// Every switch is announced to AddressSanitizer, which otherwise takes another fiber's frames for
+// overflows of this one's.
 inline void enter(Thread& thread) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, thread.stack, stack_bytes);
@@ -183,17 +193,19 @@ inline void enter(Thread& thread) {
 inline void leave() {
   Thread& thread = self();
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(thread.wait == Wait::done ? nullptr : &thread.fake_stack, machine.scheduler_stack,
-                                 machine.scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(thread.wait == Wait::done ? nullptr : &thread.fake_stack,
+                                 machine.scheduler_stack, machine.scheduler_stack_bytes);
 #endif
   gross_switch_stack(&thread.stack_pointer, machine.scheduler_stack_pointer);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(self().fake_stack, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(self().fake_stack, &machine.scheduler_stack,
+                                  &machine.scheduler_stack_bytes);
 #endif
 }
 inline void first_frame() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
+                                  &machine.scheduler_stack_bytes);
 #endif
   try {
     machine.body();
@@ -204,26 +216,33 @@ inline void first_frame() {
   leave();
 }
 
-// Whether what happened then is ordered before the current thread. Only barriers order the lanes of a warp, too.
+// Whether what happened then is ordered before the current thread. Only barriers order the lanes of
+// a warp, too.
 inline bool ordered(Moment then) {
   const int warp = machine.current / 32;
   if (then.thread == machine.current) return true;
   return machine.clock[warp][then.thread / 32] > then.epoch;
 }
-inline Moment now() { return {static_cast<int16_t>(machine.current), machine.clock[machine.current / 32][machine.current / 32]}; }
+inline Moment now() {
+  return {static_cast<int16_t>(machine.current),
+          machine.clock[machine.current / 32][machine.current / 32]};
+}
 
 inline void check_shared(uint32_t address, uint32_t bytes) {
   if (address % bytes) fail("misaligned access to shared memory at " + std::to_string(address));
-  if (address + static_cast<uint64_t>(bytes) > machine.shared.size()) fail("shared memory out of range at " + std::to_string(address));
+  if (address + static_cast<uint64_t>(bytes) > machine.shared.size())
+    fail("shared memory out of range at " + std::to_string(address));
 }
 inline void note_read(uint32_t address, uint32_t bytes) {
   check_shared(address, bytes);
   const Moment here = now();
   for (uint32_t i = address / 2; i < (address + bytes) / 2; i++) {
     const Piece& piece = machine.pieces[i];
-    if (piece.in_flight) fail("read of shared memory at " + std::to_string(2 * i) + " with a copy in flight");
+    if (piece.in_flight)
+      fail("read of shared memory at " + std::to_string(2 * i) + " with a copy in flight");
     if (piece.written.thread >= 0 && !ordered(piece.written))
-      fail("race: read of shared memory at " + std::to_string(2 * i) + ", written by thread " + std::to_string(piece.written.thread));
+      fail("race: read of shared memory at " + std::to_string(2 * i) + ", written by thread " +
+           std::to_string(piece.written.thread));
     Reads& reads = machine.reads[i * machine.clock.size() + here.thread / 32];
     if (reads.epoch != here.epoch) reads = {here.epoch, 0};
     reads.lanes |= 1u << here.thread % 32;
@@ -235,20 +254,24 @@ inline void note_write(uint32_t address, uint32_t bytes, bool in_flight) {
   const int warp = here.thread / 32, warps = static_cast<int>(machine.clock.size());
   for (uint32_t i = address / 2; i < (address + bytes) / 2; i++) {
     Piece& piece = machine.pieces[i];
-    if (piece.in_flight) fail("write to shared memory at " + std::to_string(2 * i) + " with a copy in flight");
+    if (piece.in_flight)
+      fail("write to shared memory at " + std::to_string(2 * i) + " with a copy in flight");
     if (piece.written.thread >= 0 && !ordered(piece.written))
-      fail("race: write to shared memory at " + std::to_string(2 * i) + ", written by thread " + std::to_string(piece.written.thread));
+      fail("race: write to shared memory at " + std::to_string(2 * i) + ", written by thread " +
+           std::to_string(piece.written.thread));
     for (int v = 0; v < warps; v++) {
       const Reads& reads = machine.reads[static_cast<size_t>(i) * warps + v];
       if (reads.epoch < machine.clock[warp][v]) continue;
       if (v != warp || (reads.lanes & ~(1u << here.thread % 32)))
-        fail("race: write to shared memory at " + std::to_string(2 * i) + ", read by warp " + std::to_string(v));
+        fail("race: write to shared memory at " + std::to_string(2 * i) + ", read by warp " +
+             std::to_string(v));
     }
     piece = {here, in_flight};
   }
 }
 inline void land(const Copy& copy) {
-  if (machine.schedule.late_copies) std::memcpy(&machine.shared[copy.destination], copy.data.data(), 16);
+  if (machine.schedule.late_copies)
+    std::memcpy(&machine.shared[copy.destination], copy.data.data(), 16);
   for (int i = 0; i < 8; i++) machine.pieces[copy.destination / 2 + i] = {now(), false};
 }
 
@@ -265,11 +288,13 @@ inline void check_global(const void* pointer, size_t bytes, bool write) {
     if (write) fail("write to global memory that is only read");
     return;
   }
-  const uint32_t block = static_cast<uint32_t>(machine.block_y * machine.grid_x + machine.block_x + 1);
+  const uint32_t block =
+      static_cast<uint32_t>(machine.block_y * machine.grid_x + machine.block_x + 1);
   for (size_t i = at / 2; i < (at + bytes) / 2; i++) {
     uint32_t &writer = allocation.writer[i], &reader = allocation.reader[i];
     if (writer && writer != block) fail("race: global memory that another block wrote");
-    if (write && reader && reader != block) fail("race: write to global memory that another block reads");
+    if (write && reader && reader != block)
+      fail("race: write to global memory that another block reads");
     if (write)
       writer = block;
     else
@@ -278,7 +303,8 @@ inline void check_global(const void* pointer, size_t bytes, bool write) {
 }
 
 inline void log(Kind kind, uint64_t address, int bytes, bool on) {
-  if (machine.schedule.counting) self().log.push_back({kind, static_cast<uint8_t>(bytes), on, address});
+  if (machine.schedule.counting)
+    self().log.push_back({kind, static_cast<uint8_t>(bytes), on, address});
 }
 
 // Wavefronts of one access to shared memory: words of one bank that differ take turns.
@@ -293,25 +319,33 @@ inline int wavefronts(const uint64_t* addresses, int count, int bytes) {
   return static_cast<int>(most);
 }
 
-// Adds up what a block logged. Lanes of a warp must have made the same accesses (predicated off or on), else the warp diverged.
+// Adds up what a block logged. Lanes of a warp must have made the same accesses (predicated off or
+// on), else the warp diverged.
 inline void fold_logs() {
   for (size_t warp = 0; warp < machine.threads.size() / 32; warp++) {
-    const auto lane = [&](int l) -> std::vector<Access>& { return machine.threads[warp * 32 + l].log; };
+    const auto lane = [&](int l) -> std::vector<Access>& {
+      return machine.threads[warp * 32 + l].log;
+    };
     for (int l = 1; l < 32; l++)
-      if (lane(l).size() != lane(0).size()) throw Error("lanes of a warp made different numbers of accesses");
+      if (lane(l).size() != lane(0).size())
+        throw Error("lanes of a warp made different numbers of accesses");
     for (size_t i = 0; i < lane(0).size(); i++) {
       const Kind kind = lane(0)[i].kind;
       const int bytes = lane(0)[i].bytes;
-      std::vector<uint64_t> on[4];  // a quarter, half or whole warp at a time, so that it is 128 bytes
+      std::vector<uint64_t>
+          on[4];  // a quarter, half or whole warp at a time, so that it is 128 bytes
       std::set<uint64_t> sectors;
       int active = 0;
       for (int l = 0; l < 32; l++) {
         const Access& access = lane(l)[i];
-        if (access.kind != kind || access.bytes != bytes) throw Error("lanes of a warp made different accesses");
+        if (access.kind != kind || access.bytes != bytes)
+          throw Error("lanes of a warp made different accesses");
         if (!access.on) continue;
         active++;
         on[std::max(bytes, 4) * l / 128].push_back(access.address);
-        for (uint64_t sector = access.address / 32; sector <= (access.address + bytes - 1) / 32; sector++) sectors.insert(sector);
+        for (uint64_t sector = access.address / 32; sector <= (access.address + bytes - 1) / 32;
+             sector++)
+          sectors.insert(sector);
       }
       if (!active) continue;
       Traffic& traffic = machine.counters.of[kind];
@@ -321,7 +355,8 @@ inline void fold_logs() {
         traffic.units += sectors.size();
       } else {
         for (const auto& part : on)
-          if (!part.empty()) traffic.units += wavefronts(part.data(), static_cast<int>(part.size()), bytes);
+          if (!part.empty())
+            traffic.units += wavefronts(part.data(), static_cast<int>(part.size()), bytes);
       }
     }
     for (int l = 0; l < 32; l++) lane(l).clear();
@@ -342,10 +377,14 @@ inline void run_block(int threads, size_t shared_bytes) {
     Thread& thread = m.threads[i];
     thread.stack = m.stacks[i].get();
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(thread.stack, stack_bytes);  // what a fiber left that an error ended
+    __asan_unpoison_memory_region(thread.stack,
+                                  stack_bytes);  // what a fiber left that an error ended
 #endif
-    // What gross_switch_stack pops: six registers and the address of the first frame, which needs a stack aligned as after a call.
-    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(thread.stack) + stack_bytes) & ~uintptr_t{15}) - 8;
+    // What gross_switch_stack pops: six registers and the address of the first frame, which needs a
+    // stack aligned as after a call.
+    void** top = reinterpret_cast<void**>(
+                     (reinterpret_cast<uintptr_t>(thread.stack) + stack_bytes) & ~uintptr_t{15}) -
+                 8;
     std::fill(top, top + 8, nullptr);
     top[6] = reinterpret_cast<void*>(&first_frame);
     thread.stack_pointer = top;
@@ -373,7 +412,8 @@ inline void run_block(int threads, size_t shared_bytes) {
           void* operands[32];
           for (int l = 0; l < 32; l++) {
             operands[l] = m.threads[warp * 32 + l].operand;
-            if (m.threads[warp * 32 + l].collective != self().collective) fail("lanes of a warp reached different instructions");
+            if (m.threads[warp * 32 + l].collective != self().collective)
+              fail("lanes of a warp reached different instructions");
             m.threads[warp * 32 + l].wait = Wait::none;
           }
           self().collective(operands);
@@ -393,16 +433,19 @@ inline void run_block(int threads, size_t shared_bytes) {
         for (int l = 0; l < 32; l++) {
           const Thread& thread = m.threads[warp * 32 + l];
           if (thread.wait != Wait::barrier || thread.barrier != id) continue;
-          if (expected >= 0 && thread.barrier_threads != expected) fail("threads disagree about how many meet at barrier " + std::to_string(id));
+          if (expected >= 0 && thread.barrier_threads != expected)
+            fail("threads disagree about how many meet at barrier " + std::to_string(id));
           expected = thread.barrier_threads;
           here++;
         }
         if (here == 32) at.push_back(warp);
-        if (here > 0 && here < 32) fail("divergent barrier: part of a warp waits at barrier " + std::to_string(id));
+        if (here > 0 && here < 32)
+          fail("divergent barrier: part of a warp waits at barrier " + std::to_string(id));
         arrived += here;
       }
       if (expected < 0 || arrived < expected) continue;
-      if (arrived > expected) fail("divergent barrier: more threads than expected at barrier " + std::to_string(id));
+      if (arrived > expected)
+        fail("divergent barrier: more threads than expected at barrier " + std::to_string(id));
       std::vector<int32_t> joint(warps, 0);
       for (int warp : at) {
         m.clock[warp][warp]++;
@@ -433,10 +476,13 @@ inline void allow(const void* pointer, size_t bytes, bool writable) {
 }
 inline void forget_allocations() { detail::machine.allocations.clear(); }
 
-// Runs the kernel's blocks one after another, in random order, and returns what they counted. Throws Error.
-inline Counters launch(int grid_x, int grid_y, int threads, size_t shared_bytes, std::function<void()> kernel, Schedule schedule = {}) {
+// Runs the kernel's blocks one after another, in random order, and returns what they counted.
+// Throws Error.
+inline Counters launch(int grid_x, int grid_y, int threads, size_t shared_bytes,
+                       std::function<void()> kernel, Schedule schedule = {}) {
   detail::Machine& m = detail::machine;
-  if (threads <= 0 || threads % 32 || threads > 32 * detail::max_warps) throw Error("a block has 32 to 1024 threads, whole warps");
+  if (threads <= 0 || threads % 32 || threads > 32 * detail::max_warps)
+    throw Error("a block has 32 to 1024 threads, whole warps");
   m.body = std::move(kernel);
   m.schedule = schedule;
   m.random.seed(schedule.seed);
@@ -521,7 +567,8 @@ inline void start_copy(uint32_t destination, const void* source, bool valid, boo
     std::memcpy(piece.data.data(), source, 16);
   }
   detail::note_write(destination, 16, true);
-  if (!detail::machine.schedule.late_copies) std::memcpy(&detail::machine.shared[destination], piece.data.data(), 16);
+  if (!detail::machine.schedule.late_copies)
+    std::memcpy(&detail::machine.shared[destination], piece.data.data(), 16);
   detail::self().open.push_back(piece);
 }
 inline void commit_copies() {
@@ -536,7 +583,8 @@ inline void wait_for_copies(int pending) {
   }
 }
 
-// The row of 16 bytes that `lane` names in a matrix read. The instruction reads it in the lane's name.
+// The row of 16 bytes that `lane` names in a matrix read. The instruction reads it in the lane's
+// name.
 inline void read_matrix_row(void* to, uint32_t address, int lane) {
   const int current = detail::machine.current;
   detail::machine.current = current / 32 * 32 + lane;

@@ -1,4 +1,5 @@
-// The forward and the input gradient on the host's emulator, against plain loops in double precision.
+// The forward and the input gradient on the host's emulator, against plain loops in double
+// precision.
 //   test_convolution numerics|faults|traffic
 #include "../../csrc/cuda/convolution.cu"
 
@@ -17,7 +18,9 @@ struct Aligned {  // as memory of a device, and of exactly the size that is need
   Aligned() = default;
   template <class U>
   explicit Aligned(const Aligned<U>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{256})); }
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{256}));
+  }
   void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{256}); }
   friend bool operator==(const Aligned&, const Aligned&) { return true; }
   friend bool operator!=(const Aligned&, const Aligned&) { return false; }
@@ -34,8 +37,9 @@ struct Numbers {
     if (type == Type::float32) {
       std::memcpy(&bytes[4 * i], &narrow, 4);
     } else {
-      const uint16_t half = static_cast<uint16_t>(type == Type::float16 ? round_half<Type::float16>(narrow)
-                                                                          : round_half<Type::bfloat16>(narrow));
+      const uint16_t half =
+          static_cast<uint16_t>(type == Type::float16 ? round_half<Type::float16>(narrow)
+                                                      : round_half<Type::bfloat16>(narrow));
       std::memcpy(&bytes[2 * i], &half, 2);
     }
   }
@@ -63,9 +67,11 @@ std::string label(const Case& c) {
   std::string sizes;
   for (int s : c.sizes) sizes += (sizes.empty() ? "" : ",") + std::to_string(s);
   const char* names[] = {"float16", "bfloat16", "float32"};
-  return std::string(names[static_cast<int>(c.type)]) + " terms " + names[static_cast<int>(c.terms_type)] + " " + std::to_string(c.images) + "x" +
-         std::to_string(c.in_channels) + "->" + std::to_string(c.out_channels) + "@" + std::to_string(c.height) + "x" + std::to_string(c.width) + "/" +
-         std::to_string(c.stride) + " sizes " + sizes + (c.transposed ? " input gradient" : "");
+  return std::string(names[static_cast<int>(c.type)]) + " terms " +
+         names[static_cast<int>(c.terms_type)] + " " + std::to_string(c.images) + "x" +
+         std::to_string(c.in_channels) + "->" + std::to_string(c.out_channels) + "@" +
+         std::to_string(c.height) + "x" + std::to_string(c.width) + "/" + std::to_string(c.stride) +
+         " sizes " + sizes + (c.transposed ? " input gradient" : "");
 }
 
 struct Result {
@@ -83,14 +89,17 @@ void expect(bool condition, const std::string& what) {
   if (stop_at_failure) exit(1);
 }
 
-// Runs a case under the plan that the launcher would choose among those that `accept` takes, and checks every value.
+// Runs a case under the plan that the launcher would choose among those that `accept` takes, and
+// checks every value.
 template <class Accept>
 Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = {}) {
   const int out_h = (c.height - 1) / c.stride + 1, out_w = (c.width - 1) / c.stride + 1;
-  const Geometry g{c.images, c.in_channels, c.out_channels, c.height, c.width, out_h, out_w, c.sizes.back(), c.stride};
+  const Geometry g{c.images, c.in_channels, c.out_channels, c.height, c.width,
+                   out_h,    out_w,         c.sizes.back(), c.stride};
   const size_t in_count = static_cast<size_t>(c.images) * c.height * c.width * c.in_channels;
   const size_t out_count = static_cast<size_t>(c.images * g.out_h * g.out_w * c.out_channels);
-  Numbers source(c.type, c.transposed ? out_count : in_count), destination(c.type, c.transposed ? in_count : out_count);
+  Numbers source(c.type, c.transposed ? out_count : in_count),
+      destination(c.type, c.transposed ? in_count : out_count);
   for (size_t i = 0; i < source.size(); i++) source.put(i, random_value());
   std::vector<Numbers> terms;
   std::vector<float> gates;
@@ -113,17 +122,24 @@ Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = 
   Result result{};
   result.compulsory = compulsory;
   const Operation operation = c.transposed ? Operation::input_grad : Operation::forward;
-  expect(supports_convolution(operation, c.type, c.terms_type, g, c.device), label(c) + ": not supported");
-  if (!plan_convolution(result.plan, c.type, g, active_terms(series, g, c.type), c.transposed, c.device, accept)) {
+  expect(supports_convolution(operation, c.type, c.terms_type, g, c.device),
+         label(c) + ": not supported");
+  if (!plan_convolution(result.plan, c.type, g, active_terms(series, g, c.type), c.transposed,
+                        c.device, accept)) {
     expect(false, label(c) + ": no plan");
     return result;
   }
   const Plan& plan = result.plan;
-  const std::string text = label(c) + " [steps " + std::to_string(plan.steps) + " atoms " + std::to_string(plan.atoms) + " tiles " +
-                           std::to_string(plan.problem.tile.tiles) + " teams " + std::to_string(plan.problem.tile.teams) + " stages " +
-                           std::to_string(plan.problem.tile.stages) + " columns " + std::to_string(plan.problem.tile.columns) + " images " +
-                           std::to_string(plan.problem.tile.images) + " grid " + std::to_string(plan.grid_x) + "x" + std::to_string(plan.grid_y) + "]";
-  expect(static_cast<int>(plan.problem.tile.shared_bytes) <= c.device.shared_bytes, text + ": too much shared memory");
+  const std::string text = label(c) + " [steps " + std::to_string(plan.steps) + " atoms " +
+                           std::to_string(plan.atoms) + " tiles " +
+                           std::to_string(plan.problem.tile.tiles) + " teams " +
+                           std::to_string(plan.problem.tile.teams) + " stages " +
+                           std::to_string(plan.problem.tile.stages) + " columns " +
+                           std::to_string(plan.problem.tile.columns) + " images " +
+                           std::to_string(plan.problem.tile.images) + " grid " +
+                           std::to_string(plan.grid_x) + "x" + std::to_string(plan.grid_y) + "]";
+  expect(static_cast<int>(plan.problem.tile.shared_bytes) <= c.device.shared_bytes,
+         text + ": too much shared memory");
   emulator::schedule = schedule;
   try {
     run(c.type, plan, g, source.bytes.data(), destination.bytes.data(), nullptr);
@@ -138,9 +154,11 @@ Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = 
   std::vector<double> weight(static_cast<size_t>(c.out_channels) * top * 9);
   for (int o = 0; o < c.out_channels; o++)
     for (size_t i = 0; i < c.sizes.size(); i++) {
-      const int s = c.sizes[i], from = o / (c.out_channels * s / c.in_channels) * s - o / group_outputs * top;
+      const int s = c.sizes[i],
+                from = o / (c.out_channels * s / c.in_channels) * s - o / group_outputs * top;
       for (int k = 0; k < s * 9; k++)
-        weight[(static_cast<size_t>(o) * top + from) * 9 + k] += static_cast<double>(gates[i]) * terms[i].at(static_cast<size_t>(o) * s * 9 + k);
+        weight[(static_cast<size_t>(o) * top + from) * 9 + k] +=
+            static_cast<double>(gates[i]) * terms[i].at(static_cast<size_t>(o) * s * 9 + k);
     }
   std::vector<double> sum(destination.size()), magnitude(destination.size());
   for (int n = 0; n < c.images; n++)
@@ -151,28 +169,38 @@ Result check(const Case& c, const Accept& accept, emulator::Schedule schedule = 
             const int h = p * c.stride + kh - 1, w = q * c.stride + kw - 1;
             if (h < 0 || w < 0 || h >= c.height || w >= c.width) continue;
             for (int o = 0; o < c.out_channels; o++) {
-              const size_t out = ((static_cast<size_t>(n) * g.out_h + p) * g.out_w + q) * c.out_channels + o;
+              const size_t out =
+                  ((static_cast<size_t>(n) * g.out_h + p) * g.out_w + q) * c.out_channels + o;
               for (int k = 0; k < top; k++) {
-                const size_t in = ((static_cast<size_t>(n) * c.height + h) * c.width + w) * c.in_channels + o / group_outputs * top + k;
-                const double product = source.at(c.transposed ? out : in) * weight[(static_cast<size_t>(o) * top + k) * 9 + kh * 3 + kw];
+                const size_t in =
+                    ((static_cast<size_t>(n) * c.height + h) * c.width + w) * c.in_channels +
+                    o / group_outputs * top + k;
+                const double product = source.at(c.transposed ? out : in) *
+                                       weight[(static_cast<size_t>(o) * top + k) * 9 + kh * 3 + kw];
                 sum[c.transposed ? in : out] += product;
                 magnitude[c.transposed ? in : out] += std::fabs(product);
               }
             }
           }
-  // One rounding of each weight and one of the result; with TF32 also of the source. Sums are float32: 2⁻²⁴ a product.
-  const double unit = c.type == Type::float16 ? 0x1p-11 : c.type == Type::bfloat16 ? 0x1p-8 : 0x1p-24;
+  // One rounding of each weight and one of the result; with TF32 also of the source. Sums are
+  // float32: 2⁻²⁴ a product.
+  const double unit = c.type == Type::float16    ? 0x1p-11
+                      : c.type == Type::bfloat16 ? 0x1p-8
+                                                 : 0x1p-24;
   const double factor = c.type == Type::float32 ? 0x1p-10 : unit;
   size_t wrong = 0;
   double worst = 0;
   for (size_t i = 0; i < sum.size(); i++) {
-    const double accepted = unit * std::fabs(sum[i]) + (1.01 * factor + 9 * 128 * 0x1p-24) * magnitude[i] + 1e-7;
+    const double accepted =
+        unit * std::fabs(sum[i]) + (1.01 * factor + 9 * 128 * 0x1p-24) * magnitude[i] + 1e-7;
     const double error = std::fabs(destination.at(i) - sum[i]);
     if (!(error <= accepted)) wrong++;
     if (!(error / accepted <= worst)) worst = error / accepted;
   }
-  expect(wrong == 0, text + ": " + std::to_string(wrong) + " of " + std::to_string(sum.size()) + " values wrong, worst " + std::to_string(worst));
-  expect(result.counted.of[emulator::global_write].bytes == destination.bytes.size(), text + ": not every value written once");
+  expect(wrong == 0, text + ": " + std::to_string(wrong) + " of " + std::to_string(sum.size()) +
+                         " values wrong, worst " + std::to_string(worst));
+  expect(result.counted.of[emulator::global_write].bytes == destination.bytes.size(),
+         text + ": not every value written once");
   printf("%s: %.2f of the accepted error, %.2f x compulsory traffic\n", text.c_str(), worst,
          static_cast<double>(result.counted.global_bytes()) / compulsory);
   return result;
@@ -184,11 +212,13 @@ struct Wanted {
   bool operator()(const Plan& plan) const {
     const Tile& t = plan.problem.tile;
     const auto is = [](int wanted, int got) { return wanted == 0 || wanted == got; };
-    return is(steps, plan.steps) && is(atoms, plan.atoms) && is(tiles, t.tiles) && is(teams, t.teams) && is(images, t.images);
+    return is(steps, plan.steps) && is(atoms, plan.atoms) && is(tiles, t.tiles) &&
+           is(teams, t.teams) && is(images, t.images);
   }
 };
 
-// Both directions, one with copies that land at once and one with copies that land late: by turns, and the order of warps differs.
+// Both directions, one with copies that land at once and one with copies that land late: by turns,
+// and the order of warps differs.
 template <class Accept>
 void check_all(Case c, const Accept& accept) {
   static uint32_t seed = 0;
@@ -202,7 +232,8 @@ void check_all(Case c, const Accept& accept) {
 // What other kernels must serve.
 void refusals() {
   const Device large{90, 132, 227 * 1024};
-  const auto served = [](Type type, Type terms, int in, int out, int size, int stride, const Device& device) {
+  const auto served = [](Type type, Type terms, int in, int out, int size, int stride,
+                         const Device& device) {
     const Geometry g{1, in, out, 9, 9, (9 - 1) / stride + 1, (9 - 1) / stride + 1, size, stride};
     const bool forward = supports_convolution(Operation::forward, type, terms, g, device);
     return forward && supports_convolution(Operation::input_grad, type, terms, g, device);
@@ -224,7 +255,8 @@ void refusals() {
 void numerics() {
   refusals();
   constexpr Type f16 = Type::float16, bf16 = Type::bfloat16, f32 = Type::float32;
-  const std::vector<int> to8{2, 8}, to16{1, 2, 4, 8, 16}, to32{1, 4, 8, 16, 32}, to64{4, 16, 32, 64};
+  const std::vector<int> to8{2, 8}, to16{1, 2, 4, 8, 16}, to32{1, 4, 8, 16, 32},
+      to64{4, 16, 32, 64};
   // Every kernel: steps, atoms, one image or several; types of images and terms by turns.
   check_all({bf16, bf16, 1, 64, 64, 5, 56, 1, to16, false}, Wanted{1, 7, 4, 2, 1});
   check_all({f16, f32, 9, 64, 64, 3, 14, 1, to16, false}, Wanted{1, 7, 4, 3, 4});
@@ -250,7 +282,8 @@ void numerics() {
   check_all({bf16, f32, 30, 16, 16, 2, 7, 1, {1}, false}, Wanted{1, 4, 1, 2, 18});
   check_all({bf16, bf16, 1, 8, 8, 3, 9, 1, {1, 2, 4, 8}, false}, any_plan);
   check_all({f32, f32, 2, 4, 4, 3, 9, 1, {1, 2, 4}, false}, any_plan);
-  // Widths that are no multiple of a slab, wide images in several tiles, maps of one column, of one row, fewer rows than teams.
+  // Widths that are no multiple of a slab, wide images in several tiles, maps of one column, of one
+  // row, fewer rows than teams.
   check_all({bf16, bf16, 1, 96, 96, 3, 61, 1, to16, false}, any_plan);
   check_all({bf16, bf16, 1, 64, 64, 3, 150, 1, to16, false}, Wanted{1, 7, 4, 3, 1});
   check_all({bf16, bf16, 30, 64, 64, 3, 1, 1, to16, false}, Wanted{1, 7, 4, 0, 30});
@@ -272,9 +305,11 @@ void numerics() {
   check_all({f32, f32, 2, 16, 8, 3, 10, 1, {2}, false}, any_plan);
   check({bf16, bf16, 1, 64, 256, 3, 30, 1, {16, 64}, false}, any_plan);
   check_all({bf16, bf16, 1, 256, 64, 3, 30, 1, {4, 32}, false}, any_plan);
-  // Stride 2: even and odd heights and widths, one image and several, every number of steps, shares that begin inside images.
+  // Stride 2: even and odd heights and widths, one image and several, every number of steps, shares
+  // that begin inside images.
   check_all({bf16, bf16, 1, 64, 64, 9, 56, 2, to16, false}, Wanted{1, 4, 4, 0, 1});
-  check_all({f16, f32, 2, 64, 64, 8, 111, 2, to8, false, {90, 4, 227 * 1024}}, Wanted{1, 4, 4, 2, 1});
+  check_all({f16, f32, 2, 64, 64, 8, 111, 2, to8, false, {90, 4, 227 * 1024}},
+            Wanted{1, 4, 4, 2, 1});
   check_all({bf16, bf16, 9, 64, 64, 7, 7, 2, to16, false}, Wanted{1, 4, 4, 0, 0});
   check_all({f16, f16, 5, 64, 64, 6, 16, 2, to8, false}, Wanted{1, 4, 4, 0, 4});
   check_all({bf16, bf16, 1, 32, 32, 5, 90, 2, to16, false}, Wanted{1, 4, 2, 0, 1});
@@ -304,10 +339,11 @@ void numerics() {
   check_all({bf16, bf16, 2, 128, 128, 9, 20, 1, to16, false, {90, 8, 227 * 1024}}, any_plan);
 }
 
-// A multiprocessor's part of a layer on a large GPU (132 of them, 256 images of 64 channels): it has one block, of one slab, and two
-// images of 56×56 or eight of 14×14 (256 channels). Every access counts, whether or not a cache would have served it: terms once per
-// block, rows at the edges of shares and columns at those of tiles twice.
-// A few cases of one type that reach every part of the kernels: programs with a planted fault run them.
+// A multiprocessor's part of a layer on a large GPU (132 of them, 256 images of 64 channels): it
+// has one block, of one slab, and two images of 56×56 or eight of 14×14 (256 channels). Every
+// access counts, whether or not a cache would have served it: terms once per block, rows at the
+// edges of shares and columns at those of tiles twice. A few cases of one type that reach every
+// part of the kernels: programs with a planted fault run them.
 void faults() {
   stop_at_failure = true;
   constexpr Type bf16 = Type::bfloat16, f32 = Type::float32;
@@ -320,13 +356,16 @@ void faults() {
 }
 
 void traffic() {
-  const auto multiple = [](int s) { return s % 8 == 0 ? s : s % 4 == 0 ? 2 * s : s % 2 == 0 ? 4 * s : 8 * s; };
+  const auto multiple = [](int s) {
+    return s % 8 == 0 ? s : s % 4 == 0 ? 2 * s : s % 2 == 0 ? 4 * s : 8 * s;
+  };
   for (int s = 1; s <= 32; s++) {
     int channels = multiple(s);
     while (channels < 64) channels += multiple(s);
     if (s >= 29 && s <= 31) {  // five products in k: the Triton kernels serve them
       Geometry g{1, channels, channels, 56, 56, 56, 56, s, 1};
-      expect(!supports_convolution(Operation::forward, Type::bfloat16, Type::bfloat16, g, {90, 132, 227 * 1024}),
+      expect(!supports_convolution(Operation::forward, Type::bfloat16, Type::bfloat16, g,
+                                   {90, 132, 227 * 1024}),
              "size " + std::to_string(s) + " is served: count it");
       continue;
     }
@@ -338,20 +377,27 @@ void traffic() {
       const Result result = check(c, any_plan);
       const double ratio = static_cast<double>(result.counted.global_bytes()) / result.compulsory;
       expect(ratio <= most, label(c) + ": " + std::to_string(ratio) + " times what must move");
-      printf("  %.2f bytes of shared wavefronts per number written\n", 128.0 * static_cast<double>(result.counted.shared_wavefronts()) /
-                                                                        (static_cast<double>(result.counted.of[emulator::global_write].bytes) / 2));
+      printf("  %.2f bytes of shared wavefronts per number written\n",
+             128.0 * static_cast<double>(result.counted.shared_wavefronts()) /
+                 (static_cast<double>(result.counted.of[emulator::global_write].bytes) / 2));
     };
     const bool transposed = s % 2 == 0;
-    within({Type::bfloat16, Type::bfloat16, 2, channels, channels, 56, 56, 1, sizes, transposed, device}, 1.3);
-    within({Type::bfloat16, Type::bfloat16, 8, channels, channels, 14, 14, 1, sizes, !transposed, device}, 1.6);
+    within({Type::bfloat16, Type::bfloat16, 2, channels, channels, 56, 56, 1, sizes, transposed,
+            device},
+           1.3);
+    within({Type::bfloat16, Type::bfloat16, 8, channels, channels, 14, 14, 1, sizes, !transposed,
+            device},
+           1.6);
   }
   // Wider than a tile, and other widths of the benchmarks.
   const std::vector<int> sizes{1, 4, 16};
   for (bool transposed : {false, true})
     for (int width : {64, 112, 224}) {
-      const Case c{Type::bfloat16, Type::float32, 1, 64, 64, 40, width, 1, sizes, transposed, {90, 1, 227 * 1024}};
+      const Case c{Type::bfloat16, Type::float32,      1, 64, 64, 40, width, 1, sizes,
+                   transposed,     {90, 1, 227 * 1024}};
       const Result result = check(c, any_plan);
-      expect(static_cast<double>(result.counted.global_bytes()) <= 1.3 * result.compulsory, label(c) + ": more than 1.3 times what must move");
+      expect(static_cast<double>(result.counted.global_bytes()) <= 1.3 * result.compulsory,
+             label(c) + ": more than 1.3 times what must move");
     }
 }
 
@@ -359,9 +405,13 @@ void traffic() {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
-  if (what == "numerics") numerics();
-  else if (what == "traffic") traffic();
-  else if (what == "faults") faults();
-  else return 2;
+  if (what == "numerics")
+    numerics();
+  else if (what == "traffic")
+    traffic();
+  else if (what == "faults")
+    faults();
+  else
+    return 2;
   return failures > 0;
 }

@@ -1,4 +1,5 @@
-"""The CUDA convolution on the host: values against plain loops in float64, counted traffic, planted faults."""
+"""The CUDA convolution on the host: values against plain loops in float64, counted traffic, planted
+faults."""
 
 import re
 from collections.abc import Callable
@@ -16,10 +17,11 @@ def test_numerics(compiled: Compile) -> None:
 
 
 def test_traffic(compiled: Compile) -> None:
-    """Global memory within 1.3 times what must move at 56×56 and above, 1.6 times at 14×14, for group sizes to 32.
+    """Global memory within 1.3 times what must move at 56×56 and above, 1.6 times at 14×14, for
+    group sizes to 32.
 
-    29 to 31 are not served in 16 bits: groups that lie across a tile's edge make five products of it.
-    """
+    29 to 31 are not served in 16 bits: groups that lie across a tile's edge make five products of
+    it."""
     finished = run(compiled("test_convolution.cpp", "-O2", "-Wno-array-bounds"), "traffic")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
@@ -33,16 +35,36 @@ HALF = (
 RACE, WRONG = "in flight|race", "values wrong"
 #: What the fault is: the file, what stands there and what instead, and what must be reported.
 FAULTS = {
-    "no barrier in a step": ("convolution.h", STEP + "if (store_first) store", "if (store_first) store", RACE),
-    "no barrier in a halving step": ("convolution.h", STEP + STORE + "GROSS_UNROLL", STORE + "GROSS_UNROLL", RACE),
-    "no barrier in a doubling step": ("convolution.h", STEP + STORE + "if (step", STORE + "if (step", RACE),
+    "no barrier in a step": (
+        "convolution.h",
+        STEP + "if (store_first) store",
+        "if (store_first) store",
+        RACE,
+    ),
+    "no barrier in a halving step": (
+        "convolution.h",
+        STEP + STORE + "GROSS_UNROLL",
+        STORE + "GROSS_UNROLL",
+        RACE,
+    ),
+    "no barrier in a doubling step": (
+        "convolution.h",
+        STEP + STORE + "if (step",
+        STORE + "if (step",
+        RACE,
+    ),
     "a lane misses the barrier": (
         "convolution.h",
         STEP + "if (store_first)",
         "if (place.lane != 3) " + STEP + "if (store_first)",
         "divergent",
     ),
-    "waits for a row too few": ("convolution.h", "copy_async_wait<6>()", "copy_async_wait<7>()", "in flight"),
+    "waits for a row too few": (
+        "convolution.h",
+        "copy_async_wait<6>()",
+        "copy_async_wait<7>()",
+        "in flight",
+    ),
     "requests into the stage in use": (
         "convolution.h",
         "return (stage == 0 ? place.stages_end : stage) - place.stage_step",
@@ -79,7 +101,12 @@ FAULTS = {
         "copy_async_wait<early_rows + 1>()",
         "in flight",
     ),
-    "gaps between images not cleared": ("convolution.h", "if (S::many) reader.clear_gaps(place);", "", WRONG),
+    "gaps between images not cleared": (
+        "convolution.h",
+        "if (S::many) reader.clear_gaps(place);",
+        "",
+        WRONG,
+    ),
     "right of odd widths not cleared": (
         "convolution.h",
         "halving && p.source.width % 2 ? t.pitch / 16 : 0",
@@ -174,7 +201,11 @@ FAULTS = {
 }
 #: Compiles the kernels of the one type that these programs run: four seconds less each.
 ONE_TYPE = (
-    ("convolution.cu", "if (type == Type::float16) return launch_type<Type::float16>(plan, stream);", ""),
+    (
+        "convolution.cu",
+        "if (type == Type::float16) return launch_type<Type::float16>(plan, stream);",
+        "",
+    ),
     ("convolution.cu", "return launch_type<Type::float32>(plan, stream);", "return 1;"),
 )
 
@@ -200,7 +231,9 @@ TYPICAL = {
 }
 
 
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS])
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS]
+)
 def test_fault_is_seen(fault: str, with_fault: Callable[..., Path]) -> None:
     file, before, after, report = FAULTS[fault]
     finished = run(with_fault("test_convolution.cpp", (file, before, after), *ONE_TYPE), "faults")

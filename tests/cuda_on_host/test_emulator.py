@@ -19,7 +19,10 @@ def test_emulator(compiled: Compile) -> None:
             "int local[4]; for (int i = 0; i < 4 + volatile_one; i++) local[i] = i; keep(local[volatile_one]);",
             "stack-buffer-overflow",
         ),
-        ("int* heap = new int[4]; heap[3 + volatile_one] = 1; keep(heap[0]); delete[] heap;", "heap-buffer-overflow"),
+        (
+            "int* heap = new int[4]; heap[3 + volatile_one] = 1; keep(heap[0]); delete[] heap;",
+            "heap-buffer-overflow",
+        ),
     ],
 )
 def test_address_sanitizer_sees_fibers(tmp_path: Path, overflow: str, report: str) -> None:

@@ -1,5 +1,5 @@
-"""The CUDA weight gradient on the host: values against plain loops in double precision, the same bits whatever runs
-first, counted traffic, planted faults."""
+"""The CUDA weight gradient on the host: values against plain loops in double precision, the same
+bits whatever runs first, counted traffic, planted faults."""
 
 import re
 from collections.abc import Callable
@@ -23,7 +23,8 @@ def test_numerics(compiled: Compile) -> None:
 
 
 def test_traffic(compiled: Compile) -> None:
-    """Bytes of global memory, for group sizes up to 32: within 1.3 times the tensors' at 56×56 and above, 1.6 below."""
+    """Bytes of global memory, for group sizes up to 32: within 1.3 times the tensors' at 56×56 and
+    above, 1.6 below."""
     finished = run(compiled("test_weight_grad.cpp", "-O2"), "traffic")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
@@ -32,22 +33,42 @@ WRONG = "values wrong"
 HEADER, LAUNCHER = "weight_grad.h", "weight_grad.cu"
 #: What a fault is, its file and change, and what must be reported.
 FAULTS = {
-    "no barrier in a step": (HEADER, "    barrier(1 + team, p.team_threads);\n", "", "race|in flight"),
+    "no barrier in a step": (
+        HEADER,
+        "    barrier(1 + team, p.team_threads);\n",
+        "",
+        "race|in flight",
+    ),
     "a wait too few": (
         HEADER,
         "copy_async_wait<weight_grad_stages - 2>",
         "copy_async_wait<weight_grad_stages - 1>",
         "in flight",
     ),
-    "a request into the stage in use": (HEADER, "(phase + live - 1) % live * p", "phase * p", "race|in flight"),
-    "images beyond the last": (HEADER, "(image < images_left && ", "(image < never && ", "out of range|" + WRONG),
+    "a request into the stage in use": (
+        HEADER,
+        "(phase + live - 1) % live * p",
+        "phase * p",
+        "race|in flight",
+    ),
+    "images beyond the last": (
+        HEADER,
+        "(image < images_left && ",
+        "(image < never && ",
+        "out of range|" + WRONG,
+    ),
     "columns beyond the image": (
         HEADER,
         " && static_cast<unsigned>(x) < static_cast<unsigned>(of_input ? p.in_w : p.out_w));",
         ");",
         "out of range|" + WRONG,
     ),
-    "another team's gradient rows": (HEADER, "t < p.out_h && steps > absent ?", "t < p.out_h ?", WRONG),
+    "another team's gradient rows": (
+        HEADER,
+        "t < p.out_h && steps > absent ?",
+        "t < p.out_h ?",
+        WRONG,
+    ),
     "no zeros below the last row": (
         HEADER,
         "t < p.out_h && steps > absent ?",
@@ -67,7 +88,12 @@ FAULTS = {
         "gradient[(phase + row) % live]",
         WRONG,
     ),
-    "the next line begins where a strip would": (HEADER, "          in_row += p.in_next_line;\n", "", WRONG),
+    "the next line begins where a strip would": (
+        HEADER,
+        "          in_row += p.in_next_line;\n",
+        "",
+        WRONG,
+    ),
     "sums over rows still read": (
         HEADER,
         "    barrier(0, p.threads);\n    GROSS_UNROLL\n    for (int kw = 0",
@@ -93,7 +119,12 @@ FAULTS = {
         "words[i] = load_shared_32(address + i % 2 * 32 + i / 2 * half_bytes, true);",
         WRONG,
     ),
-    "a block left out": (HEADER, "block < p.blocks; block +=", "block < p.blocks - 1; block +=", WRONG),
+    "a block left out": (
+        HEADER,
+        "block < p.blocks; block +=",
+        "block < p.blocks - 1; block +=",
+        WRONG,
+    ),
     "blocks' sums read before they are there": (
         HEADER,
         "true);\n  barrier(0, weight_grad_adders * 32);",
@@ -107,7 +138,12 @@ FAULTS = {
         "for (int i = p.series.count; i < 0; i++) {",
         WRONG,
     ),
-    "a gate with parts of another": (HEADER, "first + thread < count));", "true));", "out of range|race|" + WRONG),
+    "a gate with parts of another": (
+        HEADER,
+        "first + thread < count));",
+        "true));",
+        "out of range|race|" + WRONG,
+    ),
     "pixels a power of two apart": (LAUNCHER, ": chunks | 1);", ": chunks);", "bank conflicts"),
     "one stage too little": (
         LAUNCHER,
@@ -117,7 +153,12 @@ FAULTS = {
     ),
     "odd columns exchanged": (LAUNCHER, "slots + kw / 2) * p", "slots + 1 - kw / 2) * p", WRONG),
     "the last odd row left out": (LAUNCHER, ": p.in_h / 2;", ": (p.in_h - 1) / 2;", WRONG),
-    "half of a product forgotten": (LAUNCHER, "- 1 <= line - step / 2", "- 2 <= line - step / 2", WRONG),
+    "half of a product forgotten": (
+        LAUNCHER,
+        "- 1 <= line - step / 2",
+        "- 2 <= line - step / 2",
+        WRONG,
+    ),
 }
 
 
@@ -133,7 +174,9 @@ TYPICAL = {
 }
 
 
-@pytest.mark.parametrize("what", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS])
+@pytest.mark.parametrize(
+    "what", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS]
+)
 def test_planted_fault(with_fault: Callable[..., Path], what: str) -> None:
     """A test that does not notice these would not notice the real ones either."""
     file, old, new, report = FAULTS[what]

@@ -1,4 +1,5 @@
-// The kernels for warpgroups on the host's emulator, against the plain kernels, which the Python tests hold against float64.
+// The kernels for warpgroups on the host's emulator, against the plain kernels, which the Python
+// tests hold against float64.
 //   test_wide numerics|quick|traffic
 #define GROSS_CUDA_WARP_GROUPS
 #include "../../csrc/cuda/wide.cu"
@@ -25,8 +26,12 @@ struct Numbers {
   size_t count;
   std::unique_ptr<void, void (*)(void*)> data;
   Numbers(Type type, size_t count, bool random)
-      : type(type), count(count), data(std::aligned_alloc(64, (count * bytes_of(type) + 63) / 64 * 64), std::free) {
-    for (size_t i = 0; i < count; i++) store(data.get(), i, type, random ? static_cast<double>(generator() % 2001) / 1000 - 1 : std::nan(""));
+      : type(type),
+        count(count),
+        data(std::aligned_alloc(64, (count * bytes_of(type) + 63) / 64 * 64), std::free) {
+    for (size_t i = 0; i < count; i++)
+      store(data.get(), i, type,
+            random ? static_cast<double>(generator() % 2001) / 1000 - 1 : std::nan(""));
   }
   double at(size_t i) const { return load(data.get(), i, type); }
 };
@@ -34,7 +39,8 @@ struct Numbers {
 // Global bytes that moved, relative to those of both tensors; negative for wrong values.
 double run(const Case& c, emulator::Schedule schedule) {
   const int count = static_cast<int>(c.sizes.size());
-  const Geometry g{c.images, c.in_channels, c.out_channels, c.height, c.width, c.height, c.width, c.sizes.back(), 1};
+  const Geometry g{c.images, c.in_channels, c.out_channels, c.height, c.width,
+                   c.height, c.width,       c.sizes.back(), 1};
   const Operation operation = c.transposed ? Operation::input_grad : Operation::forward;
   const Device device{90, c.multiprocessors, 227 * 1024};
   std::vector<Numbers> terms;
@@ -50,27 +56,33 @@ double run(const Case& c, emulator::Schedule schedule) {
   series.type = c.terms_type;
   series.gates = c.images % 2 ? nullptr : gates.data();
   const size_t pixels = static_cast<size_t>(c.images) * c.height * c.width;
-  const size_t from = pixels * (c.transposed ? c.out_channels : c.in_channels), to = pixels * (c.transposed ? c.in_channels : c.out_channels);
+  const size_t from = pixels * (c.transposed ? c.out_channels : c.in_channels),
+               to = pixels * (c.transposed ? c.in_channels : c.out_channels);
   const Numbers source(c.type, from, true), result(c.type, to, false), expected(c.type, to, false);
   if (!supports_wide(operation, c.type, c.terms_type, g, device)) return -1;
   emulator::schedule = schedule;
-  convolve_wide(operation, c.type, g, series, source.data.get(), result.data.get(), device, nullptr);
-  (c.transposed ? plain::input_grad : plain::forward)(c.type, g, series, source.data.get(), expected.data.get(), nullptr);
+  convolve_wide(operation, c.type, g, series, source.data.get(), result.data.get(), device,
+                nullptr);
+  (c.transposed ? plain::input_grad : plain::forward)(c.type, g, series, source.data.get(),
+                                                      expected.data.get(), nullptr);
   double largest = 0, error = 0;
   for (size_t i = 0; i < to; i++) {
     largest = std::max(largest, std::abs(expected.at(i)));
-    error = std::isnan(result.at(i)) ? INFINITY : std::max(error, std::abs(result.at(i) - expected.at(i)));
+    error = std::isnan(result.at(i)) ? INFINITY
+                                     : std::max(error, std::abs(result.at(i) - expected.at(i)));
   }
   // Both round once; sums of up to 576 products in float32 may tip the rounding over.
   if (error > largest * (c.type == Type::float16 ? 0x1p-10 : 0x1p-7)) return -1;
-  return static_cast<double>(emulator::launched.back().global_bytes()) / ((from + to) * bytes_of(c.type));
+  return static_cast<double>(emulator::launched.back().global_bytes()) /
+         ((from + to) * bytes_of(c.type));
 }
 
 std::string name_of(const Case& c) {
   std::string sizes;
   for (int s : c.sizes) sizes += " " + std::to_string(s);
-  return std::string(c.transposed ? "input gradient " : "forward ") + (c.type == Type::float16 ? "float16 " : "bfloat16 ") +
-         std::to_string(c.images) + "x" + std::to_string(c.in_channels) + "->" + std::to_string(c.out_channels) + "@" +
+  return std::string(c.transposed ? "input gradient " : "forward ") +
+         (c.type == Type::float16 ? "float16 " : "bfloat16 ") + std::to_string(c.images) + "x" +
+         std::to_string(c.in_channels) + "->" + std::to_string(c.out_channels) + "@" +
          std::to_string(c.height) + "x" + std::to_string(c.width) + ", groups of" + sizes;
 }
 
@@ -80,16 +92,16 @@ int numerics(bool quick) {
   int failed = 0, runs = 0;
   for (bool transposed : {false, true})
     for (const Case& shape : std::vector<Case>{
-             {bf16, bf16, 1, 32, 32, 5, 56, {1, 32}, transposed, 2},     // one line, rows in shares
-             {f16, f16, 1, 32, 32, 61, 3, {32}, transposed, 1},          // more rows than stages
+             {bf16, bf16, 1, 32, 32, 5, 56, {1, 32}, transposed, 2},  // one line, rows in shares
+             {f16, f16, 1, 32, 32, 61, 3, {32}, transposed, 1},       // more rows than stages
              {bf16, f32, 1, 64, 64, 23, 3, {4, 64}, transposed, 1},
-             {f16, f32, 4, 64, 64, 6, 13, {8, 32}, transposed, 3},       // lines of 4 images
-             {f16, f16, 3, 64, 64, 3, 60, {64}, transposed, 2},          // 64 columns
-             {bf16, f32, 2, 64, 64, 1, 57, {2, 8, 64}, transposed, 5},   // fewer rows than shares
-             {bf16, bf16, 1, 128, 128, 2, 65, {4, 64}, transposed, 4},   // lines in parts, two slabs
-             {f16, f16, 2, 40, 40, 7, 7, {5, 40}, transposed, 1},        // channels that fill no slab
-             {bf16, bf16, 2, 32, 64, 5, 9, {2, 32}, transposed, 2},      // unequal widths
-             {bf16, f32, 67, 32, 32, 1, 1, {32}, transposed, 1},         // one pixel, 32 images to a line
+             {f16, f32, 4, 64, 64, 6, 13, {8, 32}, transposed, 3},      // lines of 4 images
+             {f16, f16, 3, 64, 64, 3, 60, {64}, transposed, 2},         // 64 columns
+             {bf16, f32, 2, 64, 64, 1, 57, {2, 8, 64}, transposed, 5},  // fewer rows than shares
+             {bf16, bf16, 1, 128, 128, 2, 65, {4, 64}, transposed, 4},  // lines in parts, two slabs
+             {f16, f16, 2, 40, 40, 7, 7, {5, 40}, transposed, 1},    // channels that fill no slab
+             {bf16, bf16, 2, 32, 64, 5, 9, {2, 32}, transposed, 2},  // unequal widths
+             {bf16, f32, 67, 32, 32, 1, 1, {32}, transposed, 1},  // one pixel, 32 images to a line
          }) {
       runs++;
       if (quick && (runs % 2 == 0) != transposed) continue;
@@ -110,12 +122,17 @@ int traffic() {
     for (int size : {32, 64})
       for (const auto& [side, images, multiprocessors, most] :
            {std::tuple{56, 2, 1, 1.3}, {28, 4, 1, 1.6}, {14, 8, 1, 1.6}, {7, 32, 1, 1.6}}) {
-        const Case c{Type::bfloat16, Type::bfloat16, images, 64, 64, side, side, {size}, transposed, multiprocessors};
+        const Case c{Type::bfloat16, Type::bfloat16, images, 64,         64,
+                     side,           side,           {size}, transposed, multiprocessors};
         const double moved = run(c, {});
         const emulator::Counters& counted = emulator::launched.back();
         const double outputs = static_cast<double>(images) * side * side * 64;
-        std::printf("%s: %.2f x what must move, %.1f shared bytes an output beside the matrix units', %.4f products\n", name_of(c).c_str(), moved,
-                    128 * (counted.shared_wavefronts() - counted.of[emulator::matrix_read].units) / outputs, counted.products / outputs);
+        std::printf(
+            "%s: %.2f x what must move, %.1f shared bytes an output beside the matrix units', %.4f "
+            "products\n",
+            name_of(c).c_str(), moved,
+            128 * (counted.shared_wavefronts() - counted.of[emulator::matrix_read].units) / outputs,
+            counted.products / outputs);
         failed += moved < 0 || moved > most;
       }
   return failed;

@@ -10,13 +10,15 @@ from .conftest import SANITIZERS, Compile, run
 
 
 def test_numerics(compiled: Compile) -> None:
-    """Every kernel and dtype, both ways for copies to land, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """Every kernel and dtype, both ways for copies to land, under AddressSanitizer and
+    UndefinedBehaviorSanitizer."""
     finished = run(compiled("test_wide.cpp", *SANITIZERS), "numerics")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
 def test_traffic(compiled: Compile) -> None:
-    """Bytes of global memory within 1.3 times what must move at 56×56 and above, 1.6 times below."""
+    """Bytes of global memory within 1.3 times what must move at 56×56 and above, 1.6 times
+    below."""
     finished = run(compiled("test_wide.cpp", "-O2"), "traffic")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
@@ -29,7 +31,11 @@ FAULTS = {
         "    request(",
         "race|in flight",
     ),
-    "a wait too few": ("copy_async_wait<S::ahead - 1>();", "copy_async_wait<S::ahead>();", "in flight"),
+    "a wait too few": (
+        "copy_async_wait<S::ahead - 1>();",
+        "copy_async_wait<S::ahead>();",
+        "in flight",
+    ),
     "a stage too few": ("stages - lead - 1;  //", "stages - lead;  //", "race|in flight"),
     "one half of staging": ("    half ^= S::half_step;\n", "", "race"),
     "no barrier at the end": (
@@ -38,18 +44,33 @@ FAULTS = {
         "race",
     ),
     "rows beyond the image": ("inside && (pieces", "(pieces", "out of range|allocation|" + WRONG),
-    "the wrong kernel row": ("const int kh = i - output_row;", "const int kh = 2 - i + output_row;", WRONG),
+    "the wrong kernel row": (
+        "const int kh = i - output_row;",
+        "const int kh = 2 - i + output_row;",
+        WRONG,
+    ),
     "the wrong column": ("row + kw + k * 2", "row + (2 - kw) + k * 2", WRONG),
     "another image's pixels": ("image * load_gap", "0", WRONG),
-    "lead-in of the first image alone": ("        now = 0;\n        filled = 0;", "        now = 0;", WRONG),
+    "lead-in of the first image alone": (
+        "        now = 0;\n        filled = 0;",
+        "        now = 0;",
+        WRONG,
+    ),
 }
 
 
 #: One fault of each kind; the others take minutes.
-TYPICAL = {"no barrier in a step", "a wait too few", "rows beyond the image", "the wrong kernel row"}
+TYPICAL = {
+    "no barrier in a step",
+    "a wait too few",
+    "rows beyond the image",
+    "the wrong kernel row",
+}
 
 
-@pytest.mark.parametrize("what", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS])
+@pytest.mark.parametrize(
+    "what", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS]
+)
 def test_planted_fault(with_fault: Callable[..., Path], what: str) -> None:
     """A test that does not notice these would not notice the real ones either."""
     old, new, report = FAULTS[what]

@@ -1,8 +1,9 @@
-"""How wrong a backend may be: a call on one of them, the same in float64 and by torch, and the rule that compares them.
+"""How wrong a backend may be: a call on one of them, the same in float64 and by torch, and the rule
+that compares them.
 
-The tolerance rule: the error of a backend is at most twice the error that torch's own convolution makes in the same
-precision, on the exactly summed weight, plus a tiny absolute term, see :func:`tiny`.
-"""
+The tolerance rule: the error of a backend is at most twice the error that torch's own convolution
+makes in the same precision, on the exactly summed weight, plus a tiny absolute term, see
+:func:`tiny`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,16 +57,30 @@ class Target:
         """Output, gradient of the input, of each term, and of the gates if there are any."""
         backend, rest = BACKENDS[self.backend], (terms, case.active, gates, *case.geometry)
         grad_terms, grad_gates = backend.weight_grad(grad, input, *rest)
-        results = [backend.forward(input, *rest), backend.input_grad(grad, input, *rest), *grad_terms]
+        results = [
+            backend.forward(input, *rest),
+            backend.input_grad(grad, input, *rest),
+            *grad_terms,
+        ]
         return results if gates is None else [*results, grad_gates]
 
 
-def definition(case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor) -> list[Tensor]:
+def definition(
+    case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor
+) -> list[Tensor]:
     """The same list as ``Target.run``, in float64 on the CPU."""
-    leaves = [t.detach().cpu().double().requires_grad_() for t in (input, *terms, *([] if gates is None else [gates]))]
+    leaves = [
+        t.detach().cpu().double().requires_grad_()
+        for t in (input, *terms, *([] if gates is None else [gates]))
+    ]
     gates = None if gates is None else leaves[-1]
-    output = exact.series_conv2d(leaves[0], leaves[1 : len(terms) + 1], case.active, gates, *case.geometry)
-    return [output.detach(), *torch.autograd.grad(output, leaves, grad.cpu().double(), materialize_grads=True)]
+    output = exact.series_conv2d(
+        leaves[0], leaves[1 : len(terms) + 1], case.active, gates, *case.geometry
+    )
+    return [
+        output.detach(),
+        *torch.autograd.grad(output, leaves, grad.cpu().double(), materialize_grads=True),
+    ]
 
 
 def to_tf32(tensor: Tensor) -> Tensor:
@@ -75,16 +90,21 @@ def to_tf32(tensor: Tensor) -> Tensor:
 
 
 def library(
-    case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor, tf32: bool = False
+    case: Case,
+    input: Tensor,
+    terms: Sequence[Tensor],
+    gates: Tensor | None,
+    grad: Tensor,
+    tf32: bool = False,
 ) -> list[Tensor]:
-    """The same list from torch's convolution on the exactly summed weight, everything rounded to the input's dtype.
-    With ``tf32`` factors are rounded to TF32 first.
+    """The same list from torch's convolution on the exactly summed weight, everything rounded to
+    the input's dtype. With ``tf32`` factors are rounded to TF32 first.
 
-    16-bit calls are computed in float32 and rounded once, which is stricter than torch's own: its bfloat16 input
-    gradient adds in bfloat16. Without oneDNN: its bfloat16 weight gradient reads memory that nobody wrote where the
-    image is narrower than the kernel (torch 2.10 and 2.15), and its bfloat16 convolution ends in a segmentation fault
-    in torch 2.10 where no window along the width reads a pixel.
-    """
+    16-bit calls are computed in float32 and rounded once, which is stricter than torch's own: its
+    bfloat16 input gradient adds in bfloat16. Without oneDNN: its bfloat16 weight gradient reads
+    memory that nobody wrote where the image is narrower than the kernel (torch 2.10 and 2.15), and
+    its bfloat16 convolution ends in a segmentation fault in torch 2.10 where no window along the
+    width reads a pixel."""
     wide = torch.promote_types(input.dtype, torch.float32)
     host_gates = None if gates is None else gates.cpu()
     weight = exact.dense_weight([t.cpu() for t in terms], case.active, host_gates, input.shape[1])
@@ -96,13 +116,23 @@ def library(
         output = F.conv2d(input.to(wide), weight, None, *case.geometry)
         if grad.numel():
             grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-                grad.to(wide), input.to(wide), weight, None, *case.geometry, False, (0, 0), 1, (True, True, False)
+                grad.to(wide),
+                input.to(wide),
+                weight,
+                None,
+                *case.geometry,
+                False,
+                (0, 0),
+                1,
+                (True, True, False),
             )
     grad_terms = [torch.zeros_like(term) for term in terms]
     grad_gates = torch.zeros(len(terms), dtype=wide, device=input.device)
     rows = torch.arange(case.out_channels, device=input.device)[:, None]
     for i, term in enumerate(terms[: case.active]):
-        channels = exact.input_channels(case.in_channels, case.out_channels, term.shape[1]).to(input.device)
+        channels = exact.input_channels(case.in_channels, case.out_channels, term.shape[1]).to(
+            input.device
+        )
         part = grad_weight[rows, channels]
         grad_terms[i] = part if gates is None else part * gates[i]
         grad_gates[i] = (part * term).sum()
@@ -111,13 +141,13 @@ def library(
 
 
 def tiny(dtype: torch.dtype, truth: Tensor, magnitude: Tensor) -> float:
-    """The absolute term of the tolerance: one unit in the last place of the largest value, in its dtype, and four of
-    the largest sum of magnitudes, in the dtype of accumulation (float32; float64 for float64).
+    """The absolute term of the tolerance: one unit in the last place of the largest value, in its
+    dtype, and four of the largest sum of magnitudes, in the dtype of accumulation (float32; float64
+    for float64).
 
-    The first is the rounding of the result, which may go one way here and the other way in torch. The second, 5e-7 of
-    the sum in float32, is the error of products added one after another, for results of so few elements that torch's
-    own error is next to zero.
-    """
+    The first is the rounding of the result, which may go one way here and the other way in torch.
+    The second, 5e-7 of the sum in float32, is the error of products added one after another, for
+    results of so few elements that torch's own error is next to zero."""
     rounding = torch.finfo(dtype).eps
     adding = min(rounding, torch.finfo(torch.float32).eps)
     return rounding * truth.abs().max().item() + 4 * adding * magnitude.abs().max().item()
@@ -128,12 +158,25 @@ def largest_error(value: Tensor, truth: Tensor) -> float:
     return (value.cpu().double() - truth).abs().nan_to_num(nan=torch.inf).max().item()
 
 
-def assert_accurate(results: Sequence[Tensor], case: Case, arguments: Arguments, tf32: bool = False) -> None:
-    """Apply the tolerance rule to ``results``, a list as ``Target.run`` returns it; ``tf32``: of products in TF32."""
+def assert_accurate(
+    results: Sequence[Tensor], case: Case, arguments: Arguments, tf32: bool = False
+) -> None:
+    """Apply the tolerance rule to ``results``, a list as ``Target.run`` returns it; ``tf32``: of
+    products in TF32."""
     input, terms, gates, grad = arguments
-    positive = input.abs(), [t.abs() for t in terms], None if gates is None else gates.abs(), grad.abs()
+    positive = (
+        input.abs(),
+        [t.abs() for t in terms],
+        None if gates is None else gates.abs(),
+        grad.abs(),
+    )
     columns = [
-        ["output", "grad_input", *(f"grad_terms[{i}]" for i in range(len(terms))), *["grad_gates"] * case.gated],
+        [
+            "output",
+            "grad_input",
+            *(f"grad_terms[{i}]" for i in range(len(terms))),
+            *["grad_gates"] * case.gated,
+        ],
         [input, input, *terms, *([] if gates is None else [gates])],
         results,
         definition(case, *arguments),
@@ -146,4 +189,6 @@ def assert_accurate(results: Sequence[Tensor], case: Case, arguments: Arguments,
         if truth.numel():
             error, theirs = largest_error(result, truth), largest_error(rival, truth)
             limit = 2 * theirs + tiny(input.dtype, truth, magnitude)
-            assert error <= limit, f"{what}: error {error:.3g}, torch's {theirs:.3g}, limit {limit:.3g}"
+            assert error <= limit, (
+                f"{what}: error {error:.3g}, torch's {theirs:.3g}, limit {limit:.3g}"
+            )

@@ -1,4 +1,5 @@
-"""Runs without the other tests' conftest, whose packages a GPU machine may lack: finds what the tests share."""
+"""Runs without the other tests' conftest, whose packages a GPU machine may lack: finds what the
+tests share."""
 
 import sys
 from pathlib import Path

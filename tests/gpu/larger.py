@@ -10,6 +10,8 @@ LARGER = {
     "64@56, groups of 64": Case(8, 64, 64, POWERS, size=(56, 56), active=5, gated=True, **COMMON),
     "128@28/2": Case(8, 128, 128, (1, 4, 16), size=(28, 28), stride=(2, 2), active=2, **COMMON),
     "512@7": Case(16, 512, 512, (1, 4, 16, 32), size=(7, 7), active=3, **COMMON),
-    "32@30, contiguous": Case(4, 32, 32, (2, 8), (3, 3), (30, 29), padding=(1, 1), active=2, gated=True),
+    "32@30, contiguous": Case(
+        4, 32, 32, (2, 8), (3, 3), (30, 29), padding=(1, 1), active=2, gated=True
+    ),
 }
 TYPICAL = LARGER["64@56"]

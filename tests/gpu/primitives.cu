@@ -1,6 +1,7 @@
-// Every primitive of csrc/cuda/primitives.h alone, one block of four warps each: compiled by nvcc for the GPU at hand and by the host's
-// compiler for the emulator. test_cuda.py gives both the same words and compares what they write, bit by bit: products are of small
-// integers, whose sums are exact in any order.
+// Every primitive of csrc/cuda/primitives.h alone, one block of four warps each: compiled by nvcc
+// for the GPU at hand and by the host's compiler for the emulator. test_cuda.py gives both the same
+// words and compares what they write, bit by bit: products are of small integers, whose sums are
+// exact in any order.
 #include "primitives.h"
 
 #if defined(__CUDACC__)
@@ -14,7 +15,9 @@ using namespace gross::cuda;
 constexpr int threads = 128, words = 4096;  // of the input, and of the output
 
 // A small integer, -4 to 3, from the bits of a word.
-GROSS_DEVICE float small(uint32_t word, int field) { return static_cast<float>(static_cast<int>(word >> 3 * field & 7)) - 4; }
+GROSS_DEVICE float small(uint32_t word, int field) {
+  return static_cast<float>(static_cast<int>(word >> 3 * field & 7)) - 4;
+}
 
 template <Type type>
 GROSS_DEVICE uint32_t small_operand(uint32_t word, int field) {
@@ -32,7 +35,9 @@ GROSS_DEVICE void fill_shared(const uint32_t* input, int thread) {
   barrier(0, threads);
 }
 
-GROSS_DEVICE void write(uint32_t* output, int index, uint32_t word) { store_global_32(output + index, word, true); }
+GROSS_DEVICE void write(uint32_t* output, int index, uint32_t word) {
+  store_global_32(output + index, word, true);
+}
 
 // Asynchronous copies: real ones, ones of zeros, ones that are off, in two groups.
 struct Copies {
@@ -40,13 +45,16 @@ struct Copies {
     fill_shared(input, thread);
     for (int i = 0; i < 2; i++) {
       const int piece = i * threads + thread;
-      copy_async_16(shared_base() + piece * 16, input + (1023 - piece) * 4, piece % 3 != 0, piece % 5 != 0);
+      copy_async_16(shared_base() + piece * 16, input + (1023 - piece) * 4, piece % 3 != 0,
+                    piece % 5 != 0);
       copy_async_commit();
     }
     copy_async_wait<1>();
     copy_async_wait<0>();
     barrier(0, threads);
-    for (int i = 0; i < words / threads; i++) write(output, i * threads + thread, load_shared_32(shared_base() + (i * threads + thread) * 4, true));
+    for (int i = 0; i < words / threads; i++)
+      write(output, i * threads + thread,
+            load_shared_32(shared_base() + (i * threads + thread) * 4, true));
   }
 };
 
@@ -96,7 +104,8 @@ struct Conversions {
     for (int i = 0; i < 4; i++) {
       const uint32_t word = load_global_32(input + i * threads + thread, true);
       const float value = as_float(word), tie = as_float((word & 0xfffff000u) | 0x1000u);
-      write(output, (8 * i + 0) * threads + thread, pack<Type::bfloat16>(value, as_float((word & 0xffff0000u) | 0x8000u)));
+      write(output, (8 * i + 0) * threads + thread,
+            pack<Type::bfloat16>(value, as_float((word & 0xffff0000u) | 0x8000u)));
       write(output, (8 * i + 1) * threads + thread, pack<Type::float16>(value, tie));
       write(output, (8 * i + 2) * threads + thread, round_tf32(value));
       write(output, (8 * i + 3) * threads + thread, round_tf32(tie));
@@ -112,23 +121,31 @@ struct Conversions {
 struct Accesses {
   static GROSS_DEVICE void run(const uint32_t* input, uint32_t* output, int thread) {
     fill_shared(input, thread);
-    const uint32_t from = shared_base() + (thread * 29 % threads) * 16, to = shared_base() + 8192 + thread * 32;
+    const uint32_t from = shared_base() + (thread * 29 % threads) * 16,
+                   to = shared_base() + 8192 + thread * 32;
     uint32_t pair[2];
     load_shared_64(pair, from + 8, thread % 3 != 0);
     const Words4 four = load_shared_128(from, thread % 4 != 0);
-    const uint32_t half = load_shared_16(from + 2, thread % 5 != 0), word = load_shared_32(from + 4, thread % 7 != 0);
+    const uint32_t half = load_shared_16(from + 2, thread % 5 != 0),
+                   word = load_shared_32(from + 4, thread % 7 != 0);
     barrier(0, threads);
     store_shared_128(to, four, thread % 3 != 1);
     store_shared_64(to + 16, pair[0], pair[1], thread % 4 != 1);
     store_shared_32(to + 24, word, thread % 5 != 1);
     store_shared_16(to + 30, half, thread % 7 != 1);
     barrier(0, threads);
-    for (int i = 0; i < 8; i++) write(output, i * threads + thread, load_shared_32(shared_base() + 8192 + (i * threads + thread) * 4, true));
+    for (int i = 0; i < 8; i++)
+      write(output, i * threads + thread,
+            load_shared_32(shared_base() + 8192 + (i * threads + thread) * 4, true));
     const Words4 wide = load_global_128(input + (threads - 1 - thread) * 4, thread % 3 != 2);
     uint32_t* const at = output + 1024 + thread * 8;
     store_global_128(at, wide, thread % 4 != 2);
-    store_global_64(at + 4, load_global_32(input + 5 * thread, thread % 5 != 2), wide.x, thread % 7 != 2);
-    store_global_16(reinterpret_cast<uint16_t*>(at) + 13, load_global_16(reinterpret_cast<const uint16_t*>(input) + 3 * thread, thread % 3 != 0), thread % 2 != 0);
+    store_global_64(at + 4, load_global_32(input + 5 * thread, thread % 5 != 2), wide.x,
+                    thread % 7 != 2);
+    store_global_16(
+        reinterpret_cast<uint16_t*>(at) + 13,
+        load_global_16(reinterpret_cast<const uint16_t*>(input) + 3 * thread, thread % 3 != 0),
+        thread % 2 != 0);
   }
 };
 
@@ -151,12 +168,13 @@ struct Exchanges {
     write(output, 5 * threads + thread, load_shared_32(shared_base() + thread * 4, true));
     store_shared_32(shared_base() + 8192 + thread * 4, near, true);
     warp_barrier();
-    write(output, 6 * threads + thread, load_shared_32(shared_base() + 8192 + (thread ^ 9) * 4, true));
+    write(output, 6 * threads + thread,
+          load_shared_32(shared_base() + 8192 + (thread ^ 9) * 4, true));
   }
 };
 
-// 64 × 56 or 64 × 16 on four warps, the pixels from a shifted address on and with planes as the kernels lay them: the assumption is that a
-// descriptor without swizzle may begin at any 16 bytes.
+// 64 × 56 or 64 × 16 on four warps, the pixels from a shifted address on and with planes as the
+// kernels lay them: the assumption is that a descriptor without swizzle may begin at any 16 bytes.
 template <Type type, int atoms, int shift>
 struct WarpgroupProducts {
   static GROSS_DEVICE void run(const uint32_t* input, uint32_t* output, int thread) {
@@ -164,15 +182,18 @@ struct WarpgroupProducts {
     constexpr uint32_t plane = 67 * 16;
     for (int i = 0; i < 5; i++) {
       const int word = i * threads + thread;
-      store_shared_32(shared_base() + word * 4, small_operand<type>(load_global_32(input + word, true), 0), true);
+      store_shared_32(shared_base() + word * 4,
+                      small_operand<type>(load_global_32(input + word, true), 0), true);
     }
     fence_for_matrix_units();
     barrier(0, threads);
     float d[atoms][4];
     uint32_t a[4];
     for (int i = 0; i < atoms; i++)
-      for (int j = 0; j < 4; j++) d[i][j] = small(load_global_32(input + (i * 4 + j) * threads + thread, true), 3);
-    for (int i = 0; i < 4; i++) a[i] = small_operand<type>(load_global_32(input + i * threads + thread, true), 5);
+      for (int j = 0; j < 4; j++)
+        d[i][j] = small(load_global_32(input + (i * 4 + j) * threads + thread, true), 3);
+    for (int i = 0; i < 4; i++)
+      a[i] = small_operand<type>(load_global_32(input + i * threads + thread, true), 5);
     warpgroup_arrive();
     warpgroup_multiply<type, atoms>(d, a, matrix_descriptor(shared_base() + shift * 16, plane));
     warpgroup_commit();
@@ -204,9 +225,12 @@ const Named probes[] = {
     {"exchanges", probe<Exchanges>},
     {"float16 warpgroup products", probe<WarpgroupProducts<Type::float16, 7, 0>>},
     {"bfloat16 warpgroup products", probe<WarpgroupProducts<Type::bfloat16, 7, 0>>},
-    {"bfloat16 warpgroup products from the next pixel on", probe<WarpgroupProducts<Type::bfloat16, 7, 1>>},
-    {"float16 warpgroup products of 64 columns from the next pixel on", probe<WarpgroupProducts<Type::float16, 8, 1>>},
-    {"bfloat16 warpgroup products of 64 columns from the second pixel on", probe<WarpgroupProducts<Type::bfloat16, 8, 2>>},
+    {"bfloat16 warpgroup products from the next pixel on",
+     probe<WarpgroupProducts<Type::bfloat16, 7, 1>>},
+    {"float16 warpgroup products of 64 columns from the next pixel on",
+     probe<WarpgroupProducts<Type::float16, 8, 1>>},
+    {"bfloat16 warpgroup products of 64 columns from the second pixel on",
+     probe<WarpgroupProducts<Type::bfloat16, 8, 2>>},
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-"""What every backend for GPUs has to do and only a GPU can show: the same bits again, streams, graphs, compilation."""
+"""What every backend for GPUs has to do and only a GPU can show: the same bits again, streams,
+graphs, compilation."""
 
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -66,7 +67,9 @@ def function(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
 
     def call(input: Tensor, *rest: Tensor, active: int | Tensor = case.active) -> Tensor:
         terms, gates = (rest[:-1], rest[-1]) if case.gated else (rest, None)
-        return series_conv2d(input, terms, active, stride=stride, padding=padding, dilation=dilation, gates=gates)
+        return series_conv2d(
+            input, terms, active, stride=stride, padding=padding, dilation=dilation, gates=gates
+        )
 
     return call, leaves
 
@@ -82,11 +85,14 @@ def test_autograd_and_memory_format() -> None:
         expected = torch.autograd.grad(call(*leaves), leaves, grad)
     for result, value in zip(results, expected, strict=True):
         assert result.dtype == value.dtype
-        torch.testing.assert_close(result.float(), value.float(), rtol=0, atol=0.02 * value.abs().max().item())
+        torch.testing.assert_close(
+            result.float(), value.float(), rtol=0, atol=0.02 * value.abs().max().item()
+        )
 
 
 def test_graph_capture() -> None:
-    """Catches synchronisation or allocation outside the graph's pool, and a graph that notices another ``active``."""
+    """Catches synchronisation or allocation outside the graph's pool, and a graph that notices
+    another ``active``."""
     call, leaves = function(TYPICAL)
     count = torch.tensor(2)
 
@@ -118,7 +124,8 @@ def test_graph_capture() -> None:
 
 
 def test_other_streams(backend: ModuleType) -> None:
-    """Catches a launch on the default stream: it would not wait for what the current stream still computes."""
+    """Catches a launch on the default stream: it would not wait for what the current stream still
+    computes."""
     input, terms, _, _ = TYPICAL.tensors(torch.bfloat16, torch.float32, "cuda")
     expected = backend.forward(input, terms, 3, None, *TYPICAL.geometry)
     stream = torch.cuda.Stream()
@@ -134,7 +141,8 @@ def test_other_streams(backend: ModuleType) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="requires a GPU, and a second one")
 def test_other_devices(backend: ModuleType) -> None:
-    """Catches a launch on the current device instead of the tensors', and a plan of one device used on another."""
+    """Catches a launch on the current device instead of the tensors', and a plan of one device used
+    on another."""
     for device in ("cuda:1", "cuda:0", "cuda:1"):
         input, terms, gates, _ = TYPICAL.tensors(torch.bfloat16, torch.float32, device)
         output = backend.forward(input, terms, 3, gates, *TYPICAL.geometry)
@@ -145,10 +153,15 @@ def test_other_devices(backend: ModuleType) -> None:
 
 
 def test_compile() -> None:
-    """Catches a broken graph, a recompilation for another ``active``, and an ``active`` out of range that is used."""
-    layer = GroSSConv2d(64, 64, 3, padding=1, group_sizes=(1, 4, 16), device="cuda", dtype=torch.bfloat16)
+    """Catches a broken graph, a recompilation for another ``active``, and an ``active`` out of
+    range that is used."""
+    layer = GroSSConv2d(
+        64, 64, 3, padding=1, group_sizes=(1, 4, 16), device="cuda", dtype=torch.bfloat16
+    )
     layer.to(memory_format=torch.channels_last)
-    input = torch.randn(4, 64, 14, 14, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    input = torch.randn(4, 64, 14, 14, device="cuda", dtype=torch.bfloat16).to(
+        memory_format=torch.channels_last
+    )
     compiled = torch.compile(layer, fullgraph=True)
     compiled(input).sum().backward()
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -157,14 +170,17 @@ def test_compile() -> None:
             torch.testing.assert_close(compiled(input), layer(input), rtol=0.05, atol=0.05)
     terms = [torch.randn(64, s, 3, 3, device="cuda", dtype=torch.bfloat16) for s in (1, 4)]
     call = torch.compile(
-        lambda active: series_conv2d(input, terms, active, padding=1), fullgraph=True, backend="aot_eager"
+        lambda active: series_conv2d(input, terms, active, padding=1),
+        fullgraph=True,
+        backend="aot_eager",
     )
     with pytest.raises(RuntimeError, match="active: got 3, accepted is 1 to 2"):
         call(torch.tensor(3))
 
 
 def test_autocast() -> None:
-    """Catches terms that autocast rounds one by one, and gradients of another dtype than the parameters'."""
+    """Catches terms that autocast rounds one by one, and gradients of another dtype than the
+    parameters'."""
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     layer = GroSSConv2d(64, 64, 3, padding=1, group_sizes=(1, 4, 16), device="cuda")
     input = torch.randn(4, 64, 14, 14, device="cuda").to(memory_format=torch.channels_last)
@@ -173,7 +189,9 @@ def test_autocast() -> None:
     with torch.autocast("cuda", torch.bfloat16):
         output = layer(input)
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
+    torch.testing.assert_close(
+        output.float(), expected, rtol=0, atol=0.03 * expected.abs().max().item()
+    )
     output.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
@@ -184,12 +202,16 @@ def test_sum() -> None:
     gates = torch.randn(16, device="cuda")
     for active in (1, 7, 16):
         result = torch.ops.gross.series_sum(terms, torch.tensor(active), gates)
-        exact = sum(gate.double() * term.double() for gate, term in zip(gates[:active], terms, strict=False))
+        exact = sum(
+            gate.double() * term.double() for gate, term in zip(gates[:active], terms, strict=False)
+        )
         torch.testing.assert_close(result.double(), exact, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_more_elements_than_an_int_counts(name: str, backend: ModuleType, channels_last: bool) -> None:
+def test_more_elements_than_an_int_counts(
+    name: str, backend: ModuleType, channels_last: bool
+) -> None:
     """Catches offsets of 32 bits: the last of 2³¹ + 2²⁰ elements, in input and output."""
     if name == "cuda" and not channels_last:
         pytest.skip("the CUDA kernels serve channels-last memory alone")
@@ -197,7 +219,9 @@ def test_more_elements_than_an_int_counts(name: str, backend: ModuleType, channe
         pytest.skip("requires a GPU with 24 GB free")
     batch = 2**31 // (16 * 256 * 256) + 1
     format = torch.channels_last if channels_last else torch.contiguous_format
-    input = torch.empty(batch, 16, 256, 256, device="cuda", dtype=torch.bfloat16, memory_format=format)
+    input = torch.empty(
+        batch, 16, 256, 256, device="cuda", dtype=torch.bfloat16, memory_format=format
+    )
     input.normal_()
     terms = [torch.randn(16, s, 3, 3, device="cuda") for s in (1, 4)]
     geometry = ((1, 1), (1, 1), (1, 1))

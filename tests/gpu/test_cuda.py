@@ -1,5 +1,6 @@
-"""The CUDA C++ kernels on a GPU. Every primitive alone first: the emulator, on which all else was tested, shares its
-reading of the PTX manual with the kernels. Then the plain kernels, then every kernel."""
+"""The CUDA C++ kernels on a GPU. Every primitive alone first: the emulator, on which all else was
+tested, shares its reading of the PTX manual with the kernels. Then the plain kernels, then every
+kernel."""
 
 import ctypes
 import os
@@ -55,15 +56,23 @@ CASES = {
         for size in (1, 2, 3, 4, 7, 8, 14, 16, 28, 32, 33, 57, 64, 112, 150)
         for stride in (1, 2)
     },
-    "many terms": Case(2, 64, 64, (1, 2, 4, 8, 16, 32, 64), size=(8, 8), active=7, gated=True, **COMMON),
-    "twice as many outputs": Case(2, 64, 128, (4, 32), size=(14, 13), active=2, gated=True, **COMMON),
-    "half as many outputs": Case(2, 128, 64, (4, 32), size=(14, 13), active=2, gated=True, **COMMON),
-    "inactive terms": Case(2, 256, 256, (1, 16, 128, 256), size=(8, 8), active=2, gated=True, **COMMON),
+    "many terms": Case(
+        2, 64, 64, (1, 2, 4, 8, 16, 32, 64), size=(8, 8), active=7, gated=True, **COMMON
+    ),
+    "twice as many outputs": Case(
+        2, 64, 128, (4, 32), size=(14, 13), active=2, gated=True, **COMMON
+    ),
+    "half as many outputs": Case(
+        2, 128, 64, (4, 32), size=(14, 13), active=2, gated=True, **COMMON
+    ),
+    "inactive terms": Case(
+        2, 256, 256, (1, 16, 128, 256), size=(8, 8), active=2, gated=True, **COMMON
+    ),
     **{name: case for name, case in LARGER.items() if case.channels_last},
 }
 
 
-# Primitives -----------------------------------------------------------------------------------------------------------
+# Primitives -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +99,10 @@ def run_primitive(library: ctypes.CDLL, name: str) -> Tensor:
     while (found := library.name_of(len(names))) is not None:
         names.append(found.decode())
     assert names == PRIMITIVES + WARPGROUP_PRIMITIVES
-    words = torch.randn(4096, generator=torch.Generator().manual_seed(1)).view(torch.int32) & ~0x04000400
+    words = (
+        torch.randn(4096, generator=torch.Generator().manual_seed(1)).view(torch.int32)
+        & ~0x04000400
+    )
     output = torch.zeros(4096, dtype=torch.int32)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, output)]
     assert library.run(names.index(name), *pointers) == 0
@@ -105,22 +117,32 @@ def test_primitives(name: str, builds: dict[str, ctypes.CDLL]) -> None:
     on_gpu, on_host = (run_primitive(builds[place], name) for place in ("gpu", "host"))
     assert on_host.any()
     wrong = (on_gpu != on_host).nonzero().flatten()
-    assert len(wrong) == 0, f"{len(wrong)} words differ, first at {wrong[0]}: {on_gpu[wrong[0]]}, {on_host[wrong[0]]}"
+    assert len(wrong) == 0, (
+        f"{len(wrong)} words differ, first at {wrong[0]}: {on_gpu[wrong[0]]}, {on_host[wrong[0]]}"
+    )
 
 
-# Values ---------------------------------------------------------------------------------------------------------------
+# Values -----------------------------------------------------------------------------------------
 
 
-def plain(case: Case, input: Tensor, terms: list[Tensor], gates: Tensor | None, grad: Tensor) -> list[Tensor]:
+def plain(
+    case: Case, input: Tensor, terms: list[Tensor], gates: Tensor | None, grad: Tensor
+) -> list[Tensor]:
     """As ``Target.run``, by the plain kernels."""
     operators, rest = torch.ops.gross_cuda, (terms, case.active, gates, case.stride[0])
     grad_terms, grad_gates = operators.plain_weight_grad(grad, input, *rest)
-    results = [operators.plain_forward(input, *rest), operators.plain_input_grad(grad, input, *rest), *grad_terms]
+    results = [
+        operators.plain_forward(input, *rest),
+        operators.plain_input_grad(grad, input, *rest),
+        *grad_terms,
+    ]
     return results if gates is None else [*results, grad_gates.to(gates.dtype)]
 
 
 @pytest.mark.parametrize("dtypes", [*TYPES, (torch.float32, torch.float32)], ids=str)
-@pytest.mark.parametrize("name", ["groups of 3", "groups of 16/2", "twice as many outputs", "inactive terms"])
+@pytest.mark.parametrize(
+    "name", ["groups of 3", "groups of 16/2", "twice as many outputs", "inactive terms"]
+)
 def test_plain_kernels_values(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """Catches a second reference that is no reference."""
     arguments = Target("cuda", "cuda", *dtypes).arguments(CASES[name])
@@ -144,9 +166,12 @@ def single_warps() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("single_warps")
-@pytest.mark.parametrize("name", ["groups of 32", "groups of 64", "64@56, groups of 32", "64@56, groups of 64"])
+@pytest.mark.parametrize(
+    "name", ["groups of 32", "groups of 64", "64@56, groups of 32", "64@56, groups of 64"]
+)
 def test_values_without_warpgroups(name: str) -> None:
-    """Catches wrong values that a GPU with warpgroup products would hide until another GPU runs them."""
+    """Catches wrong values that a GPU with warpgroup products would hide until another GPU runs
+    them."""
     test_values(CASES[name])
 
 
@@ -159,12 +184,16 @@ def test_values_in_other_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dty
     assert_accurate(target.run(case, *arguments), case, arguments)
 
 
-@pytest.mark.parametrize("name", ["64@56", "64@56, groups of 32", "128@28/2", "groups of 3", "groups of 16/2"])
+@pytest.mark.parametrize(
+    "name", ["64@56", "64@56, groups of 32", "128@28/2", "groups of 3", "groups of 16/2"]
+)
 def test_values_as_tf32(name: str) -> None:
     """Catches TF32 with more error than TF32 has: factors are rounded to 11 bits, or cut."""
     target = Target("cuda", "cuda", torch.float32, torch.float32)
     arguments = target.arguments(CASES[name])
-    for result, exact in zip(target.run(CASES[name], *arguments), plain(CASES[name], *arguments), strict=True):
+    for result, exact in zip(
+        target.run(CASES[name], *arguments), plain(CASES[name], *arguments), strict=True
+    ):
         assert (result - exact).abs().max() <= 2e-3 * exact.abs().max()
 
 
@@ -179,18 +208,23 @@ def test_values_of_a_large_batch(name: str) -> None:
         assert difference <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
-# Dispatch -------------------------------------------------------------------------------------------------------------
+# Dispatch ---------------------------------------------------------------------------------------
 
 
 def test_dispatch() -> None:
-    """Catches a call that matters served by something else, and one that the kernels do not serve but get."""
+    """Catches a call that matters served by something else, and one that the kernels do not serve
+    but get."""
     input, terms, *_ = TYPICAL.tensors(torch.bfloat16, torch.float32, "cuda")
     assert cuda.available()
     assert explain(input, terms, 3, padding=1).startswith("cuda: first of cuda, triton, reference")
-    assert explain(input.contiguous(), terms, 3, padding=1).endswith("; cuda serves dense channels-last memory")
+    assert explain(input.contiguous(), terms, 3, padding=1).endswith(
+        "; cuda serves dense channels-last memory"
+    )
     assert "cuda serves 3×3 kernels with padding 1" in explain(input, terms, 3)
     wide = [input.float(), [term.float() for term in terms], 3]
-    assert "which torch.backends.cudnn.conv.fp32_precision does not allow" in explain(*wide, padding=1)
+    assert "which torch.backends.cudnn.conv.fp32_precision does not allow" in explain(
+        *wide, padding=1
+    )
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert explain(*wide, padding=1).startswith("cuda: first of")
 
@@ -203,5 +237,7 @@ def test_changed_precision_is_obeyed() -> None:
     errors = {}
     for precision in ("tf32", "ieee", "tf32"):
         torch.backends.cudnn.conv.fp32_precision = precision
-        errors[precision] = (series_conv2d(input, terms, 3, padding=1) - strict).abs().max() / strict.abs().max()
+        errors[precision] = (
+            series_conv2d(input, terms, 3, padding=1) - strict
+        ).abs().max() / strict.abs().max()
     assert errors["ieee"] < 1e-5 < errors["tf32"]

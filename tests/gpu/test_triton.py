@@ -14,7 +14,11 @@ from packing import CASES
 from gross_kernels import explain, series_conv2d, use_backend
 from gross_kernels.backends.triton import launch, tiles
 
-OTHERS = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)]
+OTHERS = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+]
 
 
 def target(dtype: torch.dtype = torch.bfloat16, terms_dtype: torch.dtype = torch.float32) -> Target:
@@ -28,20 +32,23 @@ def assert_values(case: Case, dtype: torch.dtype, terms_dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("case", [*CASES.values(), *LARGER.values()], ids=[*CASES, *LARGER])
 def test_values(case: Case) -> None:
-    """Catches a kernel that the compiler, not the interpreter, gets wrong: races, layouts, matrix instructions."""
+    """Catches a kernel that the compiler, not the interpreter, gets wrong: races, layouts, matrix
+    instructions."""
     assert_values(case, torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("dtypes", OTHERS, ids=str)
 @pytest.mark.parametrize("case", LARGER.values(), ids=LARGER)
 def test_values_in_other_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """Catches the same in the other precisions. A compiler takes a second for each of the kernels: fewer cases."""
+    """Catches the same in the other precisions. A compiler takes a second for each of the kernels:
+    fewer cases."""
     assert_values(case, *dtypes)
 
 
 @pytest.mark.parametrize("products", ["tf32", "ieee"])
 def test_other_float32(products: str) -> None:
-    """Catches TF32 with more error than TF32 has, and a strict call that fails to compile or uses it."""
+    """Catches TF32 with more error than TF32 has, and a strict call that fails to compile or uses
+    it."""
     torch.backends.cudnn.conv.fp32_precision = products
     torch.set_float32_matmul_precision("highest")
     arguments = target(torch.float32).arguments(TYPICAL)
@@ -57,13 +64,18 @@ def test_other_float32(products: str) -> None:
 
 
 def test_dispatch() -> None:
-    """Catches a GPU call that is served by something else, and float64, which Triton does not serve, by nobody."""
+    """Catches a GPU call that is served by something else, and float64, which Triton does not
+    serve, by nobody."""
     input, terms, *_ = TYPICAL.tensors(torch.bfloat16, torch.float32, "cuda")
     assert explain(input.contiguous(), terms, padding=1).startswith("triton: first of")
-    assert explain(input.double(), [t.double() for t in terms], padding=1).startswith("reference: first of")
+    assert explain(input.double(), [t.double() for t in terms], padding=1).startswith(
+        "reference: first of"
+    )
     doubled = series_conv2d(input.double(), [t.double() for t in terms], padding=1)
     with use_backend("reference"):
-        assert torch.equal(series_conv2d(input.double(), [t.double() for t in terms], padding=1), doubled)
+        assert torch.equal(
+            series_conv2d(input.double(), [t.double() for t in terms], padding=1), doubled
+        )
 
 
 def test_autotuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

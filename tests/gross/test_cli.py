@@ -22,11 +22,23 @@ def output(tmp_path):
 
 
 def test_decompose_fits_a_users_weights_and_saves_the_supernet(tmp_path, output):
-    """Catches an option that does not reach the fit, weights that are not loaded, and progress on the output stream."""
+    """Catches an option that does not reach the fit, weights that are not loaded, and progress on
+    the output stream."""
     model = networks.build("4-layer", num_classes=3)
     torch.save(model.state_dict(), tmp_path / "trained.pth")
-    arguments = ("--weights", tmp_path / "trained.pth", "--num-classes", 3, "--group-sizes", "1,32", "--sweeps", 1)
-    result = gross_command("decompose", "4-layer", "--output", output, *arguments, "--skip", "features.9")
+    arguments = (
+        "--weights",
+        tmp_path / "trained.pth",
+        "--num-classes",
+        3,
+        "--group-sizes",
+        "1,32",
+        "--sweeps",
+        1,
+    )
+    result = gross_command(
+        "decompose", "4-layer", "--output", output, *arguments, "--skip", "features.9"
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == ["saved", str(output)]
     assert "left alone" in result.stderr
@@ -40,19 +52,22 @@ def test_decompose_fits_a_users_weights_and_saves_the_supernet(tmp_path, output)
     }
     # At group size 32 the second layer is exact.
     image = torch.randn(1, 32, 8, 8)
-    torch.testing.assert_close(layers["features.3"](image), model.features[3](image), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        layers["features.3"](image), model.features[3](image), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_decompose_gives_the_papers_structure_by_default_and_json_on_request(output):
-    """Catches text among the JSON, and the paper's networks decomposed in another structure than the paper's."""
+    """Catches text among the JSON, and the paper's networks decomposed in another structure than
+    the paper's."""
     result = gross_command("decompose", "4-layer", "-o", output, "--method", "random", "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert result.stderr == ""
     assert content["output"] == str(output)
-    assert {name: tuple(layer["group_sizes"]) for name, layer in content["layers"].items()} == networks.structure(
-        "4-layer"
-    )["group_sizes"]
+    assert {
+        name: tuple(layer["group_sizes"]) for name, layer in content["layers"].items()
+    } == networks.structure("4-layer")["group_sizes"]
     assert content["provenance"]["network"] == "4-layer"
     assert content["decomposition"]["layers"][0]["macs_before"] == 16 * 16 * 32 * (32 * 9 + 1)
 
@@ -60,8 +75,14 @@ def test_decompose_gives_the_papers_structure_by_default_and_json_on_request(out
 def test_macs_counts_a_network_a_configuration_and_a_saved_supernet(output):
     """Catches a target taken for another kind, and a configuration that is not passed on."""
     assert json.loads(gross_command("macs", "4-layer", "--json").stdout)["total"] == 5_127_680
-    content = json.loads(gross_command("macs", "4-layer", "--configuration", "16,8,16", "--json").stdout)
-    assert (content["total"], content["grouped"], content["configuration"]) == (3_325_440, 1_474_560, [16, 8, 16])
+    content = json.loads(
+        gross_command("macs", "4-layer", "--configuration", "16,8,16", "--json").stdout
+    )
+    assert (content["total"], content["grouped"], content["configuration"]) == (
+        3_325_440,
+        1_474_560,
+        [16, 8, 16],
+    )
     gross_command("decompose", "4-layer", "-o", output, "--method", "random", "--json")
     printed = gross_command("macs", output, "--configuration", "1,1,1")
     assert printed.exit_code == 0
@@ -71,9 +92,13 @@ def test_macs_counts_a_network_a_configuration_and_a_saved_supernet(output):
 def test_networks_of_the_user_are_taken_as_module_and_function(output):
     """Catches a command that serves the paper's networks alone."""
     network = "torchvision.models:squeezenet1_1"
-    result = gross_command("decompose", network, "-o", output, "--method", "random", "--width", "16,32", "--json")
+    result = gross_command(
+        "decompose", network, "-o", output, "--method", "random", "--width", "16,32", "--json"
+    )
     assert result.exit_code == 0, result.output
-    assert {tuple(layer["width"]) for layer in json.loads(result.stdout)["layers"].values()} == {(16, 32)}
+    assert {tuple(layer["width"]) for layer in json.loads(result.stdout)["layers"].values()} == {
+        (16, 32)
+    }
     counted = gross_command("macs", network, "--input-size", "3,64,64", "--json")
     assert json.loads(counted.stdout)["total"] == gross.macs(make_squeezenet(), (3, 64, 64)).total
 
@@ -85,15 +110,22 @@ def make_squeezenet() -> nn.Module:
 
 
 def test_info_lists_networks_and_says_what_a_file_is(output):
-    """Catches numbers that do not belong to their network, and a saved supernet that cannot be told from another."""
-    rows = {row["network"]: row for row in json.loads(gross_command("info", "--json").stdout)["networks"]}
+    """Catches numbers that do not belong to their network, and a saved supernet that cannot be told
+    from another."""
+    rows = {
+        row["network"]: row
+        for row in json.loads(gross_command("info", "--json").stdout)["networks"]
+    }
     assert rows["4-layer"]["configurations"] == 252
     assert rows["resnet18"]["macs"] == 1_819_040_768
     assert all(name in gross_command("info").stdout for name in networks.NETWORKS)
     gross_command("decompose", "4-layer", "-o", output, "--method", "random", "--json")
     assert json.loads(gross_command("info", output, "--json").stdout)["network"] == ["4-layer", 10]
     printed = gross_command("info", output).stdout
-    assert all(text in printed for text in ("supernet of 4-layer", "features.9", "1 2 4 8 16 32 64", "created"))
+    assert all(
+        text in printed
+        for text in ("supernet of 4-layer", "features.9", "1 2 4 8 16 32 64", "created")
+    )
 
 
 @pytest.mark.parametrize("command", [[], ["decompose"], ["macs"], ["info"]])
@@ -115,7 +147,11 @@ def test_help_is_worth_reading(command):
         (["decompose", "4-layer", "-o", "absent/supernet.safetensors"], 2, "folder that exists"),
         (["decompose", "4-layer", "-o", "OUTPUT", "--group-sizes", "1;4"], 2, "ints with commas"),
         (["decompose", "4-layer", "-o", "OUTPUT", "--method", "svd"], 2, "svd"),
-        (["decompose", "4-layer", "-o", "OUTPUT", "--weights", "absent.pth"], 1, "no file at absent.pth"),
+        (
+            ["decompose", "4-layer", "-o", "OUTPUT", "--weights", "absent.pth"],
+            1,
+            "no file at absent.pth",
+        ),
         (["decompose", "4-layer", "-o", "OUTPUT", "--group-sizes", "3,9"], 1, "none fits"),
         (["macs", "4-layer", "--configuration", "1,2,3"], 1, "got 3 for decomposed layer 2"),
         (["macs", "torchvision.models:squeezenet1_1"], 2, "--input-size"),
@@ -125,10 +161,14 @@ def test_help_is_worth_reading(command):
         (["search"], 2, "search"),
     ],
 )
-def test_failures_have_a_status_and_one_reason_on_the_error_stream(output, arguments, status, message):
-    """Catches a traceback in place of a reason, success after a failure, and a wrong command line reported as failed
-    work."""
-    result = gross_command(*[output if argument == "OUTPUT" else argument for argument in arguments])
+def test_failures_have_a_status_and_one_reason_on_the_error_stream(
+    output, arguments, status, message
+):
+    """Catches a traceback in place of a reason, success after a failure, and a wrong command line
+    reported as failed work."""
+    result = gross_command(
+        *[output if argument == "OUTPUT" else argument for argument in arguments]
+    )
     assert result.exit_code == status, result.output
     assert message in result.stderr
     assert "Traceback" not in result.output

@@ -1,4 +1,5 @@
-"""Model surgery: which convolutions are decomposed, what happens to the rest of the model, and what the report says."""
+"""Model surgery: which convolutions are decomposed, what happens to the rest of the model, and what
+the report says."""
 
 import copy
 import subprocess
@@ -32,7 +33,7 @@ def stack(*convolutions: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, convolutions[0].in_channels, 1), *convolutions)
 
 
-# What becomes of the model --------------------------------------------------------------------------------------------
+# What becomes of the model ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,8 @@ def stack(*convolutions: nn.Conv2d) -> nn.Sequential:
     ],
 )
 def test_at_full_width_and_size_the_network_is_unchanged(options):
-    """Catches any part of a convolution's geometry that is lost: where the group size is the width the decomposition is
-    exact, so that the outputs must agree."""
+    """Catches any part of a convolution's geometry that is lost: where the group size is the width
+    the decomposition is exact, so that the outputs must agree."""
     model = stack(nn.Conv2d(8, 8, **{"kernel_size": 3, **options})).eval()
     supernet = decompose(model, (2, 8), sweeps=2, quiet=True)
     image = torch.randn(2, 3, 11, 12)
@@ -62,7 +63,8 @@ def test_at_full_width_and_size_the_network_is_unchanged(options):
 
 
 def test_the_given_model_is_left_as_it_is():
-    """Catches surgery on the original, or a supernet whose training would train the original too."""
+    """Catches surgery on the original, or a supernet whose training would train the original
+    too."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
     before = copy.deepcopy(model.state_dict())
     supernet = structured(model, (1, 2))
@@ -77,7 +79,8 @@ def test_the_given_model_is_left_as_it_is():
 @pytest.mark.parametrize("method", ["als", "random"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtype_mode_and_bias_are_the_convolutions(method, dtype):
-    """Catches layers made in float32, in training mode, or with a fresh bias where the weights are fitted."""
+    """Catches layers made in float32, in training mode, or with a fresh bias where the weights are
+    fitted."""
     model = stack(nn.Conv2d(4, 4, 3)).to(dtype).eval()
     supernet = decompose(model, (1, 4), method=method, sweeps=2, quiet=True)
     assert {parameter.dtype for parameter in supernet.parameters()} == {dtype}
@@ -86,14 +89,16 @@ def test_dtype_mode_and_bias_are_the_convolutions(method, dtype):
 
 
 def test_random_needs_no_memory_on_the_meta_device():
-    """Catches a structure that is drawn on the host in between: VGG-16 as a supernet would need gigabytes."""
+    """Catches a structure that is drawn on the host in between: VGG-16 as a supernet would need
+    gigabytes."""
     with torch.device("meta"):
         model = vgg16()
     assert all(parameter.is_meta for parameter in structured(model).parameters())
 
 
 class Nested(nn.Module):
-    """Convolutions in every kind of container, one of them also in a plain list and in a dictionary."""
+    """Convolutions in every kind of container, one of them also in a plain list and in a
+    dictionary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,8 +116,8 @@ class Nested(nn.Module):
 
 
 def test_nested_convolutions_are_found_and_every_reference_follows():
-    """Catches a convolution missed in a container, and a plain list or dictionary in which the old convolution goes on
-    working."""
+    """Catches a convolution missed in a container, and a plain list or dictionary in which the old
+    convolution goes on working."""
     supernet = structured(Nested(), (1, 2))
     assert list(decomposed_layers(supernet)) == ["blocks.a.inner.0", "tail.0"]
     assert supernet.order[0] is supernet.tail[0] is supernet.by_name["tail"][0]
@@ -120,16 +125,20 @@ def test_nested_convolutions_are_found_and_every_reference_follows():
 
 
 def test_a_convolution_in_two_places_becomes_one_layer():
-    """Catches a shared convolution that is fitted twice and then trained apart, or counted twice in a configuration."""
+    """Catches a shared convolution that is fitted twice and then trained apart, or counted twice in
+    a configuration."""
     shared = nn.Conv2d(4, 4, 3, padding=1)
-    supernet = decompose(nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), shared), (1, 4), sweeps=2, quiet=True)
+    supernet = decompose(
+        nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), shared), (1, 4), sweeps=2, quiet=True
+    )
     assert supernet[1] is supernet[3]
     assert configuration(supernet) == (4,)
     assert [layer.name for layer in report(supernet).layers] == ["1"]
 
 
 def test_convolutions_that_share_a_weight_share_their_terms():
-    """Catches tied weights that come apart in training, or are fitted twice with different results."""
+    """Catches tied weights that come apart in training, or are fitted twice with different
+    results."""
     first, second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, stride=2)
     second.weight = first.weight
     supernet = decompose(stack(first, second), (1, 4), sweeps=2, quiet=True)
@@ -144,7 +153,11 @@ def test_a_weight_shared_with_a_layer_that_stays_is_left_alone():
     first, second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
     second.weight = first.weight
     model = stack(first, second)
-    assert report(structured(model, (1, 2), skip=["0", "1"])).left_alone["2"].startswith("its weight is shared")
+    assert (
+        report(structured(model, (1, 2), skip=["0", "1"]))
+        .left_alone["2"]
+        .startswith("its weight is shared")
+    )
     with pytest.raises(ValueError, match=r"'2' cannot be decomposed: its weight is shared"):
         structured(model, {"2": (1, 2)})
 
@@ -161,15 +174,18 @@ def test_a_parametrised_convolution_is_decomposed_at_its_present_weight():
 
 
 def test_the_fit_is_repeatable_and_random_is_fresh():
-    """Catches a fit that depends on the global generator, and a structure that copies the weights or repeats itself."""
+    """Catches a fit that depends on the global generator, and a structure that copies the weights
+    or repeats itself."""
     model = stack(nn.Conv2d(4, 8, 3))
     first, second = (decompose(model, (1, 2), sweeps=3, quiet=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     fresh = [structured(model, (1, 2))[1].grouped[0] for _ in range(2)]
     assert not torch.equal(*fresh)
 
 
-# Which convolutions, and at which sizes -------------------------------------------------------------------------------
+# Which convolutions, and at which sizes ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,24 +193,28 @@ def test_the_fit_is_repeatable_and_random_is_fresh():
     [(vgg16, 12, 1), (resnet18, 16, 4), (resnet50, 16, 37), (mobilenet_v2, 0, 52)],
 )
 def test_torchvisions_networks(make, decomposed, left_alone):
-    """Catches convolutions missed or wrongly taken in the networks that users start from. MobileNetV2 has depthwise and
-    1×1 convolutions alone, besides its first."""
+    """Catches convolutions missed or wrongly taken in the networks that users start from.
+    MobileNetV2 has depthwise and 1×1 convolutions alone, besides its first."""
     with torch.device("meta"):
         model = make()
     supernet = structured(model, input_size=(3, 64, 64))
     assert len(decomposed_layers(supernet)) == len(report(supernet).layers) == decomposed
     assert len(report(supernet).left_alone) == left_alone
-    kept = {name: module for name, module in supernet.named_modules() if isinstance(module, nn.Conv2d)}
+    kept = {
+        name: module for name, module in supernet.named_modules() if isinstance(module, nn.Conv2d)
+    }
     assert kept.keys() == report(supernet).left_alone.keys()
 
 
 def test_a_decomposed_resnet_runs_and_trains():
-    """Catches a layer that fits the shapes and breaks in the network: residual sums, strides, gradients of every first
-    term."""
+    """Catches a layer that fits the shapes and breaks in the network: residual sums, strides,
+    gradients of every first term."""
     supernet = structured(resnet18(num_classes=5), (1, 4))
     set_configuration(supernet, (1, 4) * 8)
     F.cross_entropy(supernet(torch.randn(2, 3, 32, 32)), torch.tensor([0, 4])).backward()
-    assert all(layer.grouped[0].grad.abs().sum() > 0 for layer in decomposed_layers(supernet).values())
+    assert all(
+        layer.grouped[0].grad.abs().sum() > 0 for layer in decomposed_layers(supernet).values()
+    )
 
 
 class OwnForward(nn.Conv2d):
@@ -219,7 +239,8 @@ def hooked(conv: nn.Conv2d) -> nn.Conv2d:
     ],
 )
 def test_what_cannot_be_decomposed_is_left_alone_or_refused_by_name(conv, reason):
-    """Catches a replacement that computes something else than what it replaces, and silence about it."""
+    """Catches a replacement that computes something else than what it replaces, and silence about
+    it."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), conv)
     supernet = structured(model, (2, 4))
     assert type(supernet[2]) is type(conv)
@@ -229,7 +250,8 @@ def test_what_cannot_be_decomposed_is_left_alone_or_refused_by_name(conv, reason
 
 
 def test_skip_takes_names_of_convolutions_and_of_modules_around_them():
-    """Catches a prefix that matches "block10" for "block1", and a default that cannot be turned off."""
+    """Catches a prefix that matches "block10" for "block1", and a default that cannot be turned
+    off."""
     model = nn.ModuleDict({f"block{i}": nn.Sequential(nn.Conv2d(4, 4, 3)) for i in (1, 10)})
     assert list(decomposed_layers(structured(model, (1, 2)))) == ["block10.0"]
     assert list(decomposed_layers(structured(model, (1, 2), skip=()))) == ["block1.0", "block10.0"]
@@ -239,8 +261,8 @@ def test_skip_takes_names_of_convolutions_and_of_modules_around_them():
 
 
 def test_each_layer_takes_the_sizes_that_fit_its_two_widths():
-    """Catches sizes tested against one width alone: 24 → 36 in groups of 2 would be 12 groups of 3, of 1 would be 24 of
-    1.5."""
+    """Catches sizes tested against one width alone: 24 → 36 in groups of 2 would be 12 groups of 3,
+    of 1 would be 24 of 1.5."""
     model = stack(nn.Conv2d(24, 36, 3), nn.Conv2d(36, 8, 3))
     supernet = structured(model, (1, 2, 4, 16), width={"1": (24, 36)})
     assert supernet[1].group_sizes == (2, 4)
@@ -251,8 +273,8 @@ def test_each_layer_takes_the_sizes_that_fit_its_two_widths():
 
 @pytest.mark.parametrize("method", ["als", "random"])
 def test_a_mapping_gives_each_layer_its_own_sizes_and_width(method):
-    """Catches sizes of one layer given to another, layers decomposed that were not named, and a width that the fit
-    ignores."""
+    """Catches sizes of one layer given to another, layers decomposed that were not named, and a
+    width that the fit ignores."""
     model = stack(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     sizes = {"1": (1, 8), "3": (2, 6)}
     supernet = decompose(model, sizes, width={"3": (6, 9)}, method=method, sweeps=2, quiet=True)
@@ -264,7 +286,7 @@ def test_a_mapping_gives_each_layer_its_own_sizes_and_width(method):
     assert report(supernet).left_alone["2"] == "not named in group_sizes"
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input --------------------------------------------------------------------------------------
 
 
 def with_weight(value: float) -> nn.Module:
@@ -289,13 +311,21 @@ def on_meta() -> nn.Module:
         ),
         (stack(nn.Conv2d(4, 4, 3)), {"group_sizes": (2, 3)}, "each divides the next"),
         (stack(nn.Conv2d(4, 4, 3)), {"group_sizes": ()}, "got 0 group sizes"),
-        (stack(nn.Conv2d(4, 4, 3)), {"group_sizes": {"1": (2, 3)}}, r"group_sizes\['1'\]: got group size 3"),
+        (
+            stack(nn.Conv2d(4, 4, 3)),
+            {"group_sizes": {"1": (2, 3)}},
+            r"group_sizes\['1'\]: got group size 3",
+        ),
         (stack(nn.Conv2d(4, 4, 3)), {"group_sizes": {"body.1": (2,)}}, r"got 'body.1', .*such as"),
         (stack(nn.Conv2d(4, 4, 3)), {"width": {"2": 4}}, r"width: got '2'"),
         (stack(nn.Conv2d(4, 4, 3)), {"width": 0}, "width: got 0"),
         (stack(nn.Conv2d(4, 4, 3)), {"width": {"1": (4, 0)}}, r"width\['1'\]: got \(4, 0\)"),
         (stack(nn.Conv2d(4, 4, 3)), {"skip": ["2"]}, r"skip: got '2'"),
-        (stack(nn.Conv2d(4, 4, 3)), {"method": "svd"}, r"method: got 'svd', accepted are 'als', 'random'"),
+        (
+            stack(nn.Conv2d(4, 4, 3)),
+            {"method": "svd"},
+            r"method: got 'svd', accepted are 'als', 'random'",
+        ),
         (stack(nn.LazyConv2d(4, 3)), {}, "not initialised yet"),
         (with_weight(float("nan")), {}, r"weight of '1' that is not finite"),
         (with_weight(float("inf")), {}, r"weight of '1' that is not finite"),
@@ -303,24 +333,27 @@ def on_meta() -> nn.Module:
     ],
 )
 def test_bad_input_is_refused_before_any_work_and_named(model, arguments, message):
-    """Catches an error minutes into the fit, or one that does not say which layer or argument is wrong."""
+    """Catches an error minutes into the fit, or one that does not say which layer or argument is
+    wrong."""
     with pytest.raises(ValueError, match=message):
         decompose(model, **arguments)
 
 
 def test_wrong_types_are_refused():
-    """Catches a string taken for a collection of one-letter names, and a state dict taken for a model."""
+    """Catches a string taken for a collection of one-letter names, and a state dict taken for a
+    model."""
     with pytest.raises(TypeError, match="skip"):
         decompose(stack(nn.Conv2d(4, 4, 3)), skip="0")
     with pytest.raises(TypeError, match="model: got OrderedDict"):
         decompose(nn.Conv2d(3, 4, 3).state_dict())
 
 
-# Report, progress, package --------------------------------------------------------------------------------------------
+# Report, progress, package ----------------------------------------------------------------------
 
 
 def test_the_report_says_what_was_done():
-    """Catches errors of one layer beside another, and counts that are not those of the exported bottleneck."""
+    """Catches errors of one layer beside another, and counts that are not those of the exported
+    bottleneck."""
     model = stack(nn.Conv2d(4, 8, 3, stride=2, bias=False), nn.Conv2d(8, 8, 3, padding=1))
     supernet = decompose(model, (1, 2, 8), sweeps=5, input_size=(3, 9, 9), quiet=True)
     decomposition = report(supernet)
@@ -339,17 +372,23 @@ def test_the_report_says_what_was_done():
             p, r, q = (convolution.weight.detach() for convolution in folded)
             r = expand(r, len(p), len(p))
             approximation = torch.einsum("uo,oikl,it->utkl", q[..., 0, 0], r, p[..., 0, 0])
-            assert error == pytest.approx(((kernel - approximation).norm() / kernel.norm()).item(), abs=1e-5)
+            assert error == pytest.approx(
+                ((kernel - approximation).norm() / kernel.norm()).item(), abs=1e-5
+            )
             assert parameters == sum(parameter.numel() for parameter in folded.parameters())
             assert macs == gross.macs(folded, (layer.in_channels, side, side)).total
     assert decomposition.parameters_before == sum(p.numel() for p in model.parameters())
     assert decomposition.parameters == sum(p.numel() for p in supernet.parameters())
     printed = str(decomposition)
-    assert all(text in printed for text in ("4→8 3×3 /2", "1 2 8", ".000", "left alone, the first convolution: 0"))
+    assert all(
+        text in printed
+        for text in ("4→8 3×3 /2", "1 2 8", ".000", "left alone, the first convolution: 0")
+    )
 
 
 def test_quiet_prints_nothing_and_otherwise_progress_and_report_go_to_the_error_stream(capsys):
-    """Catches a library that writes into a program's output, and a fit of minutes without a sign of life."""
+    """Catches a library that writes into a program's output, and a fit of minutes without a sign of
+    life."""
     model = stack(nn.Conv2d(4, 4, 3))
     decompose(model, (1, 2), sweeps=2, quiet=True)
     assert capsys.readouterr() == ("", "")
@@ -361,8 +400,8 @@ def test_quiet_prints_nothing_and_otherwise_progress_and_report_go_to_the_error_
 
 
 def test_importing_gross_imports_none_of_the_optional_libraries():
-    """Catches an import at the top of a file that makes every user install everything, and a package that cannot be
-    called."""
+    """Catches an import at the top of a file that makes every user install everything, and a
+    package that cannot be called."""
     script = """
 import sys
 before = set(sys.modules)

@@ -12,8 +12,8 @@ from gross_kernels.series import residuals, sum_terms
 
 
 def integers(*shape: int) -> torch.Tensor:
-    """Small whole numbers in float64: every sum of their products is exact, so that equality can be tested as
-    equality."""
+    """Small whole numbers in float64: every sum of their products is exact, so that equality can be
+    tested as equality."""
     return torch.randint(-4, 5, shape, dtype=torch.float64)
 
 
@@ -27,19 +27,22 @@ def test_equation_4_the_expanded_weight_gives_the_same_output(in_channels, out_c
     """Catches blocks put at the wrong input channels, above all where the widths differ."""
     weight, features = integers(out_channels, g, 3, 3), integers(2, in_channels, 5, 5)
     grouped = F.conv2d(features, weight, groups=in_channels // g)
-    assert torch.equal(F.conv2d(features, expand(weight, h, in_channels), groups=in_channels // h), grouped)
+    assert torch.equal(
+        F.conv2d(features, expand(weight, h, in_channels), groups=in_channels // h), grouped
+    )
 
 
 def test_expansions_compose_and_are_linear():
-    """Catches an expansion that depends on the way it is reached, which would make equation 5 depend on the order of
-    its terms."""
+    """Catches an expansion that depends on the way it is reached, which would make equation 5
+    depend on the order of its terms."""
     a, b = integers(8, 1, 3, 3), integers(8, 1, 3, 3)
     assert torch.equal(expand(expand(a, 2, 8), 8, 8), expand(a, 8, 8))
     assert torch.equal(expand(a + b, 4, 8), expand(a, 4, 8) + expand(b, 4, 8))
 
 
 def test_equations_5_and_6_are_inverse_to_each_other():
-    """Catches a residual taken against the wrong term: the first n terms must sum to the n-th weight exactly."""
+    """Catches a residual taken against the wrong term: the first n terms must sum to the n-th
+    weight exactly."""
     weights = [integers(8, s, 3, 3) for s in (1, 2, 4, 8)]
     terms = residuals(weights, 8)
     for n, weight in enumerate(weights, start=1):
@@ -58,18 +61,25 @@ GEOMETRIES = [
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("width", [16, (8, 16)])
 def test_a_layer_equals_each_of_its_independent_bottlenecks(geometry, width):
-    """Catches a bottleneck whose stride, padding, bias or groups are not where Table 1 has them, at any group size."""
+    """Catches a bottleneck whose stride, padding, bias or groups are not where Table 1 has them, at
+    any group size."""
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 24, 3, **geometry)
     width_in, width_out = (width, width) if isinstance(width, int) else width
     bottlenecks = {
-        s: (torch.randn(width_in, 16, 1, 1), torch.randn(width_out, s, 3, 3), torch.randn(24, width_out, 1, 1))
+        s: (
+            torch.randn(width_in, 16, 1, 1),
+            torch.randn(width_out, s, 3, 3),
+            torch.randn(24, width_out, 1, 1),
+        )
         for s in (1, 2, 4, 8)
     }
     layer = GroSSConv2d.from_bottlenecks(conv, bottlenecks)
     image = torch.randn(2, 16, 9, 10)
     for s, (p, r, q) in bottlenecks.items():
-        grouped = nn.Conv2d(width_in, width_out, 3, groups=width_in // s, **{**geometry, "bias": False})
+        grouped = nn.Conv2d(
+            width_in, width_out, 3, groups=width_in // s, **{**geometry, "bias": False}
+        )
         grouped.weight = nn.Parameter(r)
         expected = F.conv2d(grouped(F.conv2d(image, p)), q, conv.bias)
         layer.group_size = s
@@ -77,9 +87,12 @@ def test_a_layer_equals_each_of_its_independent_bottlenecks(geometry, width):
 
 
 def test_a_supernet_equals_the_network_of_independent_bottlenecks_at_every_group_size():
-    """Catches a decomposition that the surgery loses or mixes up between layers on its way into the network."""
+    """Catches a decomposition that the surgery loses or mixes up between layers on its way into the
+    network."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3)
+    )
     supernet = decompose(model, (1, 2, 8), sweeps=3, quiet=True)
     fits = {k: block_term_series(model[k].weight.detach(), (1, 2, 8), sweeps=3) for k in (1, 3)}
     image = torch.randn(2, 3, 12, 12)
@@ -94,7 +107,9 @@ def test_a_supernet_equals_the_network_of_independent_bottlenecks_at_every_group
                 convolution.weight = nn.Parameter(weight)
             convolutions[1].bias = model[k].bias
             width = len(term.grouped)
-            grouped = nn.Conv2d(width, width, 3, padding=padding, groups=width // sizes[0], bias=False)
+            grouped = nn.Conv2d(
+                width, width, 3, padding=padding, groups=width // sizes[0], bias=False
+            )
             grouped.weight = nn.Parameter(term.grouped)
             network[k] = nn.Sequential(convolutions[0], grouped, convolutions[1])
         set_configuration(supernet, sizes)

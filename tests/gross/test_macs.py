@@ -1,5 +1,5 @@
-"""The counting rule: the papers' tables to the unit, closed form against a forward pass, and what a model can do with
-its layers."""
+"""The counting rule: the papers' tables to the unit, closed form against a forward pass, and what a
+model can do with its layers."""
 
 import time
 
@@ -16,13 +16,17 @@ NAMES = list(NETWORKS)
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, tuple[MacsReport, MacsReport]]:
-    """Each network's count before its decomposition and in it; without memory, so that VGG-16 costs nothing."""
+    """Each network's count before its decomposition and in it; without memory, so that VGG-16 costs
+    nothing."""
     counted = {}
     for name, network in NETWORKS.items():
         with torch.device("meta"):
             dense = build(network.dense or name)
         supernet = gross.decompose(dense, **structure(name), method="random", quiet=True)
-        counted[name] = (gross.macs(dense, network.input_size), gross.macs(supernet, network.input_size))
+        counted[name] = (
+            gross.macs(dense, network.input_size),
+            gross.macs(supernet, network.input_size),
+        )
     return counted
 
 
@@ -67,8 +71,8 @@ ROWS = [
 
 @pytest.mark.parametrize(("network", "configuration", "expected"), ROWS)
 def test_the_rule_gives_the_tables_to_the_unit(reports, network, configuration, expected):
-    """Catches any change of the rule: a lost bias, a pointwise convolution at the wrong resolution, a wrong spatial
-    size."""
+    """Catches any change of the rule: a lost bias, a pointwise convolution at the wrong resolution,
+    a wrong spatial size."""
     dense, supernet = reports[network]
     report = dense if configuration is None else supernet.with_configuration(configuration)
     assert report.total == expected
@@ -77,13 +81,17 @@ def test_the_rule_gives_the_tables_to_the_unit(reports, network, configuration, 
 
 
 def test_every_published_row_is_checked_and_close_to_what_is_printed(reports):
-    """Catches a configuration mistyped in ``PUBLISHED``. Half a unit in the third digit is at most 0.5 % of a number,
-    and the paper rounds down once."""
+    """Catches a configuration mistyped in ``PUBLISHED``. Half a unit in the third digit is at most
+    0.5 % of a number, and the paper rounds down once."""
     assert {(row.network, row.configuration) for row in PUBLISHED} == {row[:2] for row in ROWS}
     for row in PUBLISHED:
         if row.network != "vgg16-narrow":
             dense, supernet = reports[row.network]
-            report = dense if row.configuration is None else supernet.with_configuration(row.configuration)
+            report = (
+                dense
+                if row.configuration is None
+                else supernet.with_configuration(row.configuration)
+            )
             assert report.total == pytest.approx(row.macs, rel=0.002)
 
 
@@ -93,35 +101,43 @@ NOT_BY_THE_RULE = {
     ("vgg16-cifar", (4, 4, 16, 32, 16, 16, 1, 32, 4, 32, 16, 1)): 30.13,
     # Printed 3.18, which is the cut in all MACs.
     ("resnet18", (1, 1, 32, 1, 32, 4, 32, 16, 16, 32, 32, 32, 32, 4, 4, 16)): 11.50,
-    # Printed 4.89; by the rule the found configuration costs more than the one that it is compared with.
+    # Printed 4.89; by the rule the found configuration costs more than the one that it is compared
+    # with.
     ("vgg16-narrow", (11, 10, 14, 9, 15, 32, 64, 58, 3, 56, 7, 7)): -3.73,
 }
 
 
 def test_the_cuts_are_those_printed(reports):
-    """Catches a ``grouped`` that counts a pointwise convolution too, or misses a grouped one (the columns "Total" and
-    "G.Conv")."""
+    """Catches a ``grouped`` that counts a pointwise convolution too, or misses a grouped one (the
+    columns "Total" and "G.Conv")."""
     for row in PUBLISHED:
         if row.baseline is None or row.configuration is None:
             continue
         supernet = reports[row.network][1]
-        report, baseline = supernet.with_configuration(row.configuration), supernet.with_configuration(row.baseline)
+        report, baseline = (
+            supernet.with_configuration(row.configuration),
+            supernet.with_configuration(row.baseline),
+        )
         grouped_cut = 100 * (1 - report.grouped / baseline.grouped)
         expected = NOT_BY_THE_RULE.get((row.network, row.configuration), row.grouped_cut)
         # Three significant digits are printed.
         assert grouped_cut == pytest.approx(expected, abs=0.0051 if abs(expected) < 10 else 0.051)
         if row.macs_cut is not None:
             macs_cut = 100 * (1 - report.total / baseline.total)
-            assert macs_cut == pytest.approx(row.macs_cut, abs=0.0051 if row.macs_cut < 10 else 0.051)
+            assert macs_cut == pytest.approx(
+                row.macs_cut, abs=0.0051 if row.macs_cut < 10 else 0.051
+            )
     resnet = reports["resnet18"][1]
     found = resnet.with_configuration((1, 1, 32, 1, 32, 4, 32, 16, 16, 32, 32, 32, 32, 4, 4, 16))
-    assert 100 * (1 - found.total / resnet.with_configuration((16,) * 16).total) == pytest.approx(3.18, abs=0.0051)
+    assert 100 * (1 - found.total / resnet.with_configuration((16,) * 16).total) == pytest.approx(
+        3.18, abs=0.0051
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_configuration_costs_microseconds(reports, name):
-    """Catches a forward pass, or any walk over the model, hidden in a count. Measured: 3 to 5 µs; the best of five
-    batches shuts out other work on the machine."""
+    """Catches a forward pass, or any walk over the model, hidden in a count. Measured: 3 to 5 µs;
+    the best of five batches shuts out other work on the machine."""
     supernet = reports[name][1]
     smallest = tuple(sizes[0] for sizes in supernet.group_sizes)
     batches = []
@@ -134,8 +150,9 @@ def test_another_configuration_costs_microseconds(reports, name):
 
 
 def test_flop_counter_agrees_on_a_dense_network():
-    """Catches what a second, independent count sees differently: strides, dilations, groups, transposed convolutions,
-    linear layers. PyTorch counts two per multiply-accumulate and no biases."""
+    """Catches what a second, independent count sees differently: strides, dilations, groups,
+    transposed convolutions, linear layers. PyTorch counts two per multiply-accumulate and no
+    biases."""
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, bias=False),
         nn.Conv2d(8, 12, (3, 1), dilation=(2, 1), padding=1, groups=4, bias=False),
@@ -151,8 +168,11 @@ def test_flop_counter_agrees_on_a_dense_network():
 
 
 def test_flop_counter_agrees_on_a_supernet():
-    """Catches a decomposed layer counted at another group size, width or resolution than it runs at."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False))
+    """Catches a decomposed layer counted at another group size, width or resolution than it runs
+    at."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+    )
     supernet = gross.decompose(model, (1, 2, 4), width=(4, 8), method="random", quiet=True)
     for size in (1, 2, 4):
         gross.set_configuration(supernet, (size,))
@@ -162,8 +182,8 @@ def test_flop_counter_agrees_on_a_supernet():
 
 
 def test_biases_and_batch_norms_count_as_the_rule_says():
-    """Catches a bias counted per channel instead of per output element, a batch norm counted once, a linear bias
-    counted at all."""
+    """Catches a bias counted per channel instead of per output element, a batch norm counted once,
+    a linear bias counted at all."""
     model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 9, 5))
     report = gross.macs(model, (2, 3, 3))
     assert [layer.total for layer in report.layers] == [4 * 9 * (2 + 1), 2 * 4 * 9, 4 * 9 * 5]
@@ -185,9 +205,14 @@ class Twice(nn.Module):
 
 
 def test_calls_add_up_and_unused_layers_count_nothing():
-    """Catches counting per layer instead of per call, and configurations shifted by a layer that is not called."""
+    """Catches counting per layer instead of per call, and configurations shifted by a layer that is
+    not called."""
     dense = gross.macs(Twice(), (3, 8, 8))
-    assert [(layer.calls, layer.total) for layer in dense.layers] == [(1, 64 * 12), (0, 0), (2, (64 + 16) * 4 * 36)]
+    assert [(layer.calls, layer.total) for layer in dense.layers] == [
+        (1, 64 * 12),
+        (0, 0),
+        (2, (64 + 16) * 4 * 36),
+    ]
     supernet = gross.decompose(Twice(), (1, 2, 4), method="random", quiet=True)
     report = gross.macs(supernet, (3, 8, 8), (4, 2))
     assert report.layers[1].total == 0
@@ -196,7 +221,8 @@ def test_calls_add_up_and_unused_layers_count_nothing():
 
 
 def test_counting_leaves_the_model_as_it_is():
-    """Catches a count that runs the model itself: batch statistics, training mode, hooks or gradients would change."""
+    """Catches a count that runs the model itself: batch statistics, training mode, hooks or
+    gradients would change."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gross.macs(model, (3, 8, 8))
@@ -206,7 +232,8 @@ def test_counting_leaves_the_model_as_it_is():
 
 
 def test_the_report_prints_every_layer_and_the_total(reports):
-    """Catches a table that drops layers or shows stale numbers after another configuration was chosen."""
+    """Catches a table that drops layers or shows stale numbers after another configuration was
+    chosen."""
     report = reports["4-layer"][1].with_configuration((16, 8, 16))
     printed = str(report)
     assert "3,325,440" in printed
@@ -232,7 +259,8 @@ def test_bad_input_is_named(input_size, configuration, message):
 
 
 def test_an_input_that_the_model_refuses_says_what_was_tried():
-    """Catches an error from inside the model that leaves the user without the size that caused it."""
+    """Catches an error from inside the model that leaves the user without the size that caused
+    it."""
     with torch.device("meta"):
         model = build("4-layer")
     with pytest.raises(RuntimeError) as error:

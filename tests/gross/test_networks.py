@@ -1,5 +1,5 @@
-"""The paper's networks: their definitions (appendix, A.1), initialisation (A.2), structures, and users' weight
-files."""
+"""The paper's networks: their definitions (appendix, A.1), initialisation (A.2), structures, and
+users' weight files."""
 
 import math
 import sys
@@ -22,8 +22,8 @@ def build_empty(name: str, **options: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        # Sums over the layers of Tables 1 and 2 of the appendix; those of torchvision's networks are in its
-        # documentation.
+        # Sums over the layers of Tables 1 and 2 of the appendix; those of torchvision's networks
+        # are in its documentation.
         ("4-layer", 133_930),
         ("vgg16-cifar", 14_714_688 + 512 * 512 + 512 + 512 * 10 + 10),
         ("vgg16", 138_357_544),
@@ -38,8 +38,8 @@ def test_networks_have_the_layers_of_the_appendix(name, parameters):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("num_classes", [None, 7])
 def test_outputs_are_one_score_per_class(name, num_classes):
-    """Catches a classifier that does not fit the features at the network's own input size, or ignores
-    ``num_classes``."""
+    """Catches a classifier that does not fit the features at the network's own input size, or
+    ignores ``num_classes``."""
     model = build_empty(name) if num_classes is None else build_empty(name, num_classes=num_classes)
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     assert last.out_features == (num_classes or NETWORKS[name].num_classes)
@@ -47,8 +47,8 @@ def test_outputs_are_one_score_per_class(name, num_classes):
 
 
 def test_initialisation_is_that_of_appendix_a2():
-    """Catches "fan in" for "fan out", a standard deviation of 0.01 where the variance is 0.01, and biases that are not
-    0."""
+    """Catches "fan in" for "fan out", a standard deviation of 0.01 where the variance is 0.01, and
+    biases that are not 0."""
     torch.manual_seed(0)
     for module in build("vgg16-cifar").modules():
         if isinstance(module, nn.Conv2d):
@@ -58,12 +58,15 @@ def test_initialisation_is_that_of_appendix_a2():
         else:
             continue
         # The standard deviation of n samples is off by 1/√(2n); five times that.
-        assert module.weight.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * module.weight.numel()))
+        assert module.weight.std().item() == pytest.approx(
+            expected, rel=5 / math.sqrt(2 * module.weight.numel())
+        )
         assert not module.bias.any()
 
 
 def test_the_narrow_network_keeps_the_variance_of_vgg16():
-    """Catches bottlenecks drawn at a layer's own scale, which shrink a signal until VGG-16's depth has lost it."""
+    """Catches bottlenecks drawn at a layer's own scale, which shrink a signal until VGG-16's depth
+    has lost it."""
     torch.manual_seed(0)
     model = build("vgg16-narrow")
     for layer in model.modules():
@@ -71,17 +74,21 @@ def test_the_narrow_network_keeps_the_variance_of_vgg16():
             size = layer.group_sizes[0]
             layer.group_size = size
             with torch.no_grad():
-                variance = layer(torch.randn(4, layer.in_channels, 12, 12))[..., 1:-1, 1:-1].var().item()
+                variance = (
+                    layer(torch.randn(4, layer.in_channels, 12, 12))[..., 1:-1, 1:-1].var().item()
+                )
             # He's rule in fan-out mode; few channels leave it uncertain by some tens of percent.
             assert variance == pytest.approx(2 * layer.in_channels / layer.out_channels, rel=0.5)
             assert not layer.bias.any()
 
 
 @pytest.mark.parametrize(
-    ("name", "configurations"), [("4-layer", 252), ("vgg16-cifar", 4**12), ("vgg16", 4**12), ("resnet18", 4**16)]
+    ("name", "configurations"),
+    [("4-layer", 252), ("vgg16-cifar", 4**12), ("vgg16", 4**12), ("resnet18", 4**16)],
 )
 def test_structures_span_the_papers_search_spaces(name, configurations):
-    """Catches a convolution that is missing in a structure, or group sizes that do not fit it (section 4.3)."""
+    """Catches a convolution that is missing in a structure, or group sizes that do not fit it
+    (section 4.3)."""
     sizes = structure(name)["group_sizes"]
     supernet = gross.decompose(build_empty(name), **structure(name), method="random", quiet=True)
     layers = gross.supernet.decomposed_layers(supernet)
@@ -134,7 +141,8 @@ class Malicious:
 
 
 def test_weight_files_that_cannot_be_used_say_why(tmp_path, trained, capsys):
-    """Catches a traceback from deep inside torch, code run from a file, and a model loaded by half."""
+    """Catches a traceback from deep inside torch, code run from a file, and a model loaded by
+    half."""
     good = tmp_path / "good.pth"
     torch.save(trained.state_dict(), good)
     cases = {
@@ -169,7 +177,8 @@ def test_weights_of_another_network_are_refused_with_the_differences(tmp_path, t
     state["features.3.weight"] = torch.zeros(32, 32, 5, 5)
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(
-        ValueError, match=r"missing: features\.0\.bias.*head\.weight.*features\.3\.weight \(32, 32, 5, 5\)"
+        ValueError,
+        match=r"missing: features\.0\.bias.*head\.weight.*features\.3\.weight \(32, 32, 5, 5\)",
     ):
         build("4-layer", weights=tmp_path / "other.pth")
 
@@ -186,5 +195,7 @@ def test_unknown_names_list_the_known_ones():
 def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
     """Catches a bare ModuleNotFoundError, which does not say how to mend it."""
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    with pytest.raises(ImportError, match=r"torchvision\.models.*pip install gross-kernels\[gross\]"):
+    with pytest.raises(
+        ImportError, match=r"torchvision\.models.*pip install gross-kernels\[gross\]"
+    ):
         build("vgg16")

@@ -1,4 +1,5 @@
-"""Saving and loading supernets: what comes back, what is refused, and that nothing is half-written or half-loaded."""
+"""Saving and loading supernets: what comes back, what is refused, and that nothing is half-written
+or half-loaded."""
 
 import copy
 import json
@@ -18,11 +19,17 @@ from torchvision.models import resnet18
 
 def small(channels: int = 4, stride: int = 1) -> nn.Module:
     """A network that ``gross.networks`` does not know."""
-    return nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.Conv2d(channels, 4, 3, stride=stride))
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3),
+        nn.BatchNorm2d(channels),
+        nn.Conv2d(channels, 4, 3, stride=stride),
+    )
 
 
 def supernet(model: nn.Module | None = None, group_sizes: tuple[int, ...] = (1, 2, 4)) -> nn.Module:
-    return gross.decompose(small() if model is None else model, group_sizes, method="random", quiet=True)
+    return gross.decompose(
+        small() if model is None else model, group_sizes, method="random", quiet=True
+    )
 
 
 @pytest.fixture
@@ -52,12 +59,12 @@ def rewrite(path: Path, description: dict | None) -> None:
     safetensors.torch.save_file(tensors, path, metadata)
 
 
-# What comes back ------------------------------------------------------------------------------------------------------
+# What comes back --------------------------------------------------------------------------------
 
 
 def test_a_known_network_comes_back_without_its_code(tmp_path, four_layer):
-    """Catches a lost configuration, class count or structure, and a tensor that stays on the meta device or at its
-    initial value."""
+    """Catches a lost configuration, class count or structure, and a tensor that stays on the meta
+    device or at its initial value."""
     set_configuration(four_layer, (8, 2, 32))
     gross.save(four_layer, tmp_path / "saved.safetensors")
     loaded = gross.load(tmp_path / "saved.safetensors")
@@ -77,8 +84,8 @@ def test_the_file_keeps_dtypes(tmp_path, four_layer):
 
 @pytest.mark.parametrize("name", ["vgg16-cifar", "resnet18"])
 def test_the_papers_networks_are_recognised(tmp_path, name):
-    """Catches a comparison that depends on group sizes, class count, weights or the active configuration. (VGG-16 for
-    ImageNet is the same code at 0.5 GB a file.)"""
+    """Catches a comparison that depends on group sizes, class count, weights or the active
+    configuration. (VGG-16 for ImageNet is the same code at 0.5 GB a file.)"""
     model = networks.build(name, num_classes=3)
     saved = gross.decompose(model, (1, 4), width=8, method="random", quiet=True)
     gross.save(saved, tmp_path / "saved.safetensors")
@@ -87,8 +94,8 @@ def test_the_papers_networks_are_recognised(tmp_path, name):
 
 
 def test_a_look_alike_is_not_recognised(tmp_path):
-    """Catches a network taken for the paper's because its tensors have the same shapes: it would load and compute
-    something else."""
+    """Catches a network taken for the paper's because its tensors have the same shapes: it would
+    load and compute something else."""
     model = networks.build("4-layer")
     model.features[1] = nn.GELU()
     gross.save(supernet(model), tmp_path / "saved.safetensors")
@@ -99,8 +106,8 @@ def test_a_look_alike_is_not_recognised(tmp_path):
 
 @pytest.mark.parametrize("given", ["dense", "supernet", "partly decomposed"])
 def test_any_network_comes_back_into_a_given_model(tmp_path, given):
-    """Catches a given model that is changed, or whose weights stay in the result; batch statistics are part of the
-    state."""
+    """Catches a given model that is changed, or whose weights stay in the result; batch statistics
+    are part of the state."""
     model = nn.Sequential(small(), small(), nn.Conv2d(4, 3, 1))[::1]
     model[1][0] = nn.Conv2d(4, 4, 3)
     saved = supernet(model)
@@ -109,7 +116,9 @@ def test_any_network_comes_back_into_a_given_model(tmp_path, given):
     into = {
         "dense": model,
         "supernet": supernet(model),
-        "partly decomposed": gross.decompose(model, {"1.2": (1, 2, 4)}, method="random", quiet=True),
+        "partly decomposed": gross.decompose(
+            model, {"1.2": (1, 2, 4)}, method="random", quiet=True
+        ),
     }[given].eval()
     before = copy.deepcopy(into)
     loaded = gross.load(tmp_path / "saved.safetensors", into)
@@ -140,8 +149,11 @@ def test_shared_layers_and_tied_weights_come_back_shared(tmp_path):
 
 
 def test_the_description_says_what_the_file_is(tmp_path, four_layer):
-    """Catches a description that other programs cannot read, or that lacks where the supernet is from."""
-    saved = gross.decompose(networks.build("4-layer"), {"features.3": (1, 32)}, sweeps=2, quiet=True)
+    """Catches a description that other programs cannot read, or that lacks where the supernet is
+    from."""
+    saved = gross.decompose(
+        networks.build("4-layer"), {"features.3": (1, 32)}, sweeps=2, quiet=True
+    )
     gross.save(saved, tmp_path / "saved.safetensors", provenance={"data": "digits"})
     metadata, _ = header(tmp_path / "saved.safetensors")
     content = json.loads(metadata["__metadata__"][storage.KEY])
@@ -155,15 +167,24 @@ def test_the_description_says_what_the_file_is(tmp_path, four_layer):
     assert vars(gross.load(tmp_path / "saved.safetensors"))["decomposition_report"] == report
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------
 
 
 def test_truncated_files_are_refused(tmp_path, four_layer):
-    """Catches a file cut off by a full disk that loads with the missing tensors at their initial values."""
+    """Catches a file cut off by a full disk that loads with the missing tensors at their initial
+    values."""
     gross.save(four_layer, tmp_path / "saved.safetensors")
     content = (tmp_path / "saved.safetensors").read_bytes()
     _, end_of_header = header(tmp_path / "saved.safetensors")
-    for length in (0, 4, 8, end_of_header - 1, end_of_header, end_of_header + 100, len(content) - 1):
+    for length in (
+        0,
+        4,
+        8,
+        end_of_header - 1,
+        end_of_header,
+        end_of_header + 100,
+        len(content) - 1,
+    ):
         (tmp_path / "cut.safetensors").write_bytes(content[:length])
         with pytest.raises(ValueError, match="not a whole safetensors file"):
             gross.load(tmp_path / "cut.safetensors")
@@ -211,7 +232,9 @@ def test_a_description_that_is_not_json_is_refused(tmp_path, four_layer):
     """Catches a parser's message without the file's name."""
     path = tmp_path / "broken.safetensors"
     safetensors.torch.save_file(four_layer.state_dict(), path, {storage.KEY: "{"})
-    with pytest.raises(ValueError, match=r"broken\.safetensors is not a supernet that this version can read"):
+    with pytest.raises(
+        ValueError, match=r"broken\.safetensors is not a supernet that this version can read"
+    ):
         gross.load(path)
 
 
@@ -226,8 +249,8 @@ def test_a_description_that_is_not_json_is_refused(tmp_path, four_layer):
     ],
 )
 def test_mismatched_models_are_refused_and_left_as_they_are(tmp_path, other, message):
-    """Catches a supernet loaded into another geometry, where every shape agrees, and a model that is half the old and
-    half the new."""
+    """Catches a supernet loaded into another geometry, where every shape agrees, and a model that
+    is half the old and half the new."""
     gross.save(supernet(), tmp_path / "saved.safetensors")
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=message) as error:
@@ -250,7 +273,8 @@ def test_only_supernets_with_values_are_saved(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """Catches a file that is overwritten in place: a full disk would destroy the supernet that it was to replace."""
+    """Catches a file that is overwritten in place: a full disk would destroy the supernet that it
+    was to replace."""
     path = tmp_path / "saved.safetensors"
     gross.save(supernet(), path)
     before = path.read_bytes()
@@ -267,7 +291,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_saved_resnet_counts_its_decomposed_layers(tmp_path):
-    """Catches names that change between a model and its description (torchvision's nested blocks)."""
+    """Catches names that change between a model and its description (torchvision's nested
+    blocks)."""
     saved = supernet(resnet18(num_classes=3), (1, 16))
     gross.save(saved, tmp_path / "saved.safetensors")
     assert list(describe(tmp_path / "saved.safetensors").layers) == list(decomposed_layers(saved))

@@ -19,17 +19,27 @@ ops = torch.ops.gross
 CASES = {
     "plain": Case(2, 4, 4, (1, 2, 4), (1, 2), (2, 3), active=2),
     "gated": Case(1, 4, 4, (1, 2, 4), (1, 2), (2, 3), active=2, gated=True),
-    "all_terms": Case(1, 6, 4, (3, 6), (2, 1), (3, 2), (2, 1), (1, 1), (2, 1), active=2, gated=True),
-    "channels_last": Case(2, 4, 6, (2, 4), (2, 2), (2, 3), (1, 2), (1, 0), active=1, gated=True, channels_last=True),
+    "all_terms": Case(
+        1, 6, 4, (3, 6), (2, 1), (3, 2), (2, 1), (1, 1), (2, 1), active=2, gated=True
+    ),
+    "channels_last": Case(
+        2, 4, 6, (2, 4), (2, 2), (2, 3), (1, 2), (1, 0), active=1, gated=True, channels_last=True
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 #: Those that serve float64 on the CPU.
-EXACT = [name for name in BACKENDS if Target(name, "cpu", torch.float64, torch.float64).serves(CASES["plain"])]
+EXACT = [
+    name
+    for name in BACKENDS
+    if Target(name, "cpu", torch.float64, torch.float64).serves(CASES["plain"])
+]
 every_way = pytest.mark.parametrize("fused", [True, False], ids=["fused", "parts"])
 every_backend = pytest.mark.parametrize("backend", EXACT)
 
 
-def leaves(case: Case, dtype: torch.dtype = torch.float64, terms_dtype: torch.dtype | None = None) -> list[Tensor]:
+def leaves(
+    case: Case, dtype: torch.dtype = torch.float64, terms_dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Input, terms and gates as leaves that require gradients."""
     input, terms, gates, _ = case.tensors(dtype, terms_dtype)
     return [t.requires_grad_() for t in (input, *terms, *([] if gates is None else [gates]))]
@@ -41,7 +51,15 @@ def function(case: Case) -> Callable[..., Tensor]:
 
     def call(input: Tensor, *rest: Tensor) -> Tensor:
         terms, gates = (rest[:-1], rest[-1]) if case.gated else (rest, None)
-        return series_conv2d(input, terms, case.active, stride=stride, padding=padding, dilation=dilation, gates=gates)
+        return series_conv2d(
+            input,
+            terms,
+            case.active,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            gates=gates,
+        )
 
     return call
 
@@ -57,12 +75,15 @@ def test_first_derivatives(backend: str, case: Case) -> None:
 @every_backend
 @every_case
 def test_second_derivatives(backend: str, case: Case) -> None:
-    """Catches a gradient of the backward operator that is not its derivative, in any of its four arguments."""
+    """Catches a gradient of the backward operator that is not its derivative, in any of its four
+    arguments."""
     with use_backend(backend):
         assert torch.autograd.gradgradcheck(function(case), leaves(case))
 
 
-@pytest.mark.parametrize("needed", [needed for needed in product([True, False], repeat=3) if 0 < sum(needed) < 3])
+@pytest.mark.parametrize(
+    "needed", [needed for needed in product([True, False], repeat=3) if 0 < sum(needed) < 3]
+)
 def test_derivatives_of_some_arguments(needed: tuple[bool, bool, bool]) -> None:
     """Catches a derivative that is wrong, or an error, when input, terms or gates need none."""
     input, *terms, gates = leaves(CASES["gated"])
@@ -83,7 +104,8 @@ def test_derivative_of_one_term() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_derivatives_of_the_sum(gated: bool) -> None:
-    """Catches a wrong first or second derivative of ``series_sum``, the sum of pointwise weights."""
+    """Catches a wrong first or second derivative of ``series_sum``, the sum of pointwise
+    weights."""
     terms = [torch.randn(3, 2, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     gates = [torch.randn(3, dtype=torch.float64, requires_grad=True)] * gated
 
@@ -96,7 +118,8 @@ def test_derivatives_of_the_sum(gated: bool) -> None:
 
 @every_case
 def test_needs(case: Case) -> None:
-    """Catches a gradient that depends on which others are asked for, and one that is returned unasked."""
+    """Catches a gradient that depends on which others are asked for, and one that is returned
+    unasked."""
     input, terms, gates, grad = case.tensors(torch.float32)
 
     def backward(*needs: bool) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -108,12 +131,17 @@ def test_needs(case: Case) -> None:
         some_input, some_terms, some_gates = backward(*needs)
         assert torch.equal(some_input, grad_input) if needs[0] else some_input.numel() == 0
         assert all(map(torch.equal, some_terms, grad_terms)) if needs[1] else some_terms == []
-        assert torch.equal(some_gates, grad_gates) if needs[2] and case.gated else some_gates.numel() == 0
+        assert (
+            torch.equal(some_gates, grad_gates)
+            if needs[2] and case.gated
+            else some_gates.numel() == 0
+        )
 
 
 @pytest.mark.parametrize("active", [1, 2, 3])
 def test_gradients_beyond_active_are_zero(active: int) -> None:
-    """Catches gradients of unused parameters, and none at all, for which DistributedDataParallel would wait."""
+    """Catches gradients of unused parameters, and none at all, for which DistributedDataParallel
+    would wait."""
     case = CASES["gated"]
     input, *terms, gates = leaves(case)
     series_conv2d(input, terms, active, gates=gates).sum().backward()
@@ -126,7 +154,8 @@ def test_gradients_beyond_active_are_zero(active: int) -> None:
 @every_backend
 @pytest.mark.parametrize("gated", [False, True])
 def test_two_sizes_before_one_backward(backend: str, gated: bool) -> None:
-    """Catches an ``active`` that is kept by reference: the first call's gradient would be that of the second's size."""
+    """Catches an ``active`` that is kept by reference: the first call's gradient would be that of
+    the second's size."""
     case = CASES["gated" if gated else "plain"]
     stride, padding, dilation = case.geometry
     arguments = leaves(case)
@@ -134,11 +163,16 @@ def test_two_sizes_before_one_backward(backend: str, gated: bool) -> None:
     gates = arguments[4] if gated else None
 
     def loss(active: int) -> Tensor:
-        output = series_conv2d(input, terms, active, stride=stride, padding=padding, dilation=dilation, gates=gates)
+        output = series_conv2d(
+            input, terms, active, stride=stride, padding=padding, dilation=dilation, gates=gates
+        )
         return output.square().sum()
 
     with use_backend(backend):
-        alone = [torch.autograd.grad(loss(active), arguments, materialize_grads=True) for active in (1, 3)]
+        alone = [
+            torch.autograd.grad(loss(active), arguments, materialize_grads=True)
+            for active in (1, 3)
+        ]
         first = loss(1)
         together = torch.autograd.grad(first + loss(3), arguments, materialize_grads=True)
     for a, b, both in zip(*alone, together, strict=True):
@@ -146,7 +180,8 @@ def test_two_sizes_before_one_backward(backend: str, gated: bool) -> None:
 
 
 def test_active_tensor_is_not_written_to() -> None:
-    """Catches a backward that does not notice ``active`` being overwritten in place: torch must refuse, not mislead."""
+    """Catches a backward that does not notice ``active`` being overwritten in place: torch must
+    refuse, not mislead."""
     case = CASES["plain"]
     input, *terms = leaves(case)
     active = torch.tensor(1)
@@ -165,7 +200,8 @@ def step(layer: GroSSConv2d, call: Callable[[Tensor], Tensor]) -> list[Tensor]:
 
 @every_way
 def test_checkpoint(fused: bool) -> None:
-    """Catches a forward pass that cannot be run again for the backward pass, or that keeps what it should drop."""
+    """Catches a forward pass that cannot be run again for the backward pass, or that keeps what it
+    should drop."""
     layer = GroSSConv2d(8, 8, 3, padding=1, group_sizes=(2, 4), relu=True)
     kept: list[Tensor] = []
 
@@ -181,9 +217,12 @@ def test_checkpoint(fused: bool) -> None:
 
 @every_way
 def test_saved_tensors_on_disk(fused: bool) -> None:
-    """Catches a backward pass that reads tensors past torch's hooks: here they come back as copies."""
+    """Catches a backward pass that reads tensors past torch's hooks: here they come back as
+    copies."""
     layer = GroSSConv2d(8, 8, 3, padding=1, group_sizes=(2, 4), relu=True)
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.detach().numpy().copy(), torch.from_numpy
+    )
 
     def stored(input: Tensor) -> Tensor:
         with hooks:
@@ -195,17 +234,23 @@ def test_saved_tensors_on_disk(fused: bool) -> None:
 
 @every_way
 def test_functorch_says_no(fused: bool) -> None:
-    """Catches a transform of torch.func that returns something: the operators have no rules for them."""
+    """Catches a transform of torch.func that returns something: the operators have no rules for
+    them."""
     layer = GroSSConv2d(8, 8, 3, padding=1, group_sizes=(2, 4))
     for no_grad in (False, True):
-        with use_fused(fused), torch.set_grad_enabled(not no_grad), pytest.raises(RuntimeError, match="setup_context"):
+        with (
+            use_fused(fused),
+            torch.set_grad_enabled(not no_grad),
+            pytest.raises(RuntimeError, match="setup_context"),
+        ):
             torch.func.grad(lambda input: layer(input).sum())(torch.randn(2, 8, 5, 4))
 
 
 @every_way
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_no_python_of_autograd_without_gradients(mode: Callable, fused: bool) -> None:
-    """Catches calls that enter the Python implementation of the Autograd key for nothing: 5 µs each."""
+    """Catches calls that enter the Python implementation of the Autograd key for nothing: 5 µs
+    each."""
     layer, input = GroSSConv2d(8, 8, 3, padding=1, group_sizes=(2, 4)), torch.randn(2, 8, 5, 4)
     entered: list[str] = []
 
@@ -220,19 +265,28 @@ def test_no_python_of_autograd_without_gradients(mode: Callable, fused: bool) ->
     assert len(entered) == (0 if mode is not torch.enable_grad else 1 if fused else 3)
 
 
-# torch.library --------------------------------------------------------------------------------------------------------
+# torch.library ----------------------------------------------------------------------------------
 
-DTYPES = [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.float32)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32),
+]
 
 
 @every_case
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_forward(case: Case, dtypes: tuple[torch.dtype, torch.dtype], requires_grad: bool) -> None:
-    """Catches a schema, fake kernel or autograd registration that torch.compile would stumble over."""
+def test_opcheck_forward(
+    case: Case, dtypes: tuple[torch.dtype, torch.dtype], requires_grad: bool
+) -> None:
+    """Catches a schema, fake kernel or autograd registration that torch.compile would stumble
+    over."""
     input, *terms = (t.detach().requires_grad_(requires_grad) for t in leaves(case, *dtypes))
     gates = terms.pop() if case.gated else None
-    torch.library.opcheck(ops.series_conv2d, (input, terms, torch.tensor(case.active), gates, *case.geometry))
+    torch.library.opcheck(
+        ops.series_conv2d, (input, terms, torch.tensor(case.active), gates, *case.geometry)
+    )
 
 
 @every_case
@@ -240,7 +294,9 @@ def test_opcheck_forward(case: Case, dtypes: tuple[torch.dtype, torch.dtype], re
 @pytest.mark.parametrize(
     "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 )
-def test_opcheck_backward(case: Case, dtypes: tuple[torch.dtype, torch.dtype], needs: tuple[bool, bool, bool]) -> None:
+def test_opcheck_backward(
+    case: Case, dtypes: tuple[torch.dtype, torch.dtype], needs: tuple[bool, bool, bool]
+) -> None:
     """Catches the same in the backward operator, for every kind of returned gradient."""
     input, terms, gates, grad = case.tensors(*dtypes)
     torch.library.opcheck(
@@ -249,11 +305,17 @@ def test_opcheck_backward(case: Case, dtypes: tuple[torch.dtype, torch.dtype], n
     )
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str
+)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_sum(dtypes: tuple[torch.dtype, torch.dtype], gated: bool, requires_grad: bool) -> None:
+def test_opcheck_sum(
+    dtypes: tuple[torch.dtype, torch.dtype], gated: bool, requires_grad: bool
+) -> None:
     """Catches the same in the sum of pointwise weights."""
-    terms = [torch.randn(3, 2, 1, 1, dtype=dtypes[0], requires_grad=requires_grad) for _ in range(3)]
+    terms = [
+        torch.randn(3, 2, 1, 1, dtype=dtypes[0], requires_grad=requires_grad) for _ in range(3)
+    ]
     gates = torch.randn(3, dtype=dtypes[1], requires_grad=requires_grad) if gated else None
     torch.library.opcheck(ops.series_sum, (terms, torch.tensor(2), gates))

@@ -1,4 +1,5 @@
-"""Bad arguments of every public entry: the right exception names the argument, what was got and what is accepted."""
+"""Bad arguments of every public entry: the right exception names the argument, what was got and
+what is accepted."""
 
 import re
 from collections.abc import Callable
@@ -15,11 +16,15 @@ INPUT = torch.randn(2, 4, 6, 6)
 TERMS = [torch.randn(4, s, 3, 3) for s in (1, 2, 4)]
 
 
-def terms(*sizes: int, out_channels: int = 4, kernel_size: tuple[int, int] = (3, 3)) -> list[Tensor]:
+def terms(
+    *sizes: int, out_channels: int = 4, kernel_size: tuple[int, int] = (3, 3)
+) -> list[Tensor]:
     return [torch.randn(out_channels, s, *kernel_size) for s in sizes]
 
 
-def assert_refuses(error: type[Exception], argument: str, got: str, accepted: str, call: Callable) -> None:
+def assert_refuses(
+    error: type[Exception], argument: str, got: str, accepted: str, call: Callable
+) -> None:
     """The message reads "argument: got …, accepted …"."""
     with pytest.raises(error) as caught:
         call()
@@ -32,7 +37,7 @@ def case(error: type[Exception], argument: str, got: str, accepted: str, **argum
     return pytest.param(error, argument, got, accepted, arguments, id=f"{argument}-{got}")
 
 
-# series_conv2d and explain --------------------------------------------------------------------------------------------
+# series_conv2d and explain ----------------------------------------------------------------------
 
 OF_FUNCTION = [
     case(TypeError, "input", "ndarray", "Tensor", input=INPUT.numpy()),
@@ -40,24 +45,84 @@ OF_FUNCTION = [
     case(ValueError, "input", "(6, 6)", "[N, C_in, H, W]", input=INPUT[0, 0]),
     case(ValueError, "input", "(1, 2, 4, 6, 6)", "[N, C_in, H, W]", input=INPUT[None]),
     case(TypeError, "input", "torch.int64", "float32, float64, float16", input=INPUT.long()),
-    case(TypeError, "input", "torch.complex64", "float32, float64, float16", input=INPUT.to(torch.complex64)),
-    case(TypeError, "input", "torch.float8_e5m2", "float32, float64, float16", input=INPUT.to(torch.float8_e5m2)),
-    case(TypeError, "input", "torch.float64 with terms of torch.float32", "equal dtypes", input=INPUT.double()),
-    case(TypeError, "input", "torch.float32 with terms of torch.float64", "float32 terms", terms=[TERMS[0].double()]),
-    case(TypeError, "input", "torch.float32 with terms of torch.bfloat16", "equal", terms=[TERMS[0].bfloat16()]),
+    case(
+        TypeError,
+        "input",
+        "torch.complex64",
+        "float32, float64, float16",
+        input=INPUT.to(torch.complex64),
+    ),
+    case(
+        TypeError,
+        "input",
+        "torch.float8_e5m2",
+        "float32, float64, float16",
+        input=INPUT.to(torch.float8_e5m2),
+    ),
+    case(
+        TypeError,
+        "input",
+        "torch.float64 with terms of torch.float32",
+        "equal dtypes",
+        input=INPUT.double(),
+    ),
+    case(
+        TypeError,
+        "input",
+        "torch.float32 with terms of torch.float64",
+        "float32 terms",
+        terms=[TERMS[0].double()],
+    ),
+    case(
+        TypeError,
+        "input",
+        "torch.float32 with terms of torch.bfloat16",
+        "equal",
+        terms=[TERMS[0].bfloat16()],
+    ),
     case(ValueError, "input", "device meta", "cpu", input=INPUT.to("meta")),
     case(TypeError, "terms", "NoneType", "sequence of Tensors", terms=None),
     case(TypeError, "terms", "Tensor", "sequence of Tensors", terms=TERMS[0]),
     case(ValueError, "terms", "none", "at least one", terms=[]),
     case(TypeError, "terms[1]", "list", "Tensor", terms=[TERMS[0], []]),
-    case(ValueError, "terms[0]", "(4, 1, 3)", "[C_out, group size, kh, kw]", terms=[TERMS[0][..., 0]]),
-    case(ValueError, "terms[0]", "(4, 1, 0, 3)", "[C_out, group size, kh, kw]", terms=terms(1, kernel_size=(0, 3))),
-    case(ValueError, "terms[0]", "(0, 1, 3, 3)", "[C_out, group size, kh, kw]", terms=terms(1, out_channels=0)),
-    case(ValueError, "terms[1]", "(8, 2, 3, 3)", "(4, 1, 3, 3)", terms=[*terms(1), *terms(2, out_channels=8)]),
-    case(ValueError, "terms[1]", "(4, 2, 3, 1)", "(4, 1, 3, 3)", terms=[*terms(1), *terms(2, kernel_size=(3, 1))]),
-    case(TypeError, "terms[1]", "torch.float64", "torch.float32", terms=[TERMS[0], TERMS[1].double()]),
+    case(
+        ValueError, "terms[0]", "(4, 1, 3)", "[C_out, group size, kh, kw]", terms=[TERMS[0][..., 0]]
+    ),
+    case(
+        ValueError,
+        "terms[0]",
+        "(4, 1, 0, 3)",
+        "[C_out, group size, kh, kw]",
+        terms=terms(1, kernel_size=(0, 3)),
+    ),
+    case(
+        ValueError,
+        "terms[0]",
+        "(0, 1, 3, 3)",
+        "[C_out, group size, kh, kw]",
+        terms=terms(1, out_channels=0),
+    ),
+    case(
+        ValueError,
+        "terms[1]",
+        "(8, 2, 3, 3)",
+        "(4, 1, 3, 3)",
+        terms=[*terms(1), *terms(2, out_channels=8)],
+    ),
+    case(
+        ValueError,
+        "terms[1]",
+        "(4, 2, 3, 1)",
+        "(4, 1, 3, 3)",
+        terms=[*terms(1), *terms(2, kernel_size=(3, 1))],
+    ),
+    case(
+        TypeError, "terms[1]", "torch.float64", "torch.float32", terms=[TERMS[0], TERMS[1].double()]
+    ),
     case(ValueError, "terms[2]", "device meta", "cpu", terms=[*TERMS[:2], TERMS[2].to("meta")]),
-    case(ValueError, "terms", "group size 3 in (3,)", "divisors of the input width 4", terms=terms(3)),
+    case(
+        ValueError, "terms", "group size 3 in (3,)", "divisors of the input width 4", terms=terms(3)
+    ),
     case(ValueError, "terms", "group size 8", "divisors of the input width 4", terms=terms(8)),
     case(
         ValueError,
@@ -67,8 +132,20 @@ OF_FUNCTION = [
         input=torch.randn(1, 5, 6, 6),
         terms=terms(4),
     ),
-    case(ValueError, "terms", "group size 1", "divisors of the input width 0", input=torch.randn(1, 0, 6, 6)),
-    case(ValueError, "terms", "4 groups", "divides the output width 6", terms=terms(1, out_channels=6)),
+    case(
+        ValueError,
+        "terms",
+        "group size 1",
+        "divisors of the input width 0",
+        input=torch.randn(1, 0, 6, 6),
+    ),
+    case(
+        ValueError,
+        "terms",
+        "4 groups",
+        "divides the output width 6",
+        terms=terms(1, out_channels=6),
+    ),
     case(ValueError, "terms", "4 before 2 in (4, 2)", "each divides the next", terms=terms(4, 2)),
     case(ValueError, "terms", "2 before 2 in (2, 2)", "ascending", terms=terms(2, 2)),
     case(
@@ -85,7 +162,13 @@ OF_FUNCTION = [
     case(ValueError, "active", "-1", "1 to 3", active=torch.tensor(-1)),
     case(TypeError, "active", "1.0", "an int", active=1.0),
     case(TypeError, "active", "True", "an int", active=True),
-    case(TypeError, "active", "torch.int32", "0-dimensional int64", active=torch.tensor(1, dtype=torch.int32)),
+    case(
+        TypeError,
+        "active",
+        "torch.int32",
+        "0-dimensional int64",
+        active=torch.tensor(1, dtype=torch.int32),
+    ),
     case(TypeError, "active", "(1,)", "0-dimensional int64", active=torch.tensor([1])),
     case(TypeError, "active", "on meta", "on the CPU", active=torch.tensor(1, device="meta")),
     case(ValueError, "stride", "0", "at least 1", stride=0),
@@ -95,16 +178,38 @@ OF_FUNCTION = [
     case(ValueError, "padding", "-1", "at least 0", padding=(0, -1)),
     case(TypeError, "padding", "True", "an int", padding=True),
     case(ValueError, "padding", "'full'", "'valid', 'same'", padding="full"),
-    case(ValueError, "padding", "'same' with stride (2, 1)", "stride 1", padding="same", stride=(2, 1)),
+    case(
+        ValueError,
+        "padding",
+        "'same' with stride (2, 1)",
+        "stride 1",
+        padding="same",
+        stride=(2, 1),
+    ),
     case(ValueError, "dilation", "(1, 0)", "at least 1", dilation=(1, 0)),
     case(ValueError, "kernel_size", "3", "padded input size 2", input=torch.randn(1, 4, 2, 6)),
-    case(ValueError, "kernel_size", "dilated: 9) along W", "padded input size 8", dilation=(1, 4), padding=1),
+    case(
+        ValueError,
+        "kernel_size",
+        "dilated: 9) along W",
+        "padded input size 8",
+        dilation=(1, 4),
+        padding=1,
+    ),
     case(ValueError, "kernel_size", "3", "padded input size 0", input=torch.randn(1, 4, 6, 0)),
     case(TypeError, "gates", "list", "Tensor of shape [3]", gates=[1.0, 1.0, 1.0]),
     case(ValueError, "gates", "(2,)", "[3]", gates=torch.ones(2)),
     case(ValueError, "gates", "(3, 1)", "[3]", gates=torch.ones(3, 1)),
-    case(TypeError, "gates", "torch.float64", "torch.float32", gates=torch.ones(3, dtype=torch.float64)),
-    case(TypeError, "gates", "torch.int64", "torch.float32", gates=torch.ones(3, dtype=torch.int64)),
+    case(
+        TypeError,
+        "gates",
+        "torch.float64",
+        "torch.float32",
+        gates=torch.ones(3, dtype=torch.float64),
+    ),
+    case(
+        TypeError, "gates", "torch.int64", "torch.float32", gates=torch.ones(3, dtype=torch.int64)
+    ),
     case(ValueError, "gates", "device meta", "cpu", gates=torch.ones(3, device="meta")),
 ]
 
@@ -113,11 +218,24 @@ OF_FUNCTION = [
 @pytest.mark.parametrize(("error", "argument", "got", "accepted", "arguments"), OF_FUNCTION)
 @pytest.mark.parametrize("function", [series_conv2d, explain])
 def test_function(
-    function: Callable, error: type[Exception], argument: str, got: str, accepted: str, arguments: dict, backend: str
+    function: Callable,
+    error: type[Exception],
+    argument: str,
+    got: str,
+    accepted: str,
+    arguments: dict,
+    backend: str,
 ) -> None:
-    """Catches an argument that is not checked before work begins, and a message that does not help."""
+    """Catches an argument that is not checked before work begins, and a message that does not
+    help."""
     with use_backend(backend):
-        assert_refuses(error, argument, got, accepted, lambda: function(**{"input": INPUT, "terms": TERMS} | arguments))
+        assert_refuses(
+            error,
+            argument,
+            got,
+            accepted,
+            lambda: function(**{"input": INPUT, "terms": TERMS} | arguments),
+        )
 
 
 def test_operator_checks_too() -> None:
@@ -139,10 +257,12 @@ def test_operator_checks_too() -> None:
         with pytest.raises(RuntimeError, match=r"accepted|nest|larger"):
             op(*arguments)
     with pytest.raises(RuntimeError, match="grad: accepted"):
-        torch.ops.gross.series_conv2d_backward(INPUT, INPUT, TERMS, one, None, *geometry, [True, True, False])
+        torch.ops.gross.series_conv2d_backward(
+            INPUT, INPUT, TERMS, one, None, *geometry, [True, True, False]
+        )
 
 
-# Layers ---------------------------------------------------------------------------------------------------------------
+# Layers -----------------------------------------------------------------------------------------
 
 OF_LAYER = [
     case(ValueError, "in_channels", "0", "at least 1", in_channels=0),
@@ -162,8 +282,20 @@ OF_LAYER = [
     case(TypeError, "group_sizes", "4", "sequence of ints", group_sizes=4),
     case(TypeError, "group_sizes", "1.0", "ints", group_sizes=(1.0, 2)),
     case(TypeError, "group_sizes", "True", "ints", group_sizes=(True, 2)),
-    case(ValueError, "group_sizes", "0 in (0, 2)", "divisors of the input width 4", group_sizes=(0, 2)),
-    case(ValueError, "group_sizes", "3 in (1, 3)", "divisors of the input width 4", group_sizes=(1, 3)),
+    case(
+        ValueError,
+        "group_sizes",
+        "0 in (0, 2)",
+        "divisors of the input width 4",
+        group_sizes=(0, 2),
+    ),
+    case(
+        ValueError,
+        "group_sizes",
+        "3 in (1, 3)",
+        "divisors of the input width 4",
+        group_sizes=(1, 3),
+    ),
     case(ValueError, "group_sizes", "4 before 2", "ascending", group_sizes=(4, 2)),
 ]
 OF_WHOLE_LAYER = [
@@ -171,8 +303,22 @@ OF_WHOLE_LAYER = [
     case(ValueError, "width", "0", "at least 1", width=0),
     case(TypeError, "width", "1.5", "an int", width=1.5),
     case(ValueError, "width", "(4, 4, 4)", "pair of ints", width=(4, 4, 4)),
-    case(ValueError, "group_sizes", "4 groups", "divides the output width 6", width=(4, 6), group_sizes=(1,)),
-    case(ValueError, "group_sizes", "4 in (4,)", "divisors of the input width 6", width=6, group_sizes=(4,)),
+    case(
+        ValueError,
+        "group_sizes",
+        "4 groups",
+        "divides the output width 6",
+        width=(4, 6),
+        group_sizes=(1,),
+    ),
+    case(
+        ValueError,
+        "group_sizes",
+        "4 in (4,)",
+        "divisors of the input width 6",
+        width=6,
+        group_sizes=(4,),
+    ),
 ]
 
 
@@ -185,7 +331,12 @@ OF_WHOLE_LAYER = [
     ],
 )
 def test_construction(
-    kind: type[nn.Module], error: type[Exception], argument: str, got: str, accepted: str, arguments: dict
+    kind: type[nn.Module],
+    error: type[Exception],
+    argument: str,
+    got: str,
+    accepted: str,
+    arguments: dict,
 ) -> None:
     """Catches a layer that can be made and then fails, or that says less than what is wrong."""
     defaults = {"in_channels": 4, "out_channels": 4, "kernel_size": 3}
@@ -202,7 +353,9 @@ OF_FORWARD = [
     case(ValueError, "kernel_size", "3", "padded input size 2", input=torch.randn(1, 4, 2, 6)),
     case(ValueError, "gates", "(2,)", "[3]", gates=torch.ones(2)),
     case(TypeError, "gates", "list", "Tensor of shape [3]", gates=[1, 1, 1]),
-    case(TypeError, "gates", "torch.int64", "torch.float32", gates=torch.ones(3, dtype=torch.int64)),
+    case(
+        TypeError, "gates", "torch.int64", "torch.float32", gates=torch.ones(3, dtype=torch.int64)
+    ),
     case(ValueError, "gates", "device meta", "cpu", gates=torch.ones(3, device="meta")),
 ]
 
@@ -211,21 +364,34 @@ OF_FORWARD = [
 @pytest.mark.parametrize("kind", [GroSSConv2d, SeriesConv2d])
 @pytest.mark.parametrize(("error", "argument", "got", "accepted", "arguments"), OF_FORWARD)
 def test_forward(
-    kind: type[nn.Module], error: type[Exception], argument: str, got: str, accepted: str, arguments: dict, backend: str
+    kind: type[nn.Module],
+    error: type[Exception],
+    argument: str,
+    got: str,
+    accepted: str,
+    arguments: dict,
+    backend: str,
 ) -> None:
     """Catches a layer that computes with arguments that the function would refuse."""
     layer = kind(4, 4, 3)
     with use_backend(backend):
-        assert_refuses(error, argument, got, accepted, lambda: layer(**{"input": INPUT} | arguments))
+        assert_refuses(
+            error, argument, got, accepted, lambda: layer(**{"input": INPUT} | arguments)
+        )
 
 
 @pytest.mark.parametrize("layer", [GroSSConv2d(4, 4, 3), SeriesConv2d(4, 4, 3)])
 def test_sizes_that_a_layer_does_not_have(layer: nn.Module) -> None:
-    """Catches a size that is set, counted or folded although the layer has no such term; the layer keeps its own."""
+    """Catches a size that is set, counted or folded although the layer has no such term; the layer
+    keeps its own."""
     accepted = "(1, 2, 4)"
     for size in (3, 8, 0, -1, None, "4", 1.5):
         assert_refuses(
-            ValueError, "group_size", repr(size), accepted, lambda size=size: setattr(layer, "group_size", size)
+            ValueError,
+            "group_size",
+            repr(size),
+            accepted,
+            lambda size=size: setattr(layer, "group_size", size),
         )
     assert layer.group_size == 4
     assert_refuses(ValueError, "group_size", "3", accepted, lambda: layer.macs(8, 3))
@@ -241,55 +407,92 @@ def test_sizes_that_a_layer_does_not_have(layer: nn.Module) -> None:
     [
         (ValueError, "bottlenecks", "none", "at least one", {}),
         (ValueError, "bottlenecks[2]", "R of shape (4, 4, 3, 3)", "(4, 2, 3, 3)", {2: (4, 4, 4)}),
-        (ValueError, "bottlenecks[4]", "P of shape (8, 4, 1, 1)", "(4, 4, 1, 1)", {2: (4, 2, 4), 4: (8, 4, 4)}),
+        (
+            ValueError,
+            "bottlenecks[4]",
+            "P of shape (8, 4, 1, 1)",
+            "(4, 4, 1, 1)",
+            {2: (4, 2, 4), 4: (8, 4, 4)},
+        ),
         (ValueError, "bottlenecks[2]", "Q of shape (4, 8, 1, 1)", "(4, 4, 1, 1)", {2: (4, 2, 8)}),
         (ValueError, "group_sizes", "3 in (3,)", "divisors of the input width 4", {3: (4, 3, 4)}),
         (TypeError, "group_sizes", "'2'", "ints", {"2": (4, 2, 4)}),
     ],
 )
-def test_from_bottlenecks(error: type[Exception], argument: str, got: str, accepted: str, bottlenecks: dict) -> None:
-    """Catches bottlenecks that do not fit the convolution or one another, given as width, group size, width."""
+def test_from_bottlenecks(
+    error: type[Exception], argument: str, got: str, accepted: str, bottlenecks: dict
+) -> None:
+    """Catches bottlenecks that do not fit the convolution or one another, given as width, group
+    size, width."""
     weights = {
         size: (torch.randn(p, 4, 1, 1), torch.randn(4, r, 3, 3), torch.randn(4, q, 1, 1))
         for size, (p, r, q) in bottlenecks.items()
     }
     conv = nn.Conv2d(4, 4, 3)
-    assert_refuses(error, argument, got, accepted, lambda: GroSSConv2d.from_bottlenecks(conv, weights))
+    assert_refuses(
+        error, argument, got, accepted, lambda: GroSSConv2d.from_bottlenecks(conv, weights)
+    )
 
 
 def test_from_other_things_than_bottlenecks() -> None:
     """Catches an AttributeError or IndexError from inside in the place of an explanation."""
     conv, make = nn.Conv2d(4, 4, 3), GroSSConv2d.from_bottlenecks
     weights = torch.randn(4, 4, 1, 1), torch.randn(4, 2, 3, 3), torch.randn(4, 4, 1, 1)
-    assert_refuses(TypeError, "conv", "Linear", "nn.Conv2d", lambda: make(nn.Linear(4, 4), {2: weights}))
-    assert_refuses(ValueError, "groups", "2", "1", lambda: make(nn.Conv2d(4, 4, 3, groups=2), {2: weights}))
+    assert_refuses(
+        TypeError, "conv", "Linear", "nn.Conv2d", lambda: make(nn.Linear(4, 4), {2: weights})
+    )
+    assert_refuses(
+        ValueError, "groups", "2", "1", lambda: make(nn.Conv2d(4, 4, 3, groups=2), {2: weights})
+    )
     for got, bad in (
         ("[(4, 4, 1, 1), (4, 2, 3, 3)]", weights[:2]),
         ("[(16,), (72,), (16,)]", [weight.flatten() for weight in weights]),
         ("['list', 'list', 'list']", [[1], [2], [3]]),
     ):
-        assert_refuses(ValueError, "bottlenecks[2]", got, "P, R, Q", lambda bad=bad: make(conv, {2: bad}))
+        assert_refuses(
+            ValueError, "bottlenecks[2]", got, "P, R, Q", lambda bad=bad: make(conv, {2: bad})
+        )
 
 
-# Ψ and the rest -------------------------------------------------------------------------------------------------------
+# Ψ and the rest ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("error", "argument", "got", "accepted", "arguments"),
     [
         (TypeError, "weight", "list", "Tensor", ([1.0], 2, 4)),
-        (ValueError, "weight", "(4, 2, 3)", "[C_out, group size, kh, kw]", (torch.randn(4, 2, 3), 2, 4)),
+        (
+            ValueError,
+            "weight",
+            "(4, 2, 3)",
+            "[C_out, group size, kh, kw]",
+            (torch.randn(4, 2, 3), 2, 4),
+        ),
         (ValueError, "to_group_size", "2 before 1", "ascending", (TERMS[1], 1, 4)),
         (ValueError, "to_group_size", "3", "divisors of the input width 4", (TERMS[1], 3, 4)),
-        (ValueError, "to_group_size", "2 before 3", "each divides the next", (torch.randn(6, 2, 3, 3), 3, 6)),
+        (
+            ValueError,
+            "to_group_size",
+            "2 before 3",
+            "each divides the next",
+            (torch.randn(6, 2, 3, 3), 3, 6),
+        ),
         (ValueError, "to_group_size", "0", "divisors", (TERMS[1], 0, 4)),
         (TypeError, "to_group_size", "2.0", "ints", (TERMS[1], 2.0, 4)),
-        (ValueError, "to_group_size", "2 groups", "divides the output width 3", (torch.randn(3, 2, 1, 1), 2, 4)),
+        (
+            ValueError,
+            "to_group_size",
+            "2 groups",
+            "divides the output width 3",
+            (torch.randn(3, 2, 1, 1), 2, 4),
+        ),
         (ValueError, "to_group_size", "4", "divisors of the input width 6", (TERMS[1], 4, 6)),
         (TypeError, "in_channels", "4.0", "an int", (TERMS[1], 4, 4.0)),
     ],
 )
-def test_expand(error: type[Exception], argument: str, got: str, accepted: str, arguments: tuple) -> None:
+def test_expand(
+    error: type[Exception], argument: str, got: str, accepted: str, arguments: tuple
+) -> None:
     """Catches a Ψ between sizes that do not nest, which would be another operator."""
     assert_refuses(error, argument, got, accepted, lambda: expand(*arguments))
 
@@ -297,15 +500,23 @@ def test_expand(error: type[Exception], argument: str, got: str, accepted: str, 
 def test_unknown_backend() -> None:
     """Catches a misspelt name that silently leaves the default in place."""
     for name in ("triton-x", "", None):
-        assert_refuses(ValueError, "backend", repr(name), "'cpu', 'cuda', 'reference'", use_backend(name).__enter__)
+        assert_refuses(
+            ValueError,
+            "backend",
+            repr(name),
+            "'cpu', 'cuda', 'reference'",
+            use_backend(name).__enter__,
+        )
 
 
 def test_group_sizes_name_is_used() -> None:
     """Catches a message that speaks of another argument than the caller's."""
-    assert_refuses(ValueError, "terms", "3", "divisors", lambda: check_group_sizes((3,), 4, 4, "terms"))
+    assert_refuses(
+        ValueError, "terms", "3", "divisors", lambda: check_group_sizes((3,), 4, 4, "terms")
+    )
 
 
-# Empty is not bad -----------------------------------------------------------------------------------------------------
+# Empty is not bad -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", [*PREFERENCE["cpu"], "reference"])

@@ -1,4 +1,5 @@
-"""torch.compile, torch.export, autocast and the FLOP counter treat the operators as they treat torch's own."""
+"""torch.compile, torch.export, autocast and the FLOP counter treat the operators as they treat
+torch's own."""
 
 from collections.abc import Callable, Iterator
 
@@ -22,7 +23,8 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 def compiled(function: Callable, **options: object) -> Callable:
-    """Traced and differentiated as by inductor, but run by the same eager kernels: no compiler, the same bits."""
+    """Traced and differentiated as by inductor, but run by the same eager kernels: no compiler, the
+    same bits."""
     return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
@@ -62,7 +64,7 @@ def terms_of(*sizes: int) -> list[Tensor]:
     return [torch.randn(8, s, 3, 3, requires_grad=True) for s in sizes]
 
 
-# torch.compile --------------------------------------------------------------------------------------------------------
+# torch.compile ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -120,7 +122,8 @@ def test_compiled_active_out_of_range() -> None:
     ],
 )
 def test_layer(kind: type[nn.Module], padding: int | str, padding_mode: str) -> None:
-    """Catches a layer that breaks the graph, or recompiles or keeps the old size when ``group_size`` is set."""
+    """Catches a layer that breaks the graph, or recompiles or keeps the old size when
+    ``group_size`` is set."""
     layer = kind(8, 8, (3, 2), padding=padding, padding_mode=padding_mode, group_sizes=SIZES)
     input, call = torch.randn(2, 8, 6, 5), compiled(layer)
     assert_equal(step(call, layer, input), step(layer, layer, input))
@@ -131,7 +134,8 @@ def test_layer(kind: type[nn.Module], padding: int | str, padding_mode: str) -> 
 
 
 def test_layers_change_their_sizes_alone() -> None:
-    """Catches ``active`` tensors that layers share: a network would recompile when only one layer changes."""
+    """Catches ``active`` tensors that layers share: a network would recompile when only one layer
+    changes."""
     network = Network()
     input, call = torch.randn(2, 8, 6, 5), compiled(network)
     call(input)
@@ -142,7 +146,8 @@ def test_layers_change_their_sizes_alone() -> None:
 
 
 def test_network_by_inductor() -> None:
-    """Catches strides, dtypes or aliasing that inductor's generated code around the operators gets wrong."""
+    """Catches strides, dtypes or aliasing that inductor's generated code around the operators gets
+    wrong."""
     network = Network()
     call = torch.compile(network, fullgraph=True)
     input = torch.randn(3, 8, 6, 5).to(memory_format=torch.channels_last)
@@ -172,7 +177,10 @@ def test_two_forwards_before_one_backward(wrap: Callable) -> None:
     expected = [torch.zeros_like(p) for p in layer.parameters()]
     for size in (2, 8):
         layer.group_size = size
-        expected = [total + grad for total, grad in zip(expected, step(layer, layer, input)[1:], strict=True)]
+        expected = [
+            total + grad
+            for total, grad in zip(expected, step(layer, layer, input)[1:], strict=True)
+        ]
     layer.zero_grad()
     loss = torch.zeros(())
     for size in (2, 8):
@@ -183,7 +191,7 @@ def test_two_forwards_before_one_backward(wrap: Callable) -> None:
     assert_equal([p.grad for p in layer.parameters()], expected, 1e-4)
 
 
-# Autocast -------------------------------------------------------------------------------------------------------------
+# Autocast ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, compiled], ids=["eager", "compiled"])
@@ -200,17 +208,26 @@ def test_autocast(kind: type[nn.Module], wrap: Callable) -> None:
         assert results[0].dtype == torch.bfloat16
         assert all(result.dtype == torch.float32 for result in results[1:])
         for result, value in zip(results, expected, strict=True):
-            torch.testing.assert_close(result.float(), value, rtol=0, atol=0.05 * value.abs().max().item())
+            torch.testing.assert_close(
+                result.float(), value, rtol=0, atol=0.05 * value.abs().max().item()
+            )
 
 
 @pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "compiled"])
 def test_autocast_rounds_the_sum_once(wrap: Callable) -> None:
-    """Catches autocast that casts every term: here the terms cancel, and their rounding would not."""
-    input, large, small = torch.randn(2, 8, 6, 5), 100 * torch.randn(8, 4, 3, 3), torch.randn(8, 8, 3, 3)
+    """Catches autocast that casts every term: here the terms cancel, and their rounding would
+    not."""
+    input, large, small = (
+        torch.randn(2, 8, 6, 5),
+        100 * torch.randn(8, 4, 3, 3),
+        torch.randn(8, 8, 3, 3),
+    )
     terms = [large, small - expand(large, 8, 8)]
     with torch.autocast("cpu", torch.bfloat16):
         result = wrap(lambda input: series_conv2d(input, terms))(input)
-    torch.testing.assert_close(result, F.conv2d(input.bfloat16(), small.bfloat16()), rtol=0.02, atol=0.1)
+    torch.testing.assert_close(
+        result, F.conv2d(input.bfloat16(), small.bfloat16()), rtol=0.02, atol=0.1
+    )
 
 
 def test_autocast_leaves_float64_alone() -> None:
@@ -220,7 +237,7 @@ def test_autocast_leaves_float64_alone() -> None:
         assert layer(torch.randn(1, 8, 4, 4, dtype=torch.float64)).dtype == torch.float64
 
 
-# torch.export ---------------------------------------------------------------------------------------------------------
+# torch.export -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("index", [0, 3])
@@ -236,20 +253,21 @@ def test_export(index: int) -> None:
 
 
 def test_export_survives_a_file(tmp_path) -> None:
-    """Catches an exported program that cannot be saved: a constant or an operator that does not serialise."""
+    """Catches an exported program that cannot be saved: a constant or an operator that does not
+    serialise."""
     network = Network().eval()
     input = torch.randn(2, 8, 6, 5)
     torch.export.save(torch.export.export(network, (input,)), tmp_path / "network.pt2")
     assert torch.equal(torch.export.load(tmp_path / "network.pt2").module()(input), network(input))
 
 
-# FLOP counter ---------------------------------------------------------------------------------------------------------
+# FLOP counter -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_flop_counter(size: int) -> None:
-    """Catches a count that ignores the active size: in backward each gradient costs a forward, and the first
-    two convolutions are computed again."""
+    """Catches a count that ignores the active size: in backward each gradient costs a forward, and
+    the first two convolutions are computed again."""
     layer = GroSSConv2d(8, 16, 3, stride=2, padding=1, bias=False, group_sizes=SIZES)
     layer.group_size = size
     with FlopCounterMode(display=False) as folded:

@@ -1,4 +1,5 @@
-"""Which backend serves a call, how one is forced, what happens without the compiled library, and the bug report."""
+"""Which backend serves a call, how one is forced, what happens without the compiled library, and
+the bug report."""
 
 import os
 import shutil
@@ -26,11 +27,17 @@ print(gross_kernels.GroSSConv2d(4, 4, 3)(input).shape)
 """
 
 
-def run(*arguments: str, root: Path = PACKAGE.parent, **variables: str) -> subprocess.CompletedProcess:
+def run(
+    *arguments: str, root: Path = PACKAGE.parent, **variables: str
+) -> subprocess.CompletedProcess:
     """Python in a process of its own, importing the package from ``root``."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GROSS_KERNELS_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("GROSS_KERNELS_")
+    }
     environment |= {"PYTHONPATH": str(root), **variables}
-    return subprocess.run([sys.executable, *arguments], env=environment, cwd=root, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=root, capture_output=True, text=True
+    )
 
 
 @pytest.fixture
@@ -50,11 +57,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-# Choosing -------------------------------------------------------------------------------------------------------------
+# Choosing ---------------------------------------------------------------------------------------
 
 
 def test_forced_backend_computes(calls: list[str]) -> None:
-    """Catches a context that changes what is reported, but not what runs, in the function or in the layer."""
+    """Catches a context that changes what is reported, but not what runs, in the function or in the
+    layer."""
     series_conv2d(INPUT, TERMS)
     layer = GroSSConv2d(8, 8, 3)
     expected = layer(INPUT)
@@ -96,13 +104,17 @@ def test_explain() -> None:
 def test_backend_that_does_not_serve_the_call() -> None:
     """Catches a forced backend that is silently replaced by another one."""
     call = dispatch.Call.of(INPUT.to("meta"), TERMS, 2, (1, 1), (0, 0), (1, 1))
-    with use_backend("cpu"), pytest.raises(ValueError, match=r"backend: 'cpu' is forced but does not serve .*'meta'"):
+    with (
+        use_backend("cpu"),
+        pytest.raises(ValueError, match=r"backend: 'cpu' is forced but does not serve .*'meta'"),
+    ):
         dispatch.choose(call)
     assert dispatch.choose(call).name == "reference"
 
 
 def test_first_backend_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a preference that is not followed, and a call that nobody serves but somebody gets."""
+    """Catches a preference that is not followed, and a call that nobody serves but somebody
+    gets."""
     call = dispatch.Call.of(INPUT, TERMS, 2, (1, 1), (0, 0), (1, 1))
     refuses = SimpleNamespace(supports=lambda call: False)
     monkeypatch.setitem(dispatch.BACKENDS, "refuses", refuses)
@@ -122,17 +134,24 @@ def test_call_describes_the_arguments() -> None:
     call = dispatch.Call.of(input, terms, 1, (1, 2), (3, 4), (5, 6), "input_grad")
     geometry = ((3, 2), (1, 2), (3, 4), (5, 6))
     types = ("cpu", torch.bfloat16, torch.float32)
-    assert call == dispatch.Call(*types, 6, 12, (2, 6), *geometry, 1, "input_grad", channels_last=True)
+    assert call == dispatch.Call(
+        *types, 6, 12, (2, 6), *geometry, 1, "input_grad", channels_last=True
+    )
 
 
 def test_backends_have_the_same_functions() -> None:
     """Catches a backend that lacks a function that dispatch or the tests call."""
     for backend in dispatch.BACKENDS.values():
-        assert all(callable(getattr(backend, name)) for name in ("forward", "input_grad", "weight_grad", "series_sum"))
-    assert {name for names in dispatch.PREFERENCE.values() for name in names} <= set(dispatch.BACKENDS)
+        assert all(
+            callable(getattr(backend, name))
+            for name in ("forward", "input_grad", "weight_grad", "series_sum")
+        )
+    assert {name for names in dispatch.PREFERENCE.values() for name in names} <= set(
+        dispatch.BACKENDS
+    )
 
 
-# In a process of its own ----------------------------------------------------------------------------------------------
+# In a process of its own ------------------------------------------------------------------------
 
 
 def test_variable_forces_a_backend() -> None:
@@ -143,34 +162,47 @@ def test_variable_forces_a_backend() -> None:
 
 
 def test_variable_with_an_unknown_backend() -> None:
-    """Catches a misspelt variable that is ignored: importing the package fails and says what is accepted."""
+    """Catches a misspelt variable that is ignored: importing the package fails and says what is
+    accepted."""
     result = run("-c", "import gross_kernels", GROSS_KERNELS_BACKEND="cuda9")
     assert result.returncode == 1
-    assert "ValueError: backend: got 'cuda9', accepted are 'cpu', 'cuda', 'reference'" in result.stderr
+    assert (
+        "ValueError: backend: got 'cuda9', accepted are 'cpu', 'cuda', 'reference'" in result.stderr
+    )
 
 
 def test_variable_with_an_unknown_instruction_set() -> None:
-    """Catches a misspelt instruction set that is ignored, or that ends the process without a Python exception."""
+    """Catches a misspelt instruction set that is ignored, or that ends the process without a Python
+    exception."""
     result = run("-c", CALL, GROSS_KERNELS_ISA="sse9")
     assert result.returncode == 1
     assert "RuntimeError" in result.stderr
-    assert "GROSS_KERNELS_ISA: got 'sse9', accepted are portable, avx2, avx512 and avx512bf16" in result.stderr
+    assert (
+        "GROSS_KERNELS_ISA: got 'sse9', accepted are portable, avx2, avx512 and avx512bf16"
+        in result.stderr
+    )
 
 
 @pytest.fixture(scope="module")
 def without_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the package that has no compiled library."""
     root = tmp_path_factory.mktemp("without_library")
-    shutil.copytree(PACKAGE, root / "gross_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        PACKAGE, root / "gross_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     return root
 
 
 def test_missing_library_says_what_to_do(without_library: Path) -> None:
-    """Catches a silent fall back to slow code, and an import that fails before anything can be said."""
+    """Catches a silent fall back to slow code, and an import that fails before anything can be
+    said."""
     result = run("-c", CALL, root=without_library)
     assert result.returncode == 1
     message = result.stderr.strip().splitlines()
-    assert any("compiled CPU kernels could not be loaded from" in line and "gross_cpu.so" in line for line in message)
+    assert any(
+        "compiled CPU kernels could not be loaded from" in line and "gross_cpu.so" in line
+        for line in message
+    )
     assert "pip install -e ." in result.stderr
     assert "GROSS_KERNELS_BACKEND=reference" in result.stderr
     assert "python -m gross_kernels.environment" in result.stderr
@@ -225,6 +257,7 @@ with torch.no_grad():
 
 
 def test_little_work_stays_on_its_thread() -> None:
-    """Catches work of a few microseconds that is given to other threads, and much work that is not."""
+    """Catches work of a few microseconds that is given to other threads, and much work that is
+    not."""
     result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

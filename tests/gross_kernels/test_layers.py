@@ -25,10 +25,16 @@ def torch_cases() -> Iterator[tuple[str, nn.Conv2d, Tensor]]:
     for entry in common_nn.get_new_module_tests():
         name = entry.get("fullname") or entry["module_name"]
         if name.startswith("Conv2d"):
-            make = entry.get("constructor") or (lambda entry=entry: nn.Conv2d(*entry["constructor_args"]))
+            make = entry.get("constructor") or (
+                lambda entry=entry: nn.Conv2d(*entry["constructor_args"])
+            )
             conv = make()
             if conv.groups == 1:
-                yield "_".join([name, *filter(None, [entry.get("desc")])]), conv, torch.randn(entry["input_size"])
+                yield (
+                    "_".join([name, *filter(None, [entry.get("desc")])]),
+                    conv,
+                    torch.randn(entry["input_size"]),
+                )
     (info,) = (info for info in module_db if info.module_cls is nn.Conv2d)
     for i, case in enumerate(info.module_inputs_func(info, "cpu", torch.float32, False, False)):
         made, given = case.constructor_input, case.forward_input
@@ -65,7 +71,9 @@ def same_function(conv: nn.Conv2d) -> GroSSConv2d:
     return GroSSConv2d.from_bottlenecks(conv, {conv.in_channels: (eye_in, conv.weight, eye_out)})
 
 
-def bottlenecks(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[int, ...]) -> dict[int, tuple[Tensor, ...]]:
+def bottlenecks(
+    conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[int, ...]
+) -> dict[int, tuple[Tensor, ...]]:
     """Independent random bottlenecks of one convolution."""
     return {
         s: (
@@ -81,11 +89,12 @@ def assert_close(result: Tensor, expected: Tensor, tolerance: float = 1e-4) -> N
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
-# In the place of nn.Conv2d --------------------------------------------------------------------------------------------
+# In the place of nn.Conv2d ----------------------------------------------------------------------
 
 
 def test_torch_has_cases() -> None:
-    """Catches a filter above that misses PyTorch's cases: 10 of one group by argument, 3 by word, 4 by module."""
+    """Catches a filter above that misses PyTorch's cases: 10 of one group by argument, 3 by word, 4
+    by module."""
     assert len(TORCH_CASES) == 17
 
 
@@ -93,7 +102,8 @@ def test_torch_has_cases() -> None:
 @every_torch_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_drop_in_values(conv: nn.Conv2d, input: Tensor, dtype: torch.dtype) -> None:
-    """Catches stride, padding, padding mode, dilation or bias that mean something else than in ``nn.Conv2d``."""
+    """Catches stride, padding, padding mode, dilation or bias that mean something else than in
+    ``nn.Conv2d``."""
     conv = copy.deepcopy(conv).to(dtype)
     layer = same_function(conv)
     inputs = [input.to(dtype, copy=True).requires_grad_() for _ in range(2)]
@@ -112,11 +122,20 @@ def test_drop_in_values(conv: nn.Conv2d, input: Tensor, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("of_module", FORMATS)
 @pytest.mark.parametrize("kind", [GroSSConv2d, SeriesConv2d])
 def test_drop_in_formats(
-    kind: type[nn.Module], conv: nn.Conv2d, input: Tensor, of_input: torch.memory_format, of_module: torch.memory_format
+    kind: type[nn.Module],
+    conv: nn.Conv2d,
+    input: Tensor,
+    of_input: torch.memory_format,
+    of_module: torch.memory_format,
 ) -> None:
-    """Catches an output, or a gradient of the input, of another shape or memory format than ``nn.Conv2d``'s."""
+    """Catches an output, or a gradient of the input, of another shape or memory format than
+    ``nn.Conv2d``'s."""
     made = arguments(conv)
-    layer = GroSSConv2d(*made) if kind is GroSSConv2d else SeriesConv2d(*made[:6], *made[8:], group_sizes=made[:1])
+    layer = (
+        GroSSConv2d(*made)
+        if kind is GroSSConv2d
+        else SeriesConv2d(*made[:6], *made[8:], group_sizes=made[:1])
+    )
     seen = []
     for module in (conv, layer):
         x = input.to(memory_format=of_input, copy=True) if input.dim() == 4 else input.clone()
@@ -125,17 +144,22 @@ def test_drop_in_formats(
         for tensor in (output, grad):
             # The strides of a tensor without elements mean nothing.
             formats = (
-                [tensor.is_contiguous(memory_format=f) for f in FORMATS] if tensor.dim() == 4 and len(input) else []
+                [tensor.is_contiguous(memory_format=f) for f in FORMATS]
+                if tensor.dim() == 4 and len(input)
+                else []
             )
             seen.append((tensor.shape, tensor.dtype, formats))
     assert seen[:2] == seen[2:]
 
 
 def test_same_signature() -> None:
-    """Catches an argument of ``nn.Conv2d`` that is missing, renamed, moved or has another default."""
+    """Catches an argument of ``nn.Conv2d`` that is missing, renamed, moved or has another
+    default."""
     theirs, ours = (inspect.signature(kind).parameters for kind in (nn.Conv2d, GroSSConv2d))
     assert list(ours)[: len(theirs)] == list(theirs)
-    assert [ours[name].default for name in theirs] == [parameter.default for parameter in theirs.values()]
+    assert [ours[name].default for name in theirs] == [
+        parameter.default for parameter in theirs.values()
+    ]
     assert [name for name in ours if ours[name].kind == inspect.Parameter.KEYWORD_ONLY] == [
         "group_sizes",
         "width",
@@ -164,7 +188,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_input_with_float32_parameters(dtype: torch.dtype) -> None:
-    """Catches parameters that must be cast by hand, and gradients that lose the parameters' dtype."""
+    """Catches parameters that must be cast by hand, and gradients that lose the parameters'
+    dtype."""
     layer = GroSSConv2d(8, 4, 3, group_sizes=SIZES)
     input = torch.randn(2, 8, 5, 5)
     output = layer(input.to(dtype))
@@ -175,7 +200,8 @@ def test_16_bit_input_with_float32_parameters(dtype: torch.dtype) -> None:
 
 
 def test_meta_device_and_materialisation() -> None:
-    """Catches ``active`` being made on the default device, or parameters that do not follow ``to_empty``."""
+    """Catches ``active`` being made on the default device, or parameters that do not follow
+    ``to_empty``."""
     with torch.device("meta"):
         layer = GroSSConv2d(8, 4, 3, group_sizes=SIZES)
         layer.group_size = 2
@@ -193,13 +219,17 @@ def test_default_device_of_fold() -> None:
     assert {p.device.type for p in folded.parameters()} == {"cpu"}
 
 
-# At every group size --------------------------------------------------------------------------------------------------
+# At every group size ----------------------------------------------------------------------------
 
 LAYERS = {
     "plain": (nn.Conv2d(6, 5, 3), (8, 8), SIZES),
     "unequal": (nn.Conv2d(6, 5, (3, 2), (2, 1), (1, 2), (1, 2), bias=False), (12, 8), (3, 6, 12)),
     "circular": (nn.Conv2d(6, 5, 3, padding=1, padding_mode="circular"), (8, 8), (2, 4)),
-    "reflect": (nn.Conv2d(6, 5, (2, 3), padding="same", padding_mode="reflect"), (8, 16), (1, 4, 8)),
+    "reflect": (
+        nn.Conv2d(6, 5, (2, 3), padding="same", padding_mode="reflect"),
+        (8, 16),
+        (1, 4, 8),
+    ),
     "same": (nn.Conv2d(6, 5, (4, 3), padding="same", dilation=(1, 2)), (14, 7), (2, 14)),
     "valid": (nn.Conv2d(6, 5, 1, padding="valid"), (7, 7), (7,)),
 }
@@ -216,7 +246,14 @@ def test_from_bottlenecks(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[
     input = torch.randn(2, 6, 9, 8)
     for size, (p, r, q) in given.items():
         layer.group_size = size
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, width[0] // size, False)
+        geometry = (
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            width[0] // size,
+            False,
+        )
         middle = nn.Conv2d(*width, *geometry, conv.padding_mode)
         middle.weight = nn.Parameter(r)
         expected = nn.functional.conv2d(middle(nn.functional.conv2d(input, p)), q, conv.bias)
@@ -225,7 +262,8 @@ def test_from_bottlenecks(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[
 
 @every_layer
 def test_fold(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[int, ...]) -> None:
-    """Catches three plain convolutions that compute something else than the layer, at any size or mode."""
+    """Catches three plain convolutions that compute something else than the layer, at any size or
+    mode."""
     layer = GroSSConv2d(*arguments(conv), group_sizes=sizes, width=width).eval()
     input = torch.randn(2, 6, 9, 8)
     for size in sizes:
@@ -240,14 +278,16 @@ def test_fold(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[int, ...]) -
 
 
 def test_fold_copies() -> None:
-    """Catches folded convolutions that share memory with the layer: training one would change the other."""
+    """Catches folded convolutions that share memory with the layer: training one would change the
+    other."""
     layer = GroSSConv2d(4, 4, 3, group_sizes=(4,))
     pointers = {p.data_ptr() for p in layer.parameters()}
     assert all(p.requires_grad and p.data_ptr() not in pointers for p in layer.fold().parameters())
 
 
 def test_from_bottlenecks_copies() -> None:
-    """Catches a layer that shares memory with the convolution or the bottlenecks that it was made from."""
+    """Catches a layer that shares memory with the convolution or the bottlenecks that it was made
+    from."""
     conv = nn.Conv2d(4, 4, 3)
     given = bottlenecks(conv, (4, 4), (4,))
     layer = GroSSConv2d.from_bottlenecks(conv, given)
@@ -261,7 +301,8 @@ def test_from_bottlenecks_copies() -> None:
 
 @every_layer
 def test_gates(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[int, ...]) -> None:
-    """Catches gates that do not scale all three series: gates (1, …, 1, 0, …, 0) equal a smaller size."""
+    """Catches gates that do not scale all three series: gates (1, …, 1, 0, …, 0) equal a smaller
+    size."""
     layer = GroSSConv2d(*arguments(conv), group_sizes=sizes, width=width)
     input = torch.randn(2, 6, 9, 8)
     for active, size in enumerate(sizes, 1):
@@ -275,7 +316,8 @@ def test_gates(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[int, ...]) 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_nothing_leaks_from_inactive_terms(gated: bool) -> None:
-    """Catches an inactive term of any series that is read, forward or backward, even if multiplied by zero."""
+    """Catches an inactive term of any series that is read, forward or backward, even if multiplied
+    by zero."""
     layer = GroSSConv2d(8, 8, 3, group_sizes=SIZES)
     layer.group_size = 2
     input, gates = torch.randn(2, 8, 5, 5), torch.rand(4).requires_grad_() if gated else None
@@ -303,7 +345,8 @@ def test_gates_scale_each_series_once() -> None:
 
 @every_layer
 def test_macs(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[int, ...]) -> None:
-    """Catches a count that differs from torch's count of the folded layer, plus one per output element for a bias."""
+    """Catches a count that differs from torch's count of the folded layer, plus one per output
+    element for a bias."""
     layer = GroSSConv2d(*arguments(conv), group_sizes=sizes, width=width)
     for size in sizes:
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
@@ -322,22 +365,26 @@ def test_macs_by_hand() -> None:
 
 
 def test_default_sizes_and_width() -> None:
-    """Catches defaults other than all powers of two that divide the width, and the input's channels as the width."""
+    """Catches defaults other than all powers of two that divide the width, and the input's channels
+    as the width."""
     layer = GroSSConv2d(24, 10, 3)
     assert (layer.width, layer.group_sizes, layer.group_size) == ((24, 24), (1, 2, 4, 8), 8)
     assert GroSSConv2d(24, 10, 3, width=16).group_sizes == (1, 2, 4, 8, 16)
     assert GroSSConv2d(24, 10, 3, width=(16, 4)).group_sizes == (4, 8, 16)
 
 
-# Initialisation -------------------------------------------------------------------------------------------------------
+# Initialisation ---------------------------------------------------------------------------------
 
 
-def assert_variance_of_a_convolution(layers: list[nn.Module], group_size: int | None = None) -> None:
-    """The mean output variance of fresh layers without bias, relative to 1/3 of the input's, is 1: ``nn.Conv2d``'s.
+def assert_variance_of_a_convolution(
+    layers: list[nn.Module], group_size: int | None = None
+) -> None:
+    """The mean output variance of fresh layers without bias, relative to 1/3 of the input's, is 1:
+    ``nn.Conv2d``'s.
 
-    The mean over the layers, 60 of them, each on an input of its own, has a standard error below 3 % (checked) and may
-    be off by 4 standard errors. A variance that is wrong by a factor of 1.15 fails.
-    """
+    The mean over the layers, 60 of them, each on an input of its own, has a standard error below 3
+    % (checked) and may be off by 4 standard errors. A variance that is wrong by a factor of 1.15
+    fails."""
     values = []
     for layer in layers:
         if group_size is not None:
@@ -357,7 +404,8 @@ def test_variance_of_a_convolution() -> None:
 
 @pytest.mark.parametrize("width", [None, 16, (64, 32)])
 def test_fresh_layer_has_the_variance_of_a_convolution(width: int | tuple[int, int] | None) -> None:
-    """Catches an initialisation under which a group size starts with another output variance than ``nn.Conv2d``."""
+    """Catches an initialisation under which a group size starts with another output variance than
+    ``nn.Conv2d``."""
     layers = [GroSSConv2d(32, 48, 3, bias=False, width=width) for _ in range(60)]
     for size in layers[0].group_sizes:
         assert_variance_of_a_convolution(layers, size)
@@ -390,7 +438,7 @@ def test_reset_parameters(kind: type[nn.Module]) -> None:
     assert all(torch.equal(value, drawn[name]) for name, value in layer.state_dict().items())
 
 
-# As a module ----------------------------------------------------------------------------------------------------------
+# As a module ------------------------------------------------------------------------------------
 
 
 def layers() -> list[nn.Module]:
@@ -406,14 +454,19 @@ every_kind = pytest.mark.parametrize("layer", layers(), ids=["narrow", "circular
 
 @every_kind
 def test_copies(layer: nn.Module) -> None:
-    """Catches a copy, pickled or deep, that loses parameters or its group size, or shares them with the original."""
+    """Catches a copy, pickled or deep, that loses parameters or its group size, or shares them with
+    the original."""
     input = torch.randn(2, 8, 7, 7)
     layer.group_size = 2
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
     expected = layer(input)
-    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)]
+    copies = [
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(buffer, weights_only=False),
+    ]
     for made in copies:
         assert made.group_size == 2
         assert torch.equal(made(input), expected)
@@ -425,7 +478,8 @@ def test_copies(layer: nn.Module) -> None:
 
 @every_kind
 def test_state_dict(layer: nn.Module) -> None:
-    """Catches a state_dict with more or less than the parameters, or that cannot be loaded with weights_only."""
+    """Catches a state_dict with more or less than the parameters, or that cannot be loaded with
+    weights_only."""
     names = {name for name, _ in layer.named_parameters()}
     assert set(layer.state_dict()) == names
     buffer = io.BytesIO()
@@ -441,7 +495,9 @@ def test_state_dict(layer: nn.Module) -> None:
 def test_parameter_names() -> None:
     """Catches a rename that would make saved networks unreadable."""
     layer = GroSSConv2d(4, 4, 3, group_sizes=(2, 4))
-    names = [f"{series}.{i}" for series in ("pointwise_in", "grouped", "pointwise_out") for i in range(2)]
+    names = [
+        f"{series}.{i}" for series in ("pointwise_in", "grouped", "pointwise_out") for i in range(2)
+    ]
     assert set(layer.state_dict()) == {*names, "bias"}
     assert set(SeriesConv2d(4, 4, 3, group_sizes=(2, 4)).state_dict()) == {"terms.0", "terms.1"}
 
@@ -449,7 +505,16 @@ def test_parameter_names() -> None:
 def test_extra_repr() -> None:
     """Catches a representation that hides what the layer was made with."""
     layer = GroSSConv2d(
-        8, 6, (3, 2), 2, 1, (1, 2), bias=False, padding_mode="circular", group_sizes=SIZES, width=(8, 16)
+        8,
+        6,
+        (3, 2),
+        2,
+        1,
+        (1, 2),
+        bias=False,
+        padding_mode="circular",
+        group_sizes=SIZES,
+        width=(8, 16),
     )
     layer.group_size = 4
     assert layer.extra_repr() == (
@@ -463,7 +528,8 @@ def test_extra_repr() -> None:
 
 @every_kind
 def test_group_size_moves_with_the_layer(layer: nn.Module) -> None:
-    """Catches ``active`` being moved, cast or listed with the parameters: it stays an int64 on the host."""
+    """Catches ``active`` being moved, cast or listed with the parameters: it stays an int64 on the
+    host."""
     layer = copy.deepcopy(layer).double().to("meta")
     assert layer._active.device.type == "cpu"
     assert layer._active.dtype == torch.int64
@@ -471,7 +537,8 @@ def test_group_size_moves_with_the_layer(layer: nn.Module) -> None:
 
 
 def test_training_is_possible() -> None:
-    """Catches parameters that gradients do not reach: one layer learns another one's function at every size."""
+    """Catches parameters that gradients do not reach: one layer learns another one's function at
+    every size."""
     target, layer = (GroSSConv2d(4, 4, 3, group_sizes=(1, 2, 4)).double() for _ in range(2))
     optimiser = torch.optim.Adam(layer.parameters(), 0.02)
     input = torch.randn(16, 4, 6, 6, dtype=torch.float64)
@@ -490,7 +557,8 @@ def test_training_is_possible() -> None:
 
 @pytest.mark.parametrize("release", [False, True])
 def test_release_inactive(release: bool) -> None:
-    """Catches inactive weights that momentum or weight decay move; without the release they do move."""
+    """Catches inactive weights that momentum or weight decay move; without the release they do
+    move."""
     layer = GroSSConv2d(8, 8, 3, group_sizes=SIZES)
     optimiser = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
     input = torch.randn(2, 8, 5, 5)
@@ -526,7 +594,8 @@ def test_parametrised_bias() -> None:
 
 
 def test_core_is_the_middle_of_the_layer() -> None:
-    """Catches a core that computes something else than the layer between its pointwise convolutions."""
+    """Catches a core that computes something else than the layer between its pointwise
+    convolutions."""
     layer, core = GroSSConv2d(8, 8, 3, padding=1, bias=False), SeriesConv2d(8, 8, 3, padding=1)
     core.terms = layer.grouped
     input = torch.randn(2, 8, 5, 5)

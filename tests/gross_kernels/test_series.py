@@ -1,4 +1,5 @@
-"""Ψ and the group-size series, against the paper's equations and against plain grouped convolutions."""
+"""Ψ and the group-size series, against the paper's equations and against plain grouped
+convolutions."""
 
 import exact
 import pytest
@@ -46,7 +47,8 @@ def test_block_starts_by_hand() -> None:
 
 
 def test_expand_by_hand() -> None:
-    """Catches a depthwise weight that is not put on the diagonal of its larger blocks (the paper's figure 2)."""
+    """Catches a depthwise weight that is not put on the diagonal of its larger blocks (the paper's
+    figure 2)."""
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(4, 1, 1, 1)
     assert expand(weight, 2, 4).flatten(1).tolist() == [[1, 0], [0, 2], [3, 0], [0, 4]]
     assert expand(weight, 4, 4).flatten(1).tolist() == torch.diag(weight.flatten()).tolist()
@@ -82,18 +84,22 @@ def test_expand_composes(series: tuple[int, int, list[Tensor]]) -> None:
 
 @given(series=series())
 def test_restrict_is_the_adjoint(series: tuple[int, int, list[Tensor]]) -> None:
-    """Catches a gradient of a term that is gathered from other places than the term is scattered to."""
+    """Catches a gradient of a term that is gathered from other places than the term is scattered
+    to."""
     in_channels, _, weights = series
     small, large = weights[0], weights[-1]
     expanded = expand(small, large.shape[1], in_channels)
     restricted = restrict(large, small.shape[1], in_channels)
-    torch.testing.assert_close((expanded * large).sum(), (small * restricted).sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        (expanded * large).sum(), (small * restricted).sum(), rtol=1e-12, atol=1e-12
+    )
     assert torch.equal(restrict(expanded, small.shape[1], in_channels), small)
 
 
 @given(series=series(), gated=st.booleans())
 def test_sum_of_terms(series: tuple[int, int, list[Tensor]], gated: bool) -> None:
-    """Catches a sum in which a term is left out, counted twice, unscaled, or expanded to another size."""
+    """Catches a sum in which a term is left out, counted twice, unscaled, or expanded to another
+    size."""
     in_channels, out_channels, terms = series
     gates = torch.randn(len(terms), dtype=torch.float64) if gated else None
     for active in range(1, len(terms) + 1):
@@ -101,17 +107,22 @@ def test_sum_of_terms(series: tuple[int, int, list[Tensor]], gated: bool) -> Non
         assert total.shape == terms[active - 1].shape
         channels = exact.input_channels(in_channels, out_channels, total.shape[1])
         dense = exact.dense_weight(terms, active, gates, in_channels)
-        torch.testing.assert_close(total, dense[torch.arange(out_channels)[:, None], channels], rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            total, dense[torch.arange(out_channels)[:, None], channels], rtol=0, atol=1e-13
+        )
 
 
 @given(series=series())
 def test_residuals_give_the_weights_back(series: tuple[int, int, list[Tensor]]) -> None:
-    """Catches residuals against another weight than the one before (equation 6 undoes equation 5)."""
+    """Catches residuals against another weight than the one before (equation 6 undoes equation
+    5)."""
     in_channels, _, weights = series
     terms = residuals(weights, in_channels)
     assert torch.equal(terms[0], weights[0])
     for active, weight in enumerate(weights, 1):
-        torch.testing.assert_close(sum_terms(terms, in_channels, active), weight, rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            sum_terms(terms, in_channels, active), weight, rtol=0, atol=1e-13
+        )
 
 
 def test_expand_and_restrict_are_differentiable() -> None:
@@ -124,10 +135,15 @@ def test_expand_and_restrict_are_differentiable() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_powers_of_two(in_channels: int, out_channels: int) -> None:
-    """Catches a size that is missing, not a power of two, or makes more groups than divide the output width."""
+    """Catches a size that is missing, not a power of two, or makes more groups than divide the
+    output width."""
     sizes = powers_of_two(in_channels, out_channels)
     assert check_group_sizes(sizes, in_channels, out_channels) == sizes
-    possible = [2**i for i in range(7) if in_channels % 2**i == 0 and out_channels % (in_channels // 2**i) == 0]
+    possible = [
+        2**i
+        for i in range(7)
+        if in_channels % 2**i == 0 and out_channels % (in_channels // 2**i) == 0
+    ]
     assert sizes == (tuple(possible) or (in_channels,))
 
 
@@ -158,19 +174,32 @@ def test_sizes_and_macs(kernel: int, stride: int, padding: int, dilation: int, s
     counted = torch.utils.flop_counter.FlopCounterMode(display=False)
     with counted, torch.device("meta"):
         output = F.conv2d(
-            torch.empty(1, 6, size, size), torch.empty(4, 3, kernel, kernel), None, stride, padding, dilation, 2
+            torch.empty(1, 6, size, size),
+            torch.empty(4, 3, kernel, kernel),
+            None,
+            stride,
+            padding,
+            dilation,
+            2,
         )
-    computed = output_size((size, size), (kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    computed = output_size(
+        (size, size), (kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2
+    )
     assert computed == output.shape[2:]
     assert 2 * convolution_macs(4, 3, (kernel, kernel), computed) == counted.get_total_flops()
     assert (
-        convolution_macs(4, 3, (kernel, kernel), computed, True) * 2 == counted.get_total_flops() + 2 * output.numel()
+        convolution_macs(4, 3, (kernel, kernel), computed, True) * 2
+        == counted.get_total_flops() + 2 * output.numel()
     )
 
 
 @given(pairs(1, 5), pairs(1, 3))
-def test_same_padding_keeps_the_size(kernel_size: tuple[int, int], dilation: tuple[int, int]) -> None:
+def test_same_padding_keeps_the_size(
+    kernel_size: tuple[int, int], dilation: tuple[int, int]
+) -> None:
     """Catches a size that is not kept, and an odd zero before where torch puts it after."""
-    for (before, after), k, d in zip(same_padding(kernel_size, dilation), kernel_size, dilation, strict=True):
+    for (before, after), k, d in zip(
+        same_padding(kernel_size, dilation), kernel_size, dilation, strict=True
+    ):
         assert before + after == d * (k - 1)
         assert after - before in (0, 1)

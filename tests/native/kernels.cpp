@@ -1,5 +1,6 @@
-// The CPU kernels against plain loops in double precision, over random geometries, on buffers of exactly the needed size: run under
-// AddressSanitizer and UndefinedBehaviorSanitizer by `make sanitize`. What it would catch: a read or write outside a tensor, and any wrong value.
+// The CPU kernels against plain loops in double precision, over random geometries, on buffers of
+// exactly the needed size: run under AddressSanitizer and UndefinedBehaviorSanitizer by `make
+// sanitize`. What it would catch: a read or write outside a tensor, and any wrong value.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -19,7 +20,9 @@ namespace {
 
 std::mt19937 generator(1);
 
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+int64_t pick(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
 
 int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
@@ -30,10 +33,18 @@ struct Tensor {
   Type type;
   std::unique_ptr<char[]> memory;
 
-  // Numbers are multiples of 1/steps up to 1, or NaN for steps = 0: memory that the kernels have to write.
+  // Numbers are multiples of 1/steps up to 1, or NaN for steps = 0: memory that the kernels have to
+  // write.
   Tensor(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, Type type, int steps)
-      : n(n), c(c), h(h), w(w), channels_last(channels_last), type(type), memory(new char[n * c * h * w * size_of(type)]) {
-    for (int64_t i = 0; i < n * c * h * w; i++) put(i, steps ? static_cast<double>(pick(-steps, steps)) / steps : NAN);
+      : n(n),
+        c(c),
+        h(h),
+        w(w),
+        channels_last(channels_last),
+        type(type),
+        memory(new char[n * c * h * w * size_of(type)]) {
+    for (int64_t i = 0; i < n * c * h * w; i++)
+      put(i, steps ? static_cast<double>(pick(-steps, steps)) / steps : NAN);
   }
   void put(int64_t i, double value) {
     const float narrow = static_cast<float>(value);
@@ -66,7 +77,8 @@ struct Tensor {
   }
 };
 
-const Threads two_threads{2, [](int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+const Threads two_threads{2,
+                          [](int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
                             std::thread other([&] { body(context, 0, count / 2); });
                             body(context, count / 2, count);
                             other.join();
@@ -76,7 +88,8 @@ double worst = 0;  // of the errors in units of what is allowed
 
 // Sums of eighths are exact in float32 and float64; bfloat16 rounds weights and results to 8 bits.
 void compare(Type type, const char* what, double got, double expected, const std::string& where) {
-  const double error = std::abs(got - expected) / (1 + std::abs(expected)) / (type == Type::bfloat16 ? 0x1p-7 : 1e-6);
+  const double error = std::abs(got - expected) / (1 + std::abs(expected)) /
+                       (type == Type::bfloat16 ? 0x1p-7 : 1e-6);
   worst = std::max(worst, error);
   if (!(error < 1)) {
     std::printf("%s: got %g, expected %g, for %s\n", what, got, expected, where.c_str());
@@ -118,13 +131,16 @@ bool draw(Case& c) {
   const int64_t room_w = c.w + 2 * g.padding_w - g.dilation_w * (g.kernel_w - 1) - 1;
   c.out_h = room_h / g.stride_h + 1, c.out_w = room_w / g.stride_w + 1;
   c.type = std::vector{Type::float32, Type::float64, Type::bfloat16}[pick(0, 2)];
-  c.where = std::to_string(g.in_channels) + "→" + std::to_string(g.out_channels) + " s=" + std::to_string(g.group_size) + " kernel " +
-            std::to_string(g.kernel_h) + "×" + std::to_string(g.kernel_w) + " stride " + std::to_string(g.stride_h) + "×" +
-            std::to_string(g.stride_w) + " input " + std::to_string(g.images) + "×" + std::to_string(c.h) + "×" + std::to_string(c.w);
+  c.where = std::to_string(g.in_channels) + "→" + std::to_string(g.out_channels) +
+            " s=" + std::to_string(g.group_size) + " kernel " + std::to_string(g.kernel_h) + "×" +
+            std::to_string(g.kernel_w) + " stride " + std::to_string(g.stride_h) + "×" +
+            std::to_string(g.stride_w) + " input " + std::to_string(g.images) + "×" +
+            std::to_string(c.h) + "×" + std::to_string(c.w);
   return room_h >= 0 && room_w >= 0;
 }
 
-// A layer and its gradients against pointwise, grouped and pointwise convolution one after the other, with and without keeping the first one's output.
+// A layer and its gradients against pointwise, grouped and pointwise convolution one after the
+// other, with and without keeping the first one's output.
 void layer_case() {
   Case c;
   if (!draw(c)) return;
@@ -133,33 +149,45 @@ void layer_case() {
   Layer layer{};
   layer.geometry = g;
   layer.in_channels = pick(1, 40), layer.out_channels = pick(1, 40), layer.relu = pick(0, 1);
-  const std::string where = std::to_string(layer.in_channels) + "→(" + c.where + ")→" + std::to_string(layer.out_channels);
+  const std::string where = std::to_string(layer.in_channels) + "→(" + c.where + ")→" +
+                            std::to_string(layer.out_channels);
   struct Weight {
     Tensor value, grad;
     double share = NAN;
 
-    Weight(int64_t to, int64_t from, int64_t kh, int64_t kw, Type type) : value(to, from, kh, kw, false, type, 2), grad(to, from, kh, kw, false, type, 0) {}
+    Weight(int64_t to, int64_t from, int64_t kh, int64_t kw, Type type)
+        : value(to, from, kh, kw, false, type, 2), grad(to, from, kh, kw, false, type, 0) {}
   };
-  Weight first(g.in_channels, layer.in_channels, 1, 1, type), middle(g.out_channels, g.group_size, g.kernel_h, g.kernel_w, type), last(layer.out_channels, g.out_channels, 1, 1, type);
-  Tensor bias(1, layer.out_channels, 1, 1, false, wide, 2), grad_bias(1, layer.out_channels, 1, 1, false, wide, 0);
+  Weight first(g.in_channels, layer.in_channels, 1, 1, type),
+      middle(g.out_channels, g.group_size, g.kernel_h, g.kernel_w, type),
+      last(layer.out_channels, g.out_channels, 1, 1, type);
+  Tensor bias(1, layer.out_channels, 1, 1, false, wide, 2),
+      grad_bias(1, layer.out_channels, 1, 1, false, wide, 0);
   const double gate = pick(1, 2);
   auto series = [&](const Weight& weight) {
     Series of{};
-    of.active = 1, of.type = type, of.terms[0] = weight.value.memory.get(), of.group_sizes[0] = weight.value.c, of.gates[0] = gate;
+    of.active = 1, of.type = type, of.terms[0] = weight.value.memory.get(),
+    of.group_sizes[0] = weight.value.c, of.gates[0] = gate;
     return of;
   };
-  layer.pointwise_in = series(first), layer.grouped = series(middle), layer.pointwise_out = series(last);
+  layer.pointwise_in = series(first), layer.grouped = series(middle),
+  layer.pointwise_out = series(last);
   if (pick(0, 1)) layer.bias = bias.memory.get();
-  Tensor input(g.images, layer.in_channels, c.h, c.w, pick(0, 1), type, 2), output(g.images, layer.out_channels, c.out_h, c.out_w, pick(0, 1), type, 0),
-      inner(g.images, g.in_channels, c.h, c.w, pick(0, 1), type, 0), grad(g.images, layer.out_channels, c.out_h, c.out_w, pick(0, 1), type, 2),
+  Tensor input(g.images, layer.in_channels, c.h, c.w, pick(0, 1), type, 2),
+      output(g.images, layer.out_channels, c.out_h, c.out_w, pick(0, 1), type, 0),
+      inner(g.images, g.in_channels, c.h, c.w, pick(0, 1), type, 0),
+      grad(g.images, layer.out_channels, c.out_h, c.out_w, pick(0, 1), type, 2),
       grad_input(g.images, layer.in_channels, c.h, c.w, pick(0, 1), type, 0);
   const bool keep = pick(0, 1);
-  // The packed weights are whole vectors: aligned, but of exactly the size that the kernels ask for.
+  // The packed weights are whole vectors: aligned, but of exactly the size that the kernels ask
+  // for.
   std::vector<char> packed(kernels().packed_size(type, layer) * size_of(wide));
   kernels().pack(type, layer, packed.data(), two_threads);
-  kernels().layer(type, input.image(), layer, packed.data(), keep ? inner.image() : Image{}, output.image(), two_threads);
+  kernels().layer(type, input.image(), layer, packed.data(), keep ? inner.image() : Image{},
+                  output.image(), two_threads);
 
-  const bool for_input = pick(0, 3), for_first = pick(0, 3), for_middle = pick(0, 3), for_last = pick(0, 3), for_bias = pick(0, 1), for_gates = pick(0, 1);
+  const bool for_input = pick(0, 3), for_first = pick(0, 3), for_middle = pick(0, 3),
+             for_last = pick(0, 3), for_bias = pick(0, 1), for_gates = pick(0, 1);
   LayerGradient gradient{};
   if (for_input) gradient.input = grad_input.image();
   if (for_bias) gradient.bias = grad_bias.memory.get();
@@ -167,25 +195,34 @@ void layer_case() {
     if (wanted) of.terms[0] = weight.grad.memory.get();
     if (for_gates) of.gates = &weight.share;
   };
-  wants(gradient.pointwise_in, first, for_first), wants(gradient.grouped, middle, for_middle), wants(gradient.pointwise_out, last, for_last);
-  kernels().layer_backward(type, grad.image(), input.image(), layer, keep ? inner.image() : Image{}, layer.relu ? output.image() : Image{}, gradient, two_threads);
+  wants(gradient.pointwise_in, first, for_first), wants(gradient.grouped, middle, for_middle),
+      wants(gradient.pointwise_out, last, for_last);
+  kernels().layer_backward(type, grad.image(), input.image(), layer, keep ? inner.image() : Image{},
+                           layer.relu ? output.image() : Image{}, gradient, two_threads);
 
-  auto at = [](int64_t n, int64_t channels, int64_t i, int64_t h, int64_t y, int64_t w, int64_t x) { return ((n * channels + i) * h + y) * w + x; };
-  std::vector<double> p(g.images * g.in_channels * c.h * c.w), slope(p.size()), r(g.images * g.out_channels * c.out_h * c.out_w), turned(r.size());
-  std::vector<double> of_first(g.in_channels * layer.in_channels), of_middle(g.out_channels * g.group_size * g.taps()), of_last(layer.out_channels * g.out_channels),
-      of_bias(layer.out_channels);
+  auto at = [](int64_t n, int64_t channels, int64_t i, int64_t h, int64_t y, int64_t w, int64_t x) {
+    return ((n * channels + i) * h + y) * w + x;
+  };
+  std::vector<double> p(g.images * g.in_channels * c.h * c.w), slope(p.size()),
+      r(g.images * g.out_channels * c.out_h * c.out_w), turned(r.size());
+  std::vector<double> of_first(g.in_channels * layer.in_channels),
+      of_middle(g.out_channels * g.group_size * g.taps()),
+      of_last(layer.out_channels * g.out_channels), of_bias(layer.out_channels);
   for (int64_t n = 0; n < g.images; n++)
     for (int64_t o = 0; o < g.in_channels; o++)
       for (int64_t y = 0; y < c.h; y++)
         for (int64_t x = 0; x < c.w; x++) {
           double& sum = p[at(n, g.in_channels, o, c.h, y, c.w, x)];
-          for (int64_t j = 0; j < layer.in_channels; j++) sum += gate * first.value.at(first.value.index(o, j, 0, 0)) * input.at(input.index(n, j, y, x));
+          for (int64_t j = 0; j < layer.in_channels; j++)
+            sum += gate * first.value.at(first.value.index(o, j, 0, 0)) *
+                   input.at(input.index(n, j, y, x));
           if (!keep) continue;
           const double kept = inner.at(inner.index(n, o, y, x));
           compare(type, "inner", kept, sum, where);
           sum = kept;  // rounded to bfloat16 where that is the type
         }
-  // Calls f(r's index, p's index, the weight's index) for everything that the grouped convolution multiplies.
+  // Calls f(r's index, p's index, the weight's index) for everything that the grouped convolution
+  // multiplies.
   auto each = [&](auto f) {
     for (int64_t n = 0; n < g.images; n++)
       for (int64_t o = 0; o < g.out_channels; o++)
@@ -194,19 +231,26 @@ void layer_case() {
             for (int64_t kx = 0; kx < g.kernel_w; kx++)
               for (int64_t y = 0; y < c.out_h; y++)
                 for (int64_t x = 0; x < c.out_w; x++) {
-                  const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h, ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
+                  const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h,
+                                ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
                   if (iy < 0 || iy >= c.h || ix < 0 || ix >= c.w) continue;
-                  const int64_t from = gross::block_start(o, g.in_channels, g.out_channels, g.group_size) + j;
-                  f(at(n, g.out_channels, o, c.out_h, y, c.out_w, x), at(n, g.in_channels, from, c.h, iy, c.w, ix), middle.value.index(o, j, ky, kx));
+                  const int64_t from =
+                      gross::block_start(o, g.in_channels, g.out_channels, g.group_size) + j;
+                  f(at(n, g.out_channels, o, c.out_h, y, c.out_w, x),
+                    at(n, g.in_channels, from, c.h, iy, c.w, ix), middle.value.index(o, j, ky, kx));
                 }
   };
-  each([&](int64_t to, int64_t from, int64_t weight) { r[to] += gate * middle.value.at(weight) * p[from]; });
+  each([&](int64_t to, int64_t from, int64_t weight) {
+    r[to] += gate * middle.value.at(weight) * p[from];
+  });
   for (int64_t n = 0; n < g.images; n++)
     for (int64_t o = 0; o < layer.out_channels; o++)
       for (int64_t y = 0; y < c.out_h; y++)
         for (int64_t x = 0; x < c.out_w; x++) {
           double sum = layer.bias ? bias.at(o) : 0;
-          for (int64_t j = 0; j < g.out_channels; j++) sum += gate * last.value.at(last.value.index(o, j, 0, 0)) * r[at(n, g.out_channels, j, c.out_h, y, c.out_w, x)];
+          for (int64_t j = 0; j < g.out_channels; j++)
+            sum += gate * last.value.at(last.value.index(o, j, 0, 0)) *
+                   r[at(n, g.out_channels, j, c.out_h, y, c.out_w, x)];
           const double got = output.at(output.index(n, o, y, x));
           compare(type, "layer", got, layer.relu ? std::max(sum, 0.0) : sum, where);
           const double dy = layer.relu && got <= 0 ? 0 : grad.at(grad.index(n, o, y, x));
@@ -231,9 +275,12 @@ void layer_case() {
             sum += gate * first.value.at(first.value.index(o, j, 0, 0)) * dp;
             of_first[first.value.index(o, j, 0, 0)] += dp * input.at(input.index(n, j, y, x));
           }
-          if (for_input) compare(type, "layer's input gradient", grad_input.at(grad_input.index(n, j, y, x)), sum, where);
+          if (for_input)
+            compare(type, "layer's input gradient", grad_input.at(grad_input.index(n, j, y, x)),
+                    sum, where);
         }
-  auto check = [&](const char* what, const Weight& weight, const std::vector<double>& expected, bool wanted) {
+  auto check = [&](const char* what, const Weight& weight, const std::vector<double>& expected,
+                   bool wanted) {
     double share = 0;
     for (size_t k = 0; k < expected.size(); k++) {
       share += expected[k] * weight.value.at(k);
@@ -244,19 +291,23 @@ void layer_case() {
   check("first pointwise's gradient", first, of_first, for_first);
   check("grouped gradient", middle, of_middle, for_middle);
   check("last pointwise's gradient", last, of_last, for_last);
-  for (int64_t o = 0; for_bias && o < layer.out_channels; o++) compare(type, "bias gradient", grad_bias.at(o), of_bias[o], where);
+  for (int64_t o = 0; for_bias && o < layer.out_channels; o++)
+    compare(type, "bias gradient", grad_bias.at(o), of_bias[o], where);
 }
 
 void convolution_case() {
   Case c;
   if (!draw(c)) return;
   const Geometry& g = c.g;
-  const int64_t smallest = c.smallest, growth = c.growth, h = c.h, w = c.w, out_h = c.out_h, out_w = c.out_w;
+  const int64_t smallest = c.smallest, growth = c.growth, h = c.h, w = c.w, out_h = c.out_h,
+                out_w = c.out_w;
   const Type type = c.type;
   const std::string& where = c.where;
   const bool last = pick(0, 1);
-  Tensor input(g.images, g.in_channels, h, w, last, type, 8), output(g.images, g.out_channels, out_h, out_w, last, type, 0);
-  Tensor grad(g.images, g.out_channels, out_h, out_w, pick(0, 1), type, 8), grad_input(g.images, g.in_channels, h, w, last, type, 0);
+  Tensor input(g.images, g.in_channels, h, w, last, type, 8),
+      output(g.images, g.out_channels, out_h, out_w, last, type, 0);
+  Tensor grad(g.images, g.out_channels, out_h, out_w, pick(0, 1), type, 8),
+      grad_input(g.images, g.in_channels, h, w, last, type, 0);
 
   Series series{};
   SeriesGradient gradient{};
@@ -268,8 +319,10 @@ void convolution_case() {
     series.group_sizes[i] = i ? g.group_size : smallest;
     if (series.active == 1) series.group_sizes[0] = g.group_size;
     series.gates[i] = pick(1, 4) / 2.0;
-    terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, type, 8));
-    grad_terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h, g.kernel_w, false, type, 0));
+    terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h,
+                                             g.kernel_w, false, type, 8));
+    grad_terms.push_back(std::make_unique<Tensor>(g.out_channels, series.group_sizes[i], g.kernel_h,
+                                                  g.kernel_w, false, type, 0));
     series.terms[i] = terms[i]->memory.get();
     gradient.terms[i] = grad_terms[i]->memory.get();
   }
@@ -279,7 +332,8 @@ void convolution_case() {
   kernels().input_grad(type, grad.image(), series, grad_input.image(), g, two_threads);
   kernels().weight_grad(type, grad.image(), input.image(), series, gradient, g, two_threads);
 
-  std::vector<double> expected(output.n * output.c * out_h * out_w), expected_input(input.n * input.c * h * w);
+  std::vector<double> expected(output.n * output.c * out_h * out_w),
+      expected_input(input.n * input.c * h * w);
   for (int i = 0; i < series.active; i++) {
     const int64_t s = series.group_sizes[i];
     double expected_gate = 0;
@@ -287,13 +341,15 @@ void convolution_case() {
       for (int64_t j = 0; j < s; j++)
         for (int64_t ky = 0; ky < g.kernel_h; ky++)
           for (int64_t kx = 0; kx < g.kernel_w; kx++) {
-            const int64_t at = terms[i]->index(o, j, ky, kx), c = gross::block_start(o, g.in_channels, g.out_channels, s) + j;
+            const int64_t at = terms[i]->index(o, j, ky, kx),
+                          c = gross::block_start(o, g.in_channels, g.out_channels, s) + j;
             const double weight = terms[i]->at(at);
             double sum = 0;
             for (int64_t n = 0; n < g.images; n++)
               for (int64_t y = 0; y < out_h; y++)
                 for (int64_t x = 0; x < out_w; x++) {
-                  const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h, ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
+                  const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h,
+                                ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
                   if (iy < 0 || iy >= h || ix < 0 || ix >= w) continue;
                   const int64_t to = output.index(n, o, y, x), from = input.index(n, c, iy, ix);
                   const double slope = grad.at(grad.index(n, o, y, x));
@@ -306,8 +362,10 @@ void convolution_case() {
           }
     compare(type, "gate gradient", grad_gates[i], expected_gate, where);
   }
-  for (size_t k = 0; k < expected.size(); k++) compare(type, "output", output.at(k), expected[k], where);
-  for (size_t k = 0; k < expected_input.size(); k++) compare(type, "input gradient", grad_input.at(k), expected_input[k], where);
+  for (size_t k = 0; k < expected.size(); k++)
+    compare(type, "output", output.at(k), expected[k], where);
+  for (size_t k = 0; k < expected_input.size(); k++)
+    compare(type, "input gradient", grad_input.at(k), expected_input[k], where);
 }
 
 }  // namespace
@@ -324,5 +382,8 @@ int main() {
     convolution_case();
     layer_case();
   }
-  std::printf("%d convolutions and as many layers agree with plain loops, largest error %.2f of what is allowed\n", cases, worst);
+  std::printf(
+      "%d convolutions and as many layers agree with plain loops, largest error %.2f of what is "
+      "allowed\n",
+      cases, worst);
 }

@@ -1,4 +1,5 @@
-"""Triton kernels: NVIDIA from compute capability 8.0, and AMD. Imported where Triton is installed."""
+"""Triton kernels: NVIDIA from compute capability 8.0, and AMD. Imported where Triton is
+installed."""
 
 from __future__ import annotations
 
@@ -21,9 +22,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(call: Call) -> bool:
-    """Every geometry in float32, bfloat16 and float16, up to 16 terms, on a GPU that Triton serves; in Triton's
-    interpreter (``TRITON_INTERPRET=1``) on the CPU instead."""
-    if call.dtype not in DTYPES or call.terms_dtype not in DTYPES or len(call.group_sizes) > MAX_TERMS:
+    """Every geometry in float32, bfloat16 and float16, up to 16 terms, on a GPU that Triton serves;
+    in Triton's interpreter (``TRITON_INTERPRET=1``) on the CPU instead."""
+    if (
+        call.dtype not in DTYPES
+        or call.terms_dtype not in DTYPES
+        or len(call.group_sizes) > MAX_TERMS
+    ):
         return False
     return call.device == "cpu" if INTERPRETED else call.device == "cuda" and _served()
 

@@ -1,12 +1,14 @@
-"""The two kernels of the weight gradient: sums over slices of the pixels, and what they come to in every term.
+"""The two kernels of the weight gradient: sums over slices of the pixels, and what they come to in
+every term.
 
-``accumulate``: a program holds the gradient of a few packs' weight, all taps or some, in registers, and marches down
-its slice of the pixels like ``correlate.march``: a row of the input is loaded once for every column of the kernel and
-meets as many rows of the output's gradient as the kernel has rows, those kept from the steps before. The slice's sum
-goes to a scratch tensor in the compact shape of the largest active term: what lies outside the groups is not written.
+``accumulate``: a program holds the gradient of a few packs' weight, all taps or some, in registers,
+and marches down its slice of the pixels like ``correlate.march``: a row of the input is loaded once
+for every column of the kernel and meets as many rows of the output's gradient as the kernel has
+rows, those kept from the steps before. The slice's sum goes to a scratch tensor in the compact
+shape of the largest active term: what lies outside the groups is not written.
 
-``distribute``: adds the slices in order, and writes the sum where each active term has an element, scaled by its gate.
-"""
+``distribute``: adds the slices in order, and writes the sum where each active term has an element,
+scaled by its gate."""
 
 # mypy: ignore-errors
 # Triton reads these functions, not Python.
@@ -20,7 +22,16 @@ from .correlate import block_start, load_tile, phase_of
 
 #: As in ``correlate``.
 SIZES_ALONE = [
-    *("input_height", "input_width", "grad_height", "grad_width", "parts", "lanes", "lane_width", "column_tiles"),
+    *(
+        "input_height",
+        "input_width",
+        "grad_height",
+        "grad_width",
+        "parts",
+        "lanes",
+        "lane_width",
+        "column_tiles",
+    ),
     *("row_count", "rows_per_tile", "tap_blocks", "slices", "tile_count"),
 ]
 
@@ -37,7 +48,8 @@ def accumulate(
     BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_INPUT: tl.constexpr, BLOCK_OUTPUT: tl.constexpr,
     INPUT_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``BLOCK_PARTS`` parts of packs, ``TAP_ROWS × TAP_COLUMNS`` taps, one slice of the pixels' tiles."""
+    """One program: ``BLOCK_PARTS`` parts of packs, ``TAP_ROWS × TAP_COLUMNS`` taps, one slice of
+    the pixels' tiles."""
     # See geometry.Axis.
     ROW_ADVANCE: tl.constexpr = ROWS[1]
     ROW_SOURCE_STEP: tl.constexpr = ROWS[2]
@@ -90,14 +102,21 @@ def accumulate(
         step = lane % lane_width
         column = result_column + step * COLUMN_RESULT_STEP
         column_real = (lane < lanes) & (column < grad_width)
-        origin = source_column + tap_column * COLUMN_SOURCE_STEP + step * (COLUMN_ADVANCE * COLUMN_SOURCE_STEP)
+        origin = (
+            source_column
+            + tap_column * COLUMN_SOURCE_STEP
+            + step * (COLUMN_ADVANCE * COLUMN_SOURCE_STEP)
+        )
         row_origin = source_row + tap_row * ROW_SOURCE_STEP
 
-        # Rows of the output's gradient that later rows of the input still meet, as [part, output channel, pixel].
+        # Rows of the output's gradient that later rows of the input still meet, as [part, output
+        # channel, pixel].
         kept = ()
         for older in tl.static_range(HISTORY - 1):
             if WIDE:
-                kept = kept + (tl.zeros((BLOCK_PARTS, BLOCK_OUTPUT, BLOCK_LANES), grad.dtype.element_ty),)
+                kept = kept + (
+                    tl.zeros((BLOCK_PARTS, BLOCK_OUTPUT, BLOCK_LANES), grad.dtype.element_ty),
+                )
             else:
                 kept = kept + (tl.zeros((BLOCK_OUTPUT, BLOCK_LANES), grad.dtype.element_ty),)
         for t in range(first, last + HISTORY - 1):
@@ -105,7 +124,16 @@ def accumulate(
             pixel = image * grad_n + column * grad_w + row.to(tl.int64) * grad_h
             pixel_real = column_real & (t < last) & (row < grad_height)
             newest = load_tile(
-                grad, pixel, pixel_real, from_o, o_real, GRAD_LAST, WIDE, BLOCK_PARTS, BLOCK_LANES, BLOCK_OUTPUT
+                grad,
+                pixel,
+                pixel_real,
+                from_o,
+                o_real,
+                GRAD_LAST,
+                WIDE,
+                BLOCK_PARTS,
+                BLOCK_LANES,
+                BLOCK_OUTPUT,
             )
             if WIDE:
                 newest = tl.permute(newest, (0, 2, 1))
@@ -125,17 +153,20 @@ def accumulate(
                     )  # fmt: skip
                     updated = ()
                     for n in tl.static_range(TAP_ROWS * TAP_COLUMNS):
-                        # Tap row i = q·advance + …: row t·advance + i of the input meets row t of the gradient.
+                        # Tap row i = q·advance + …: row t·advance + i of the input meets row t of
+                        # the gradient.
                         if n % TAP_COLUMNS == j and n // TAP_COLUMNS % ROW_ADVANCE == advance:
                             met = kept[n // TAP_COLUMNS // ROW_ADVANCE]
-                            updated = updated + (tl.dot(met, values, sums[n], input_precision=PRECISION),)
+                            updated = updated + (
+                                tl.dot(met, values, sums[n], input_precision=PRECISION),
+                            )
                         else:
                             updated = updated + (sums[n],)
                     sums = updated
             shorter = ()
             for q in tl.static_range(HISTORY - 1):
-                # Always chosen. Triton overlaps the loads with the products only in loops that carry no value on
-                # unchanged.
+                # Always chosen. Triton overlaps the loads with the products only in loops that
+                # carry no value on unchanged.
                 shorter = shorter + (tl.where(t < last + HISTORY, kept[q], tl.zeros_like(kept[q])),)
             kept = shorter
 
@@ -162,7 +193,8 @@ def distribute(
     SIZES: tl.constexpr, GATED: tl.constexpr, TAPS: tl.constexpr, TERMS_LAST: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``BLOCK`` elements of the scratch tensor; ``grad_gates`` is ``[programs, active]``, summed later."""
+    """One program: ``BLOCK`` elements of the scratch tensor; ``grad_gates`` is ``[programs,
+    active]``, summed later."""
     LARGEST: tl.constexpr = SIZES[len(SIZES) - 1]
     program = tl.program_id(0)
     element = program * BLOCK + tl.arange(0, BLOCK)
@@ -171,7 +203,9 @@ def distribute(
     for block in range(0, slices, AT_ONCE):
         slice = block + tl.arange(0, AT_ONCE)
         offset = slice.to(tl.int64)[:, None] * count + element[None, :]
-        total += tl.sum(tl.load(partial + offset, (slice < slices)[:, None] & real[None, :], 0.0), 0)
+        total += tl.sum(
+            tl.load(partial + offset, (slice < slices)[:, None] & real[None, :], 0.0), 0
+        )
     tap = element // (out_channels * LARGEST)
     o = element // LARGEST % out_channels
     c = block_start(o, in_channels, out_channels, LARGEST) + element % LARGEST
@@ -183,8 +217,12 @@ def distribute(
         if GATED:
             value = total * tl.load(gates + i).to(tl.float32)
             if TERMS_LAST:
-                term = tl.load(terms[i] + (o * TAPS + tap) * SIZES[i] + k, inside, 0.0).to(tl.float32)
+                term = tl.load(terms[i] + (o * TAPS + tap) * SIZES[i] + k, inside, 0.0).to(
+                    tl.float32
+                )
             else:
                 term = tl.load(terms[i] + offset, inside, 0.0).to(tl.float32)
-            tl.store(grad_gates + program * len(SIZES) + i, tl.sum(tl.where(inside, total * term, 0.0)))
+            tl.store(
+                grad_gates + program * len(SIZES) + i, tl.sum(tl.where(inside, total * term, 0.0))
+            )
         tl.store(grad_terms[i] + offset, value.to(grad_terms[i].dtype.element_ty), inside)

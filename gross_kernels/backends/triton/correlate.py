@@ -1,21 +1,23 @@
-"""The two kernels behind the forward pass and the input gradient: a sum of shifted products, weights made on the fly.
+"""The two kernels behind the forward pass and the input gradient: a sum of shifted products,
+weights made on the fly.
 
-Both read a *source* (input, or output gradient) and write a *result* (output, or input gradient). A program holds a
-few *packs*: a pack is as many neighbouring groups as fit the matrix unit's tile of source channels, so its weight is a
-small dense block with the groups on its diagonal. That is Ψ, applied on chip: 16 groups of 1 and one group of 16 cost
-the same, and nothing expanded is written to memory. A pack whose result is wider than the tile becomes several *parts*.
+Both read a *source* (input, or output gradient) and write a *result* (output, or input gradient). A
+program holds a few *packs*: a pack is as many neighbouring groups as fit the matrix unit's tile of
+source channels, so its weight is a small dense block with the groups on its diagonal. That is Ψ,
+applied on chip: 16 groups of 1 and one group of 16 cost the same, and nothing expanded is written
+to memory. A pack whose result is wider than the tile becomes several *parts*.
 
-``march`` keeps the weights of all taps of its parts on the chip and walks down the rows of the source: a row is loaded
-once for every column of the kernel, and feeds one accumulator for each row of the kernel. For a 3×3 kernel that is 3
-reads of each source element through the caches instead of 9, which matters: the second-level cache of an H200 gives
-little more than its memory. Groups of up to 64 and kernels of up to 5×5 are served so.
+``march`` keeps the weights of all taps of its parts on the chip and walks down the rows of the
+source: a row is loaded once for every column of the kernel, and feeds one accumulator for each row
+of the kernel. For a 3×3 kernel that is 3 reads of each source element through the caches instead of
+9, which matters: the second-level cache of an H200 gives little more than its memory. Groups of up
+to 64 and kernels of up to 5×5 are served so.
 
-``gather`` serves everything else: a tile of result pixels by a tile of channels, over all taps and blocks of source
-channels, the weight assembled anew for each.
+``gather`` serves everything else: a tile of result pixels by a tile of channels, over all taps and
+blocks of source channels, the weight assembled anew for each.
 
-Values that are not finite spread to the groups that share a pack with theirs, and in the input gradient of a strided
-convolution to neighbouring rows, since zero times infinity is not zero.
-"""
+Values that are not finite spread to the groups that share a pack with theirs, and in the input
+gradient of a strided convolution to neighbouring rows, since zero times infinity is not zero."""
 
 # mypy: ignore-errors
 # Triton reads these functions, not Python.
@@ -25,17 +27,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Sizes that Triton would otherwise compile anew for each divisibility by 16; only channels and strides gain from it.
+#: Sizes that Triton would otherwise compile anew for each divisibility by 16; only channels and
+#: strides gain from it.
 SIZES_ALONE = [
-    *("source_height", "source_width", "result_height", "result_width", "parts", "lanes", "lane_width"),
+    *(
+        "source_height",
+        "source_width",
+        "result_height",
+        "result_width",
+        "parts",
+        "lanes",
+        "lane_width",
+    ),
     *("column_tiles", "row_count", "rows_per_program"),
 ]
 
 
 @triton.jit
 def phase_of(TABLE: tl.constexpr, phase):
-    """One of :class:`geometry.Axis` ``phases``, which stand in the table one after another: first result, its source,
-    its tap."""
+    """One of :class:`geometry.Axis` ``phases``, which stand in the table one after another: first
+    result, its source, its tap."""
     result = 0
     source = 0
     tap = 0
@@ -48,7 +59,8 @@ def phase_of(TABLE: tl.constexpr, phase):
 
 @triton.jit
 def block_start(o, in_channels, out_channels, S: tl.constexpr):
-    """Ψ: first input channel of output channel ``o`` at group size ``S``, as in ``series.block_starts``."""
+    """Ψ: first input channel of output channel ``o`` at group size ``S``, as in
+    ``series.block_starts``."""
     return o // (out_channels * S // in_channels) * S
 
 
@@ -57,8 +69,8 @@ def assemble(
     terms, gates, o, c, tap, inside, in_channels, out_channels,
     SIZES: tl.constexpr, GATED: tl.constexpr, TAPS: tl.constexpr, TERMS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """``Σ gate_i Ψ(r_i)`` in float32 at output channels ``o``, input channels ``c`` and one tap; zero where not
-    ``inside``. ``o`` and ``c`` broadcast to the shape of ``inside``."""
+    """``Σ gate_i Ψ(r_i)`` in float32 at output channels ``o``, input channels ``c`` and one tap;
+    zero where not ``inside``. ``o`` and ``c`` broadcast to the shape of ``inside``."""
     weight = tl.zeros(inside.shape, tl.float32)
     for i in tl.static_range(len(SIZES)):
         k = c - block_start(o, in_channels, out_channels, SIZES[i])
@@ -86,7 +98,8 @@ def march(
     BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_SOURCE: tl.constexpr, BLOCK_RESULT: tl.constexpr,
     SOURCE_LAST: tl.constexpr, RESULT_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``BLOCK_PARTS`` parts, ``BLOCK_LANES`` columns (of all images, side by side), a run of rows."""
+    """One program: ``BLOCK_PARTS`` parts, ``BLOCK_LANES`` columns (of all images, side by side), a
+    run of rows."""
     # See geometry.Axis.
     ROW_TAPS: tl.constexpr = ROWS[0]
     ROW_ADVANCE: tl.constexpr = ROWS[1]
@@ -102,7 +115,8 @@ def march(
     WIDE: tl.constexpr = BLOCK_PARTS > 1
     dtype = source.dtype.element_ty
 
-    # Neighbouring programs work on neighbouring channels of the same pixels: together they use whole lines of memory.
+    # Neighbouring programs work on neighbouring channels of the same pixels: together they use
+    # whole lines of memory.
     program = tl.program_id(0)
     blocks = tl.cdiv(parts, BLOCK_PARTS)
     part = program % blocks * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
@@ -117,7 +131,8 @@ def march(
     result_row, source_row, row_tap = phase_of(ROW_PHASES, row_phase)
     result_column, source_column, column_tap = phase_of(COLUMN_PHASES, column_phase)
 
-    # Channels of the source and of the result: which a lane of the tile stands for, and whether it exists.
+    # Channels of the source and of the result: which a lane of the tile stands for, and whether it
+    # exists.
     pack = part // PARTS_PER_PACK
     inner = tl.arange(0, BLOCK_SOURCE)
     outer = part % PARTS_PER_PACK * BLOCK_RESULT
@@ -125,7 +140,8 @@ def march(
     source_channels = out_channels if TRANSPOSED else in_channels
     result_channels = in_channels if TRANSPOSED else out_channels
 
-    # Weights of every tap, in the order that the loop meets them. Loaded along the terms' rows, [part, result, source].
+    # Weights of every tap, in the order that the loop meets them. Loaded along the terms' rows,
+    # [part, result, source].
     to = (pack * PACK_RESULT + outer)[:, None, None] + r[None, :, None]
     of = (pack * PACK_SOURCE)[:, None, None] + inner[None, None, :]
     real = (outer[:, None, None] + r[None, :, None] < PACK_RESULT) & (to < result_channels)
@@ -173,7 +189,14 @@ def march(
             for j in tl.static_range(COLUMN_TAPS):
                 at = origin + j * COLUMN_SOURCE_STEP
                 tap_j = column_tap + j * COLUMN_TAP_STEP
-                pixel_real = written & (at >= 0) & (at < source_width) & row_real & (tap_j >= 0) & (tap_j < KERNEL_W)
+                pixel_real = (
+                    written
+                    & (at >= 0)
+                    & (at < source_width)
+                    & row_real
+                    & (tap_j >= 0)
+                    & (tap_j < KERNEL_W)
+                )
                 pixel = image * source_n + at * source_w + row.to(tl.int64) * source_h
                 values = load_tile(
                     source, pixel, pixel_real, from_channel, from_channel_real, SOURCE_LAST, WIDE,
@@ -183,7 +206,9 @@ def march(
                 for q in tl.static_range(HISTORY):
                     if q * ROW_ADVANCE + advance < ROW_TAPS:
                         weight = weights[(q * ROW_ADVANCE + advance) * COLUMN_TAPS + j]
-                        updated = updated + (tl.dot(values, weight, sums[q], input_precision=PRECISION),)
+                        updated = updated + (
+                            tl.dot(values, weight, sums[q], input_precision=PRECISION),
+                        )
                     else:
                         updated = updated + (sums[q],)
                 sums = updated
@@ -206,8 +231,9 @@ def load_tile(
     source, pixel, pixel_real, channel, channel_real, LAST: tl.constexpr, WIDE: tl.constexpr,
     PARTS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """``[parts, lanes, channels]`` (``[lanes, channels]`` of one part), zero where not real. Whichever of channels and
-    columns lies densely in memory is the last dimension of the load: its neighbours go to neighbouring threads."""
+    """``[parts, lanes, channels]`` (``[lanes, channels]`` of one part), zero where not real.
+    Whichever of channels and columns lies densely in memory is the last dimension of the load: its
+    neighbours go to neighbouring threads."""
     if LAST:
         offset = pixel[:, None, None] + channel[None, :, :]
         values = tl.load(source + offset, pixel_real[:, None, None] & channel_real[None, :, :], 0.0)
@@ -260,7 +286,8 @@ def gather(
     BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_SOURCE: tl.constexpr, BLOCK_RESULT: tl.constexpr,
     SOURCE_LAST: tl.constexpr, RESULT_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one part, ``BLOCK_LANES`` pixels (of all images and rows, side by side). ``BLOCK_PARTS`` is 1."""
+    """One program: one part, ``BLOCK_LANES`` pixels (of all images and rows, side by side).
+    ``BLOCK_PARTS`` is 1."""
     ROW_TAPS: tl.constexpr = ROWS[0]
     ROW_ADVANCE: tl.constexpr = ROWS[1]
     ROW_SOURCE_STEP: tl.constexpr = ROWS[2]
@@ -308,7 +335,14 @@ def gather(
         exists = (tap_i >= 0) & (tap_i * KERNEL_W < TAPS) & (tap_j >= 0) & (tap_j < KERNEL_W)
         from_row = row_origin + i * ROW_SOURCE_STEP
         at = origin + j * COLUMN_SOURCE_STEP
-        pixel_real = written & exists & (at >= 0) & (at < source_width) & (from_row >= 0) & (from_row < source_height)
+        pixel_real = (
+            written
+            & exists
+            & (at >= 0)
+            & (at < source_width)
+            & (from_row >= 0)
+            & (from_row < source_height)
+        )
         pixel = image * source_n + at * source_w + from_row * source_h
         for block in range(0, PACK_SOURCE, BLOCK_SOURCE):
             inner = block + tl.arange(0, BLOCK_SOURCE)

@@ -29,7 +29,8 @@ _plans = Plans()
 
 
 class Call(NamedTuple):
-    """Everything that a plan depends on. ``source`` and ``result`` are shapes with strides; ``terms`` those active."""
+    """Everything that a plan depends on. ``source`` and ``result`` are shapes with strides;
+    ``terms`` those active."""
 
     transposed: bool
     source: tuple
@@ -70,7 +71,8 @@ def forward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Grouped convolution of ``input`` with ``R_n = Σ gate_i Ψ(r_i)`` (equations 4 and 5), ``[N, C_out, H', W']``."""
+    """Grouped convolution of ``input`` with ``R_n = Σ gate_i Ψ(r_i)`` (equations 4 and 5), ``[N,
+    C_out, H', W']``."""
     return run(None, input, terms[:active], gates, stride, padding, dilation)
 
 
@@ -83,7 +85,8 @@ def run(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """The output of ``input`` or, given the output's gradient, the input's; ``terms`` are those active."""
+    """The output of ``input`` or, given the output's gradient, the input's; ``terms`` are those
+    active."""
     source = input if grad is None else grad
     key = (
         layout(source),
@@ -99,7 +102,9 @@ def run(
     ready = _plans.get(key)
     if ready is None:
         ready = _plans.put(key, prepare(grad, input, terms, gates, stride, padding, dilation))
-    result = torch.empty_strided(ready.shape, ready.stride, dtype=source.dtype, device=source.device)
+    result = torch.empty_strided(
+        ready.shape, ready.stride, dtype=source.dtype, device=source.device
+    )
     if ready.kernel is None:
         return result.zero_()
     if not ready.dense:
@@ -125,12 +130,16 @@ def prepare(
     if grad is None:
         size = output_size(shape[2:], terms[0].shape[2:], stride, padding, dilation)
         shape = torch.Size((shape[0], terms[0].shape[0], *size))
-    result = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+    result = torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input)
+    )
     source = input if grad is None else grad
     device = source.get_device()
     if source.numel() == 0 or result.numel() == 0:
         return Ready(None, shape, result.stride(), True, device)
-    passed = all(term.is_contiguous() for term in terms) or all(channels_last(t.shape, t.stride()) for t in terms)
+    passed = all(term.is_contiguous() for term in terms) or all(
+        channels_last(t.shape, t.stride()) for t in terms
+    )
     passed = passed and (gates is None or gates.is_contiguous())
     if not passed:
         terms, gates = dense(terms), None if gates is None else gates.contiguous()
@@ -154,7 +163,12 @@ def prepare(
 
 def choose(call: Call, tensors: tuple) -> Kernel:
     """The kernel of a kind of calls, by the table or by autotuning."""
-    tile = tuned(f"correlation {call!r}", tiles.correlation(shape_of(call)), lambda tile: plan(call, tile), tensors)
+    tile = tuned(
+        f"correlation {call!r}",
+        tiles.correlation(shape_of(call)),
+        lambda tile: plan(call, tile),
+        tensors,
+    )
     return plan(call, tile)
 
 
@@ -162,7 +176,8 @@ def axes(call: Call) -> tuple[Axis, Axis]:
     """Rows and columns."""
     kernel = call.terms[0][0][2:]
     rows, columns = (
-        axis(*each, call.transposed) for each in zip(kernel, call.stride, call.padding, call.dilation, strict=True)
+        axis(*each, call.transposed)
+        for each in zip(kernel, call.stride, call.padding, call.dilation, strict=True)
     )
     return rows, columns
 
@@ -211,7 +226,9 @@ def plan(call: Call, tile: tiles.Tile) -> Kernel:
         programs *= -(-row_count // rows_per_program)
     source_channels = source_shape[1]
     in_channels, out_channels = (
-        (result_channels, source_channels) if call.transposed else (source_channels, result_channels)
+        (result_channels, source_channels)
+        if call.transposed
+        else (source_channels, result_channels)
     )
     sizes = tuple(term[0][1] for term in call.terms)
     kernel_h, kernel_w = call.terms[0][0][2:]

@@ -1,4 +1,5 @@
-"""Input gradient: the correlation of the output's gradient with the transposed weights, on the forward's kernels."""
+"""Input gradient: the correlation of the output's gradient with the transposed weights, on the
+forward's kernels."""
 
 from __future__ import annotations
 

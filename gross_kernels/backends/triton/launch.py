@@ -1,8 +1,8 @@
-"""The way from a call to a running kernel, with as little Python as can be: everything that depends on shapes alone is
-worked out at the first call of a kind and kept.
+"""The way from a call to a running kernel, with as little Python as can be: everything that depends
+on shapes alone is worked out at the first call of a kind and kept.
 
-A launch after the first takes the key, an allocation and Triton's own launcher; aim 15 µs, **unmeasured**.
-"""
+A launch after the first takes the key, an allocation and Triton's own launcher; aim 15 µs,
+**unmeasured**."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Kernel:
-    """A kernel with its grid, its arguments beyond the tensors, and the compiled form that its first launch leaves."""
+    """A kernel with its grid, its arguments beyond the tensors, and the compiled form that its
+    first launch leaves."""
 
     def __init__(self, function: Any, grid: int, arguments: tuple, warps: int, stages: int) -> None:
         self.function = function
@@ -42,7 +43,8 @@ class Kernel:
             return
         compiled = self.function[self.grid](*tensors, *self.arguments, **self.options)
         if not INTERPRETED:
-            # Past Triton's look-up: pointers' alignment and all else that it specialises on are part of the plan's key.
+            # Past Triton's look-up: pointers' alignment and all else that it specialises on are
+            # part of the plan's key.
             self.compiled = compiled[self.grid]
 
 
@@ -83,7 +85,8 @@ def on_device(index: int) -> AbstractContextManager:
 
 @cache
 def architecture(index: int | None) -> str:
-    """ "sm_90", "gfx942": of a CUDA or HIP device; of an H200 where there is none, for the interpreter."""
+    """ "sm_90", "gfx942": of a CUDA or HIP device; of an H200 where there is none, for the
+    interpreter."""
     if index is None:
         return "sm_90"
     properties = torch.cuda.get_device_properties(index)
@@ -99,10 +102,11 @@ def processors(index: int | None) -> int:
 
 
 def precision_of(dtype: torch.dtype, device: int | None) -> str:
-    """How a call multiplies, in Triton's words. 16 bits are exact whatever is said; "ieee" is understood everywhere.
+    """How a call multiplies, in Triton's words. 16 bits are exact whatever is said; "ieee" is
+    understood everywhere.
 
-    AMD's matrix unit multiplies strict float32 itself, so that there are no three passes; TF32 only gfx942 has.
-    """
+    AMD's matrix unit multiplies strict float32 itself, so that there are no three passes; TF32 only
+    gfx942 has."""
     if dtype != torch.float32:
         return "ieee"
     wanted, name = float32_precision(), architecture(device)
@@ -116,15 +120,23 @@ def dense(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple([tensor.contiguous() for tensor in tensors])
 
 
-def tuned(name: str, candidates: Sequence[Any], plan: Callable[[Any], Kernel], tensors: tuple) -> Any:
-    """The tile that :func:`tiles.choose` chooses for a kind of calls; timed on ``tensors``, if at all."""
+def tuned(
+    name: str, candidates: Sequence[Any], plan: Callable[[Any], Kernel], tensors: tuple
+) -> Any:
+    """The tile that :func:`tiles.choose` chooses for a kind of calls; timed on ``tensors``, if at
+    all."""
 
     def seconds(tile: Any) -> float:
         kernel = plan(tile)
         try:
-            return float(triton.testing.do_bench(lambda: kernel(*tensors), warmup=5, rep=20, return_mode="median"))
+            return float(
+                triton.testing.do_bench(
+                    lambda: kernel(*tensors), warmup=5, rep=20, return_mode="median"
+                )
+            )
         except (RuntimeError, triton.runtime.errors.OutOfResources):
-            # More shared memory or registers than there are, or a tile that this Triton cannot compile.
+            # More shared memory or registers than there are, or a tile that this Triton cannot
+            # compile.
             return float("inf")
 
     device = tensors[0].device

@@ -1,4 +1,5 @@
-"""The sum of pointwise weights, ``Σ gate_i t_i``, in one launch: every element is read once from every active term."""
+"""The sum of pointwise weights, ``Σ gate_i t_i``, in one launch: every element is read once from
+every active term."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def series_sum(terms: Sequence[Tensor], active: int, gates: Tensor | None) -> Te
     used = tuple(term.contiguous() for term in terms[:active])
     if gates is not None:
         gates = gates.contiguous()
-    call = Call(tuple(map(layout, used)), None if gates is None else layout(gates), result.device.index)
+    call = Call(
+        tuple(map(layout, used)), None if gates is None else layout(gates), result.device.index
+    )
     with on_device(result.get_device()):
         kernel = _plans.get(call) or _plans.put(call, plan(call))
         kernel(result, used, gates)

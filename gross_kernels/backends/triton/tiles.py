@@ -1,30 +1,37 @@
-"""Which tile a kernel works on: a small table by shape class, precision and architecture; optional autotuning.
+"""Which tile a kernel works on: a small table by shape class, precision and architecture; optional
+autotuning.
 
-What the table is made from: the arithmetic below, predicted and **unmeasured** (no GPU was at hand), and registers and
-shared memory as the compiler reports them. A 3×3 convolution, 16-bit, channels-last, on an H200 (132 multiprocessors;
-copy 4.3 TB/s = 19 bytes a clock and multiprocessor; first-level cache and shared memory 128 bytes a clock together;
-``mma.sync`` about 2600 products a clock):
+What the table is made from: the arithmetic below, predicted and **unmeasured** (no GPU was at
+hand), and registers and shared memory as the compiler reports them. A 3×3 convolution, 16-bit,
+channels-last, on an H200 (132 multiprocessors; copy 4.3 TB/s = 19 bytes a clock and multiprocessor;
+first-level cache and shared memory 128 bytes a clock together; ``mma.sync`` about 2600 products a
+clock):
 
-* ``march``, groups of up to 16: 4 packs of 16 channels are a line of 128 bytes, one warp each. A step of 64 columns
-  reads 8 KB and writes 8 KB: 855 clocks of the memory. Its 3 reads (one for each column of the kernel) go into shared
-  memory and out of it: 384 clocks. Its 9 × 64 × 16 × 16 × 4 products: 228. So the memory is the limit, with room, but
-  the second-level cache sees 3 × 8 + 8 KB: at 5.5 TB/s (assumed) 1340 clocks, 64 % of a copy; this is the bound to
-  watch. 188 to 213 registers (weights 36, sums 96), so 2 programs of 4 warps a multiprocessor with 48 KB of loads
+* ``march``, groups of up to 16: 4 packs of 16 channels are a line of 128 bytes, one warp each. A
+  step of 64 columns reads 8 KB and writes 8 KB: 855 clocks of the memory. Its 3 reads (one for each
+  column of the kernel) go into shared memory and out of it: 384 clocks. Its 9 × 64 × 16 × 16 × 4
+  products: 228. So the memory is the limit, with room, but the second-level cache sees 3 × 8 + 8
+  KB: at 5.5 TB/s (assumed) 1340 clocks, 64 % of a copy; this is the bound to watch. 188 to 213
+  registers (weights 36, sums 96), so 2 programs of 4 warps a multiprocessor with 48 KB of loads
   under way, where 26 KB hide 800 ns.
-* groups of 32 and 64: one pack, 4 or 8 warps, 128 to 211 registers; weights (18 and 36 KB) in shared memory, where the
-  instructions of warp groups read them. A pack of 32 is 64 bytes of a pixel. Groups of 64 are two parts, so the source
-  is read twice as often. With Triton before 3.9 (:data:`WARP_GROUPS`) 32 lanes, weights in registers.
-* float32: twice the bytes, half the products; 2 packs of 16 channels are a line. Three passes of TF32 hold the weights
-  twice, which leaves 16 columns. Strict float32 has no matrix unit on NVIDIA: ``gather``, slow, for those who ask.
-* a program assembles its weights once, 9 × 16 × 16 × 4 numbers a term, about 5000 clocks for the series (1, 4, 16): as
-  much as 6 steps. The rows of the program share it, so rows are split as little as fills the machine.
-* weight gradient, groups of up to 16: all 9 taps of 16×16 in a pair of warps (36 registers each), 4 packs, 8 warps, 231
-  registers, so one program a multiprocessor. A step reads the gradient's row once and the input's 3 times: 32 KB
-  through the second-level cache for 16 KB from memory, at 5.5 TB/s 1340 of 855 clocks, 64 % of a copy. Groups of 32 are
-  4 parts of 16×16, groups of 64 hold one row of taps at a time: 2 and 3 times the reads.
+* groups of 32 and 64: one pack, 4 or 8 warps, 128 to 211 registers; weights (18 and 36 KB) in
+  shared memory, where the instructions of warp groups read them. A pack of 32 is 64 bytes of a
+  pixel. Groups of 64 are two parts, so the source is read twice as often. With Triton before 3.9
+  (:data:`WARP_GROUPS`) 32 lanes, weights in registers.
+* float32: twice the bytes, half the products; 2 packs of 16 channels are a line. Three passes of
+  TF32 hold the weights twice, which leaves 16 columns. Strict float32 has no matrix unit on NVIDIA:
+  ``gather``, slow, for those who ask.
+* a program assembles its weights once, 9 × 16 × 16 × 4 numbers a term, about 5000 clocks for the
+  series (1, 4, 16): as much as 6 steps. The rows of the program share it, so rows are split as
+  little as fills the machine.
+* weight gradient, groups of up to 16: all 9 taps of 16×16 in a pair of warps (36 registers each), 4
+  packs, 8 warps, 231 registers, so one program a multiprocessor. A step reads the gradient's row
+  once and the input's 3 times: 32 KB through the second-level cache for 16 KB from memory, at 5.5
+  TB/s 1340 of 855 clocks, 64 % of a copy. Groups of 32 are 4 parts of 16×16, groups of 64 hold one
+  row of taps at a time: 2 and 3 times the reads.
 
-Registers and spills of every entry are checked at compile time by tests/gross_kernels/triton/test_compilation.py.
-"""
+Registers and spills of every entry are checked at compile time by
+tests/gross_kernels/triton/test_compilation.py."""
 
 from __future__ import annotations
 
@@ -38,15 +45,18 @@ from typing import NamedTuple, TypeVar
 
 import triton
 
-#: Most bytes of weights that ``march`` holds: of one part where every warp has its own, and of a program that shares.
+#: Most bytes of weights that ``march`` holds: of one part where every warp has its own, and of a
+#: program that shares.
 MOST_WEIGHTS_OF_A_WARP = 25 * 16 * 16 * 2
 MOST_WEIGHTS_OF_A_PROGRAM = 9 * 64 * 32 * 2
 #: Most rows of sums that ``march`` holds.
 MOST_HISTORY = 5
-#: Whether ``march`` may use the instructions of warp groups (tiles of 64 lanes, four warps): Triton 3.5 and 3.6 fail to
-#: compile its rotating sums with them, 3.9 does not. Fewer lanes use those of single warps.
+#: Whether ``march`` may use the instructions of warp groups (tiles of 64 lanes, four warps): Triton
+#: 3.5 and 3.6 fail to compile its rotating sums with them, 3.9 does not. Fewer lanes use those of
+#: single warps.
 WARP_GROUPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-#: Programs for each multiprocessor that the launch aims at: two fit at a time, twice over for balance.
+#: Programs for each multiprocessor that the launch aims at: two fit at a time, twice over for
+#: balance.
 PROGRAMS_PER_PROCESSOR = 4
 
 
@@ -54,7 +64,8 @@ class Tile(NamedTuple):
     """One choice.
 
     Attributes:
-        march: whether the weights stay on the chip and rows are marched down (else each is assembled where needed).
+        march: whether the weights stay on the chip and rows are marched down (else each is
+            assembled where needed).
         lanes: pixels (columns, for ``march``) of the result.
         parts: parts of packs side by side, one warp each if more than one.
         source, result: channels of the tile.
@@ -92,9 +103,9 @@ class WeightTile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the table is keyed by: channels of a group on both sides, groups, terms, taps, rows of sums, whether
-    strided, whether packs begin at multiples of 16 bytes, bytes of a number, how float32 is multiplied, architecture
-    ("sm_90", "gfx942")."""
+    """What the table is keyed by: channels of a group on both sides, groups, terms, taps, rows of
+    sums, whether strided, whether packs begin at multiples of 16 bytes, bytes of a number, how
+    float32 is multiplied, architecture ("sm_90", "gfx942")."""
 
     source: int
     result: int
@@ -144,10 +155,20 @@ def correlation(shape: Shape) -> list[Tile]:
         per_pack = max(1, 16 // max(shape.source, shape.result))
         parts = -(-shape.groups // per_pack) * -(-shape.result * per_pack // 16)
         together = min(4 if narrow else 2, power_of_two(parts + 1) // 2)
-        # Weights that are held twice, or five rows of sums, leave fewer registers; so does Ampere's way to load them.
-        most = 16 if three_pass else 64 if narrow and shape.history <= 3 and (shape.hopper or shape.amd) else 32
+        # Weights that are held twice, or five rows of sums, leave fewer registers; so does Ampere's
+        # way to load them.
+        most = (
+            16
+            if three_pass
+            else 64
+            if narrow and shape.history <= 3 and (shape.hopper or shape.amd)
+            else 32
+        )
         if together > 1 and shape.taps * 256 * shape.itemsize <= MOST_WEIGHTS_OF_A_WARP:
-            choices = [Tile(True, lanes, together, 16, 16, together, 2) for lanes in (most, max(16, most // 2))]
+            choices = [
+                Tile(True, lanes, together, 16, 16, together, 2)
+                for lanes in (most, max(16, most // 2))
+            ]
         elif shape.taps <= 9:
             choices = [
                 Tile(True, lanes, 1, 16, 16, 4, 2)
@@ -155,7 +176,11 @@ def correlation(shape: Shape) -> list[Tile]:
             ]
         if three_pass and (shape.strided or together == 1):
             choices = []
-    elif source <= 64 and shape.taps * source * 32 * shape.itemsize <= MOST_WEIGHTS_OF_A_PROGRAM and not three_pass:
+    elif (
+        source <= 64
+        and shape.taps * source * 32 * shape.itemsize <= MOST_WEIGHTS_OF_A_PROGRAM
+        and not three_pass
+    ):
         # Without 16-byte loads every element has an address of its own: half the lanes.
         lanes = 64 if shape.aligned else 32
         if shape.hopper and not WARP_GROUPS:
@@ -166,17 +191,24 @@ def correlation(shape: Shape) -> list[Tile]:
         elif narrow and shape.amd:
             choices = [Tile(True, lanes, 1, 64, min(result, 32), 4, 2)]
         elif narrow:
-            choices = [Tile(True, 2 * lanes, 1, 64, min(result, 32), 8, 2), Tile(True, lanes, 1, 64, 16, 4, 2)]
+            choices = [
+                Tile(True, 2 * lanes, 1, 64, min(result, 32), 8, 2),
+                Tile(True, lanes, 1, 64, 16, 4, 2),
+            ]
     if shape.history > MOST_HISTORY:
         choices = []
     stages = 1 if three_pass else 2
     lanes = 128 if narrow and shape.aligned else 64 if shape.aligned else 32
     most = 16 if shape.terms > 7 else 32
-    return choices + [Tile(False, n, 1, min(32, source), min(most, result), 4, stages) for n in (lanes, lanes // 2)]
+    return choices + [
+        Tile(False, n, 1, min(32, source), min(most, result), 4, stages)
+        for n in (lanes, lanes // 2)
+    ]
 
 
 def weight_gradient(shape: Shape) -> list[WeightTile]:
-    """Tiles for the weight gradient's first pass, the predicted best one first. ``shape.source`` is the input."""
+    """Tiles for the weight gradient's first pass, the predicted best one first. ``shape.source`` is
+    the input."""
     narrow, three_pass = shape.itemsize == 2, shape.precision == "tf32x3"
     if shape.strict:
         return [WeightTile(False, False, lanes, 1, 16, 16, 4, 1) for lanes in (32, 64)]
@@ -184,35 +216,55 @@ def weight_gradient(shape: Shape) -> list[WeightTile]:
     columns = shape.taps // shape.history
     if not shape.aligned:
         source, result = min(32, source), min(32, result)
-        return [WeightTile(False, not three_pass and columns <= 5, n, 1, source, result, 4, 2) for n in (16, 32)]
+        return [
+            WeightTile(False, not three_pass and columns <= 5, n, 1, source, result, 4, 2)
+            for n in (16, 32)
+        ]
     everything = shape.taps <= 9 and not three_pass
     if max(source, result) <= (32 if everything else 16):
         # Groups of 32 in four parts: a program that held all taps of 32×32 would spill.
         per_pack = max(1, 16 // max(shape.source, shape.result))
-        parts = -(-shape.groups // per_pack) * -(-shape.source * per_pack // 16) * -(-shape.result * per_pack // 16)
+        parts = (
+            -(-shape.groups // per_pack)
+            * -(-shape.source * per_pack // 16)
+            * -(-shape.result * per_pack // 16)
+        )
         together = min(2 if three_pass else 4, power_of_two(parts + 1) // 2)
         if together == 1:
             return [WeightTile(False, columns <= 5, lanes, 1, 16, 16, 4, 2) for lanes in (32, 64)]
         if three_pass:
             lanes = (32, 16) if columns <= 3 else (16, 32)
-            return [WeightTile(False, columns <= 5, n, together, 16, 16, together, 2) for n in lanes]
+            return [
+                WeightTile(False, columns <= 5, n, together, 16, 16, together, 2) for n in lanes
+            ]
         lanes = (64, 32) if narrow else (32, 16)
-        return [WeightTile(everything, columns <= 9, n, together, 16, 16, 2 * together, 2) for n in lanes]
+        return [
+            WeightTile(everything, columns <= 9, n, together, 16, 16, 2 * together, 2)
+            for n in lanes
+        ]
     source, result = min(64, source), min(64, result)
     if narrow:
-        return [WeightTile(False, columns <= 3, lanes, 1, source, result, 8, 2) for lanes in (64, 32)]
+        return [
+            WeightTile(False, columns <= 3, lanes, 1, source, result, 8, 2) for lanes in (64, 32)
+        ]
     warps = 8 if shape.hopper and source * result == 64 * 64 else 4
-    return [WeightTile(False, columns <= 3 and not three_pass, n, 1, source, result, warps, 2) for n in (32, 16)]
+    return [
+        WeightTile(False, columns <= 3 and not three_pass, n, 1, source, result, warps, 2)
+        for n in (32, 16)
+    ]
 
 
-# Autotuning -----------------------------------------------------------------------------------------------------------
+# Autotuning -------------------------------------------------------------------------------------
 
 #: Set to 1 to time every candidate at the first call of a kind, and to keep the fastest on disk.
 AUTOTUNE = os.environ.get("GROSS_KERNELS_AUTOTUNE") == "1"
 
 
-def choose(name: str, candidates: Sequence[TileT], seconds: Callable[[TileT], float], device: str) -> TileT:
-    """The table's first tile or, with ``GROSS_KERNELS_AUTOTUNE=1``, the fastest by ``seconds``, which is remembered.
+def choose(
+    name: str, candidates: Sequence[TileT], seconds: Callable[[TileT], float], device: str
+) -> TileT:
+    """The table's first tile or, with ``GROSS_KERNELS_AUTOTUNE=1``, the fastest by ``seconds``,
+    which is remembered.
 
     Args:
         name: the kind of calls.
@@ -239,7 +291,8 @@ def cache_file(device: str) -> Path:
 
 
 def remembered(path: Path) -> dict[str, list]:
-    """Choices by kind of calls; none where the file is missing or is not what :func:`write` writes."""
+    """Choices by kind of calls; none where the file is missing or is not what :func:`write`
+    writes."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,9 +1,8 @@
 """Gradients of every term and of the gates, in two passes (``accumulate``) and without atomics.
 
-Slices are cut by shape and device, so results repeat bit by bit. The scratch is written and read once: for 64 channels,
-groups of 16 and 264 slices 10 MB each way, mostly through the second-level cache, where the tensors (batch 128, 56×56)
-have 103.
-"""
+Slices are cut by shape and device, so results repeat bit by bit. The scratch is written and read
+once: for 64 channels, groups of 16 and 264 slices 10 MB each way, mostly through the second-level
+cache, where the tensors (batch 128, 56×56) have 103."""
 
 from __future__ import annotations
 
@@ -18,8 +17,9 @@ from .accumulate import accumulate, distribute
 from .geometry import Packs, axis, channels_last, flat
 from .launch import Kernel, Plans, architecture, layout, on_device, precision_of, processors, tuned
 
-#: Elements of the gradient that a program of the second pass adds up (a line of memory), and slices that it loads at
-#: once: one after another, each of some 250 slices would wait for the memory, longer than the first pass takes.
+#: Elements of the gradient that a program of the second pass adds up (a line of memory), and slices
+#: that it loads at once: one after another, each of some 250 slices would wait for the memory,
+#: longer than the first pass takes.
 BLOCK, AT_ONCE = 32, 32
 #: Programs of the first pass for each multiprocessor.
 PROGRAMS_PER_PROCESSOR = 2
@@ -62,12 +62,15 @@ def weight_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Gradients with respect to every term and to the gates (None without gates); zero beyond ``active``."""
+    """Gradients with respect to every term and to the gates (None without gates); zero beyond
+    ``active``."""
     # Contiguous whatever the terms are, as the operator promises.
     grad_terms = [torch.empty(term.shape, dtype=term.dtype, device=term.device) for term in terms]
     for unused in grad_terms[active:]:
         unused.zero_()
-    grad_gates = None if gates is None else torch.zeros_like(gates, memory_format=torch.contiguous_format)
+    grad_gates = (
+        None if gates is None else torch.zeros_like(gates, memory_format=torch.contiguous_format)
+    )
     if grad.numel() == 0 or input.numel() == 0:
         for unused in grad_terms[:active]:
             unused.zero_()
@@ -113,8 +116,12 @@ def choose(call: Call, input: Tensor, grad: Tensor) -> Plan:
 
     candidates = tiles.weight_gradient(shape_of(call))
     largest = max(plan_of(call, tile).scratch for tile in candidates)
-    scratch = torch.empty(largest if tiles.AUTOTUNE else 0, dtype=torch.float32, device=input.device)
-    return plan_of(call, tuned(f"weight gradient {call!r}", candidates, first_pass, (input, grad, scratch)))
+    scratch = torch.empty(
+        largest if tiles.AUTOTUNE else 0, dtype=torch.float32, device=input.device
+    )
+    return plan_of(
+        call, tuned(f"weight gradient {call!r}", candidates, first_pass, (input, grad, scratch))
+    )
 
 
 def shape_of(call: Call) -> tiles.Shape:
@@ -143,12 +150,17 @@ def plan_of(call: Call, tile: tiles.WeightTile) -> Plan:
     (_, out_channels, height, width), grad_stride, *_ = call.grad
     sizes = tuple(term[0][1] for term in call.terms)
     kernel = call.terms[0][0][2:]
-    rows, columns = (axis(*each, False) for each in zip(kernel, call.stride, call.padding, call.dilation, strict=True))
+    rows, columns = (
+        axis(*each, False)
+        for each in zip(kernel, call.stride, call.padding, call.dilation, strict=True)
+    )
     taps = kernel[0] * kernel[1]
     tap_rows = kernel[0] if tile.all_rows else 1
     tap_columns = kernel[1] if tile.all_columns else 1
     tap_blocks = -(-kernel[0] // tap_rows) * -(-kernel[1] // tap_columns)
-    packs = Packs.of(in_channels, out_channels, in_channels // sizes[-1], max(tile.input, tile.output))
+    packs = Packs.of(
+        in_channels, out_channels, in_channels // sizes[-1], max(tile.input, tile.output)
+    )
     input_parts, output_parts = -(-packs.source // tile.input), -(-packs.result // tile.output)
     parts = packs.number * input_parts * output_parts
     base = -(-parts // tile.parts) * tap_blocks
@@ -206,5 +218,16 @@ def plan_of(call: Call, tile: tiles.WeightTile) -> Plan:
     )
     programs = -(-count // BLOCK)
     gated = call.gates is not None
-    arguments = (in_channels, out_channels, slices, count, sizes, gated, taps, call.last, BLOCK, AT_ONCE)
+    arguments = (
+        in_channels,
+        out_channels,
+        slices,
+        count,
+        sizes,
+        gated,
+        taps,
+        call.last,
+        BLOCK,
+        AT_ONCE,
+    )
     return Plan(first, Kernel(distribute, programs, arguments, 4, 2), slices * count, programs)

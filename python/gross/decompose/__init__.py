@@ -11,7 +11,15 @@ from . import block_term, vbmf
 from .block_term import BlockTerm, block_term_series
 from .convert import DecomposedLayer, Decomposition, decompose
 
-__all__ = ["BlockTerm", "DecomposedLayer", "Decomposition", "block_term", "block_term_series", "decompose", "vbmf"]
+__all__ = [
+    "BlockTerm",
+    "DecomposedLayer",
+    "Decomposition",
+    "block_term",
+    "block_term_series",
+    "decompose",
+    "vbmf",
+]
 
 
 class CallableModule(ModuleType):

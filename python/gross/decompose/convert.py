@@ -1,4 +1,5 @@
-"""Model surgery: the convolutions of a network become ``GroSSConv2d``, the series of equation 6 (section 4.3)."""
+"""Model surgery: the convolutions of a network become ``GroSSConv2d``, the series of equation 6
+(section 4.3)."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class DecomposedLayer:
         seconds: how long the fit took.
         parameters_before: of the convolution.
         parameters: of the bottleneck at each group size, once it is exported.
-        macs_before, macs: multiply–accumulates, likewise, over all calls; None if no input size was given.
+        macs_before, macs: multiply–accumulates, likewise, over all calls; None if no input size was
+            given.
     """
 
     name: str
@@ -67,13 +69,15 @@ class DecomposedLayer:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What :func:`decompose` did. Printable: a table of the layers, and the convolutions left alone with the reasons.
+    """What :func:`decompose` did. Printable: a table of the layers, and the convolutions left alone
+    with the reasons.
 
     Attributes:
         method: "als" or "random".
         layers: the decomposed layers, in network order.
         left_alone: why a convolution was not decomposed, by qualified name.
-        parameters_before, parameters: of the whole network; of the supernet, with the terms of all group sizes.
+        parameters_before, parameters: of the whole network; of the supernet, with the terms of all
+            group sizes.
     """
 
     method: str
@@ -111,7 +115,9 @@ class Decomposition:
         names_by_reason: dict[str, list[str]] = {}
         for name, reason in self.left_alone.items():
             names_by_reason.setdefault(reason, []).append(name or "(the model)")
-        alone = [f"left alone, {reason}: {', '.join(names)}" for reason, names in names_by_reason.items()]
+        alone = [
+            f"left alone, {reason}: {', '.join(names)}" for reason, names in names_by_reason.items()
+        ]
         return Group(table, totals, *alone)
 
     def __str__(self) -> str:
@@ -133,43 +139,51 @@ def decompose(
     input_size: Sequence[int] | None = None,
     quiet: bool = False,
 ) -> nn.Module:
-    """Turn the convolutions of a network into ``GroSSConv2d``: all group sizes at once, as one series (equation 6).
+    """Turn the convolutions of a network into ``GroSSConv2d``: all group sizes at once, as one
+    series (equation 6).
 
-    Dense ``nn.Conv2d`` larger than 1×1 are decomposed, wherever they stand in the model. One that stands in several
-    places becomes one layer, and convolutions that share a weight share their terms. A parametrised convolution (weight
-    norm and the like) is decomposed at its present weight. A convolution with hooks, or of a subclass with a forward of
-    its own, is left alone. Everything that is left alone is copied.
+    Dense ``nn.Conv2d`` larger than 1×1 are decomposed, wherever they stand in the model. One that
+    stands in several places becomes one layer, and convolutions that share a weight share their
+    terms. A parametrised convolution (weight norm and the like) is decomposed at its present
+    weight. A convolution with hooks, or of a subclass with a forward of its own, is left alone.
+    Everything that is left alone is copied.
 
     Args:
         model: the network; left as it is.
-        group_sizes: each layer takes those that fit its width (see ``GroSSConv2d``). Or a mapping from qualified names
-            to group sizes, all of which must fit; then the named convolutions alone are decomposed.
-        width: channels of the bottleneck, one int or (in, out), or a mapping from qualified names to those; by default
-            the convolution's input channels.
-        skip: names of convolutions, or of modules around them, to leave alone; ``()`` skips none. By default the first
-            convolution is, unless ``group_sizes`` is a mapping.
-        method: "als" fits every group size (:func:`gross.decompose.block_term_series`); "random" draws fresh weights
-            from torch's global generator, as a new layer does.
+        group_sizes: each layer takes those that fit its width (see ``GroSSConv2d``). Or a mapping
+            from qualified names to group sizes, all of which must fit; then the named convolutions
+            alone are decomposed.
+        width: channels of the bottleneck, one int or (in, out), or a mapping from qualified names
+            to those; by default the convolution's input channels.
+        skip: names of convolutions, or of modules around them, to leave alone; ``()`` skips none.
+            By default the first convolution is, unless ``group_sizes`` is a mapping.
+        method: "als" fits every group size (:func:`gross.decompose.block_term_series`); "random"
+            draws fresh weights from torch's global generator, as a new layer does.
         sweeps, tolerance, ridge, warm_start, seed: of the fit.
         input_size: shape of one input without the batch dimension; with it the report counts MACs.
         quiet: show no progress and print no report. The report is the returned model's attribute
             ``decomposition_report`` in any case, a :class:`Decomposition`.
 
     Returns:
-        A new model on the devices and in the dtypes of ``model``, every decomposed layer at its largest group size.
+        A new model on the devices and in the dtypes of ``model``, every decomposed layer at its
+        largest group size.
 
     Raises:
-        ValueError: before any work, if the model has no convolution, the group sizes fit none, a convolution asked for
-            by name cannot be decomposed as asked, or a weight is not finite.
+        ValueError: before any work, if the model has no convolution, the group sizes fit none, a
+            convolution asked for by name cannot be decomposed as asked, or a weight is not finite.
         TypeError: if ``model`` is not a module.
         ImportError: if rich is missing and ``quiet`` is False.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, accepted is a torch.nn.Module")
     if method not in get_args(Method):
-        raise ValueError(f"method: got {method!r}, accepted are {', '.join(map(repr, get_args(Method)))}")
+        raise ValueError(
+            f"method: got {method!r}, accepted are {', '.join(map(repr, get_args(Method)))}"
+        )
     if any(is_lazy(parameter) for parameter in model.parameters()):
-        raise ValueError("model: got parameters that are not initialised yet, accepted is a model that has run once")
+        raise ValueError(
+            "model: got parameters that are not initialised yet, accepted is a model that has run once"
+        )
     plans, left_alone = _plan(model, group_sizes, width, skip)
     if method == "als":
         _check_weights(plans)
@@ -181,7 +195,9 @@ def decompose(
             show(i, plan.name, "")
             if method == "als" and id(plan.weight) not in fits:
                 fits[id(plan.weight)] = block_term_series(
-                    plan.weight.detach().float() if plan.weight.dtype.itemsize < 4 else plan.weight.detach(),
+                    plan.weight.detach().float()
+                    if plan.weight.dtype.itemsize < 4
+                    else plan.weight.detach(),
                     plan.group_sizes,
                     width=plan.width,
                     sweeps=sweeps,
@@ -194,11 +210,15 @@ def decompose(
             layers.append(_layer(plan, fits.get(id(plan.weight))))
     _tie(plans, layers)
     # Whatever refers to a convolution, the copy refers to the layer instead.
-    decomposed = copy.deepcopy(model, {id(plan.conv): layer for plan, layer in zip(plans, layers, strict=True)})
+    decomposed = copy.deepcopy(
+        model, {id(plan.conv): layer for plan, layer in zip(plans, layers, strict=True)}
+    )
     macs_after = None if input_size is None else macs(decomposed, input_size)
     report = Decomposition(
         method,
-        tuple(_describe(plan, fits.get(id(plan.weight)), macs_before, macs_after) for plan in plans),
+        tuple(
+            _describe(plan, fits.get(id(plan.weight)), macs_before, macs_after) for plan in plans
+        ),
         left_alone,
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in decomposed.parameters()),
@@ -209,12 +229,13 @@ def decompose(
     return decomposed
 
 
-# Which convolutions, and how ------------------------------------------------------------------------------------------
+# Which convolutions, and how --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """One convolution to decompose. ``weight`` is taken once: a parametrised convolution makes a new one each time."""
+    """One convolution to decompose. ``weight`` is taken once: a parametrised convolution makes a
+    new one each time."""
 
     name: str
     conv: nn.Conv2d
@@ -230,19 +251,31 @@ def _plan(
     skip: Collection[str] | None,
 ) -> tuple[list[_Plan], dict[str, str]]:
     """The convolutions to decompose, in network order, and why the others are left alone."""
-    by_name = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Conv2d)}
+    by_name = {
+        n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Conv2d)
+    }
     names: dict[nn.Conv2d, str] = {}
     for name, conv in by_name.items():
         names.setdefault(conv, name)
     if not names:
-        raise ValueError(f"model: got {type(model).__name__} without any nn.Conv2d, accepted are models to decompose")
+        raise ValueError(
+            f"model: got {type(model).__name__} without any nn.Conv2d, accepted are models to decompose"
+        )
     if isinstance(group_sizes, Mapping):
         sizes_of = _by_convolution("group_sizes", group_sizes, by_name)
         skipped = _skipped(by_name, skip or ())
     else:
         sizes_of = dict.fromkeys(names, _check_nesting(group_sizes))
-        skipped = {next(iter(names)): "the first convolution"} if skip is None else _skipped(by_name, skip)
-    width_of = _by_convolution("width", width, by_name) if isinstance(width, Mapping) else dict.fromkeys(names, width)
+        skipped = (
+            {next(iter(names)): "the first convolution"}
+            if skip is None
+            else _skipped(by_name, skip)
+        )
+    width_of = (
+        _by_convolution("width", width, by_name)
+        if isinstance(width, Mapping)
+        else dict.fromkeys(names, width)
+    )
     plans: list[_Plan] = []
     left_alone: dict[str, str] = {}
     misfits: list[str] = []
@@ -261,14 +294,20 @@ def _plan(
             if isinstance(group_sizes, Mapping):
                 fitting = check_group_sizes(sizes_of[conv], *widths, name=f"group_sizes[{name!r}]")
             else:
-                fitting = tuple(s for s in sizes_of[conv] if widths[0] % s == 0 and widths[1] % (widths[0] // s) == 0)
+                fitting = tuple(
+                    s
+                    for s in sizes_of[conv]
+                    if widths[0] % s == 0 and widths[1] % (widths[0] // s) == 0
+                )
             if fitting:
                 plans.append(_Plan(name, conv, conv.weight, fitting, widths))
             else:
                 left_alone[name] = f"none of the group sizes fits its width {widths[0]}→{widths[1]}"
                 misfits.append(f"{name!r} of width {widths[0]}→{widths[1]}")
     if misfits and not plans:
-        raise ValueError(f"group_sizes: got {tuple(group_sizes)}, of which none fits {', '.join(misfits)}")
+        raise ValueError(
+            f"group_sizes: got {tuple(group_sizes)}, of which none fits {', '.join(misfits)}"
+        )
     for plan in _half_tied(model, plans):
         reason = "its weight is shared with a layer that is not decomposed alike"
         if isinstance(group_sizes, Mapping):
@@ -285,11 +324,15 @@ def _check_nesting(group_sizes: Sequence[int]) -> tuple[int, ...]:
     return check_group_sizes(group_sizes, width, width)
 
 
-def _by_convolution(argument: str, values: Mapping[str, T], by_name: Mapping[str, nn.Conv2d]) -> dict[nn.Conv2d, T]:
+def _by_convolution(
+    argument: str, values: Mapping[str, T], by_name: Mapping[str, nn.Conv2d]
+) -> dict[nn.Conv2d, T]:
     for name in values:
         if name not in by_name:
             near = difflib.get_close_matches(name, by_name, n=3) or list(by_name)[:3]
-            raise ValueError(f"{argument}: got {name!r}, accepted are names of nn.Conv2d in the model, such as {near}")
+            raise ValueError(
+                f"{argument}: got {name!r}, accepted are names of nn.Conv2d in the model, such as {near}"
+            )
     return {by_name[name]: value for name, value in values.items()}
 
 
@@ -301,20 +344,34 @@ def _skipped(by_name: Mapping[str, nn.Conv2d], skip: Collection[str]) -> dict[nn
     for name in skip:
         inside = [conv for n, conv in by_name.items() if n == name or n.startswith(f"{name}.")]
         if not inside:
-            raise ValueError(f"skip: got {name!r}, accepted are names of nn.Conv2d, or of modules around them")
+            raise ValueError(
+                f"skip: got {name!r}, accepted are names of nn.Conv2d, or of modules around them"
+            )
         skipped.update(dict.fromkeys(inside, "named in skip"))
     return skipped
 
 
 def _ineligible(conv: nn.Conv2d) -> str | None:
     """Why a convolution cannot be decomposed, None if it can."""
-    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+    if (
+        type(conv).forward is not nn.Conv2d.forward
+        or type(conv)._conv_forward is not nn.Conv2d._conv_forward
+    ):
         return f"{type(conv).__name__} has a forward of its own"
     if conv.groups != 1:
-        return "depthwise" if conv.groups == conv.in_channels else f"grouped already, {conv.groups} groups"
+        return (
+            "depthwise"
+            if conv.groups == conv.in_channels
+            else f"grouped already, {conv.groups} groups"
+        )
     if conv.kernel_size == (1, 1):
         return "1×1"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if (
+        conv._forward_hooks
+        or conv._forward_pre_hooks
+        or conv._backward_hooks
+        or conv._backward_pre_hooks
+    ):
         return "it has hooks, which the layer in its place would lose"
     if not conv.weight.is_floating_point():
         return f"its dtype is {conv.weight.dtype}"
@@ -322,7 +379,8 @@ def _ineligible(conv: nn.Conv2d) -> str | None:
 
 
 def _half_tied(model: nn.Module, plans: Sequence[_Plan]) -> list[_Plan]:
-    """The plans whose weight is shared with a module that is not decomposed alike: decomposing them would untie it."""
+    """The plans whose weight is shared with a module that is not decomposed alike: decomposing them
+    would untie it."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -331,7 +389,9 @@ def _half_tied(model: nn.Module, plans: Sequence[_Plan]) -> list[_Plan]:
     return [
         plan
         for plan in plans
-        if any(planned.get(other) != planned[plan.conv] for other in owners.get(id(plan.weight), ()))
+        if any(
+            planned.get(other) != planned[plan.conv] for other in owners.get(id(plan.weight), ())
+        )
     ]
 
 
@@ -342,10 +402,12 @@ def _check_weights(plans: Sequence[_Plan]) -> None:
                 f"model: got {plan.name!r} on the meta device, which has no values; accepted there is method='random'"
             )
         if not torch.isfinite(plan.weight).all():
-            raise ValueError(f"model: got a weight of {plan.name!r} that is not finite, accepted are finite weights")
+            raise ValueError(
+                f"model: got a weight of {plan.name!r} that is not finite, accepted are finite weights"
+            )
 
 
-# The layers -----------------------------------------------------------------------------------------------------------
+# The layers -------------------------------------------------------------------------------------
 
 
 def _layer(plan: _Plan, terms: Sequence[BlockTerm] | None) -> GroSSConv2d:
@@ -353,7 +415,11 @@ def _layer(plan: _Plan, terms: Sequence[BlockTerm] | None) -> GroSSConv2d:
     conv = plan.conv
     if terms is not None:
         return GroSSConv2d.from_bottlenecks(
-            conv, {term.group_size: (term.pointwise_in, term.grouped, term.pointwise_out) for term in terms}
+            conv,
+            {
+                term.group_size: (term.pointwise_in, term.grouped, term.pointwise_out)
+                for term in terms
+            },
         )
     return GroSSConv2d(
         conv.in_channels,
@@ -376,22 +442,35 @@ def _tie(plans: Sequence[_Plan], layers: Sequence[GroSSConv2d]) -> None:
     first: dict[int, GroSSConv2d] = {}
     for plan, layer in zip(plans, layers, strict=True):
         owner = first.setdefault(id(plan.weight), layer)
-        layer.pointwise_in, layer.grouped, layer.pointwise_out = owner.pointwise_in, owner.grouped, owner.pointwise_out
+        layer.pointwise_in, layer.grouped, layer.pointwise_out = (
+            owner.pointwise_in,
+            owner.grouped,
+            owner.pointwise_out,
+        )
 
 
-# The report -----------------------------------------------------------------------------------------------------------
+# The report -------------------------------------------------------------------------------------
 
 
 def _describe(
-    plan: _Plan, terms: Sequence[BlockTerm] | None, before: MacsReport | None, after: MacsReport | None
+    plan: _Plan,
+    terms: Sequence[BlockTerm] | None,
+    before: MacsReport | None,
+    after: MacsReport | None,
 ) -> DecomposedLayer:
     conv = plan.conv
     width_in, width_out = plan.width
     biases = 0 if conv.bias is None else conv.out_channels
     kernel = plan.weight[0, 0].numel()
     pointwise = width_in * conv.in_channels + conv.out_channels * width_out
-    macs_before = None if before is None else next(layer.total for layer in before.layers if layer.name == plan.name)
-    macs_after = None if after is None else next(layer for layer in after.layers if layer.name == plan.name)
+    macs_before = (
+        None
+        if before is None
+        else next(layer.total for layer in before.layers if layer.name == plan.name)
+    )
+    macs_after = (
+        None if after is None else next(layer for layer in after.layers if layer.name == plan.name)
+    )
     return DecomposedLayer(
         plan.name,
         conv.in_channels,
@@ -417,7 +496,9 @@ def _change(before: int | None, after: Sequence[int] | None) -> str:
     return f"{short(before)}→" + "–".join(dict.fromkeys((short(after[0]), short(after[-1]))))
 
 
-def _show_sweep(show: Show, position: int, name: str, group_size: int, sweep: int, error: float) -> None:
+def _show_sweep(
+    show: Show, position: int, name: str, group_size: int, sweep: int, error: float
+) -> None:
     show(position, name, f"group size {group_size}, sweep {sweep}: error {error:.4f}")
 
 
@@ -427,12 +508,26 @@ def _show_nothing(position: int, name: str, line: str) -> None:
 
 @contextmanager
 def _progress_bar(count: int) -> Iterator[Show]:
-    """A bar on the error stream: how many layers are done, and where the fit of the present one is."""
+    """A bar on the error stream: how many layers are done, and where the fit of the present one
+    is."""
     with from_extra():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=error_console()) as progress:
         task = progress.add_task("", total=count)
-        yield lambda position, name, line: progress.update(task, completed=position, description=f"{name} {line}")
+        yield lambda position, name, line: progress.update(
+            task, completed=position, description=f"{name} {line}"
+        )
         progress.update(task, completed=count, description="")

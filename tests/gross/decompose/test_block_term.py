@@ -1,4 +1,5 @@
-"""The block term decomposition: what the factors compute, how well they fit, and how well they are conditioned."""
+"""The block term decomposition: what the factors compute, how well they fit, and how well they are
+conditioned."""
 
 from __future__ import annotations
 
@@ -18,22 +19,34 @@ from gross_kernels.series import expand
 
 
 def kernel(
-    channels_out: int, channels_in: int, size: tuple[int, int] = (3, 3), decay: float = 3.0, seed: int = 0
+    channels_out: int,
+    channels_in: int,
+    size: tuple[int, int] = (3, 3),
+    decay: float = 3.0,
+    seed: int = 0,
 ) -> Tensor:
-    """A kernel whose singular values fall by ``exp(-decay)`` along the channels, as a trained one's do."""
+    """A kernel whose singular values fall by ``exp(-decay)`` along the channels, as a trained one's
+    do."""
     generator = torch.Generator().manual_seed(seed)
     taps = torch.randn(size[0] * size[1], channels_out, channels_in, generator=generator)
     sides = []
     for channels in (channels_out, channels_in):
         basis = torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0]
         sides.append(basis * torch.exp(-decay * torch.arange(channels) / channels))
-    return (sides[0] @ taps @ sides[1].T).permute(1, 2, 0).reshape(channels_out, channels_in, *size).contiguous()
+    return (
+        (sides[0] @ taps @ sides[1].T)
+        .permute(1, 2, 0)
+        .reshape(channels_out, channels_in, *size)
+        .contiguous()
+    )
 
 
 def planted(channels: int, group_size: int, seed: int = 0) -> Tensor:
     """A kernel that a bottleneck of this group size computes exactly."""
     generator = torch.Generator().manual_seed(seed)
-    inner, outer = (torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0] for _ in range(2))
+    inner, outer = (
+        torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0] for _ in range(2)
+    )
     core = torch.randn(channels, group_size, 3, 3, generator=generator)
     return torch.einsum("uo,oikl,it->utkl", outer, expand(core, channels, channels), inner)
 
@@ -64,32 +77,40 @@ def corrections(smaller: BlockTerm, larger: BlockTerm) -> list[float]:
     width = len(larger.pointwise_in)
     return [
         relative(larger.pointwise_in - smaller.pointwise_in, smaller.pointwise_in),
-        relative(larger.grouped - expand(smaller.grouped, larger.group_size, width), smaller.grouped),
+        relative(
+            larger.grouped - expand(smaller.grouped, larger.group_size, width), smaller.grouped
+        ),
         relative(larger.pointwise_out - smaller.pointwise_out, smaller.pointwise_out),
     ]
 
 
-# What the factors mean ------------------------------------------------------------------------------------------------
+# What the factors mean --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 16])
 def test_the_three_convolutions_compute_the_kernel(group_size: int) -> None:
-    """Catches a wrong order of groups or of channels in P, R or Q, which the fit's own error would not show."""
+    """Catches a wrong order of groups or of channels in P, R or Q, which the fit's own error would
+    not show."""
     weight = kernel(24, 16)
     fit = block_term(weight, group_size, width=(16, 32), sweeps=3)
     input = torch.randn(2, 16, 9, 9, generator=torch.Generator().manual_seed(1))
     inner = F.conv2d(input, fit.pointwise_in)
     inner = F.conv2d(inner, fit.grouped, stride=2, padding=1, groups=16 // group_size)
     output = F.conv2d(inner, fit.pointwise_out)
-    torch.testing.assert_close(output, F.conv2d(input, fit.kernel(), stride=2, padding=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        output, F.conv2d(input, fit.kernel(), stride=2, padding=1), rtol=1e-4, atol=1e-4
+    )
     assert fit.relative_error == pytest.approx(relative(weight - fit.kernel(), weight), rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:Trying to compute SVD")  # TensorLy, where a kernel has less rank than the width
+@pytest.mark.filterwarnings(
+    "ignore:Trying to compute SVD"
+)  # TensorLy, where a kernel has less rank than the width
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_sizes(data: st.DataObject) -> None:
-    """Catches shapes that hold for square layers alone: unequal widths, widths above the channels, any kernel size."""
+    """Catches shapes that hold for square layers alone: unequal widths, widths above the channels,
+    any kernel size."""
     sizes = [data.draw(st.integers(1, 3))]
     for _ in range(data.draw(st.integers(0, 2))):
         sizes.append(sizes[-1] * data.draw(st.integers(2, 3)))
@@ -103,28 +124,37 @@ def test_any_sizes(data: st.DataObject) -> None:
         assert fit.pointwise_in.shape == (width_in, channels_in, 1, 1)
         assert fit.grouped.shape == (width_out, size, kh, kw)
         assert fit.pointwise_out.shape == (channels_out, width_out, 1, 1)
-        assert fit.relative_error == pytest.approx(relative(weight - fit.kernel(), weight), abs=1e-5)
+        assert fit.relative_error == pytest.approx(
+            relative(weight - fit.kernel(), weight), abs=1e-5
+        )
     errors = [fit.relative_error for fit in fits]
     assert errors == sorted(errors, reverse=True)
 
 
 @pytest.mark.parametrize(
     ("width", "sizes"),
-    [((36, 48), (3, 9, 18)), ((28, 28), (1, 7, 14, 28)), ((64, 56), (16, 32, 64)), ((11, 18), (11,))],
+    [
+        ((36, 48), (3, 9, 18)),
+        ((28, 28), (1, 7, 14, 28)),
+        ((64, 56), (16, 32, 64)),
+        ((11, 18), (11,)),
+    ],
 )
 def test_structures_of_the_appendix(width: tuple[int, int], sizes: tuple[int, ...]) -> None:
-    """Rows of Table 3 of the appendix. Catches groups counted from the wrong one of two unequal widths."""
+    """Rows of Table 3 of the appendix. Catches groups counted from the wrong one of two unequal
+    widths."""
     fits = block_term_series(kernel(80, 64), sizes, width=width, sweeps=10)
     errors = [fit.relative_error for fit in fits]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.7
 
 
-# How well they fit ----------------------------------------------------------------------------------------------------
+# How well they fit ------------------------------------------------------------------------------
 
 
 def test_a_kernel_with_that_structure_is_found() -> None:
-    """Catches updates that do not lead to the minimum: here it is X / (1 + λ), for the terms are orthogonal.
+    """Catches updates that do not lead to the minimum: here it is X / (1 + λ), for the terms are
+    orthogonal.
 
     The last core is solved for with a tenth of λ.
     """
@@ -136,7 +166,8 @@ def test_a_kernel_with_that_structure_is_found() -> None:
 
 @pytest.mark.parametrize("group_size", [1, 4, 12])
 def test_no_worse_than_blockwise_tucker(group_size: int) -> None:
-    """Within 1.03 of the best of TensorLy's partial Tucker, block after block on what the others leave, 10 rounds.
+    """Within 1.03 of the best of TensorLy's partial Tucker, block after block on what the others
+    leave, 10 rounds.
 
     Catches a fit that settles early or in a poor place.
     """
@@ -149,25 +180,33 @@ def test_no_worse_than_blockwise_tucker(group_size: int) -> None:
     with tensorly.backend_context("pytorch"):
         for g in list(range(groups)) * 10:
             rest = weight - blocks.sum(0) + blocks[g]
-            (core, factors), _ = partial_tucker(rest, [group_size] * 2, [0, 1], n_iter_max=3, svd="truncated_svd")
+            (core, factors), _ = partial_tucker(
+                rest, [group_size] * 2, [0, 1], n_iter_max=3, svd="truncated_svd"
+            )
             blocks[g] = tensorly.tenalg.multi_mode_dot(core, factors, [0, 1])
-    assert block_term(weight, group_size).relative_error <= 1.03 * relative(weight - blocks.sum(0), weight)
+    assert block_term(weight, group_size).relative_error <= 1.03 * relative(
+        weight - blocks.sum(0), weight
+    )
 
 
 def test_every_update_minimises_the_objective() -> None:
     """``‖X − Σ Y_g‖² + λ Σ ‖Y_g‖²`` has no slope left in the factor just solved for.
 
-    Catches a wrong Gram matrix or right-hand side, and a ridge that is missing from one of the updates.
-    """
+    Catches a wrong Gram matrix or right-hand side, and a ridge that is missing from one of the
+    updates."""
     generator = torch.Generator().manual_seed(0)
     groups, m, s, taps, channels_out, channels_in, ridge = 3, 2, 4, 5, 7, 9, 0.3
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    kernel = module._Kernel(by_output := draw(channels_out, taps, channels_in), by_output.permute(2, 1, 0).contiguous())
+    kernel = module._Kernel(
+        by_output := draw(channels_out, taps, channels_in), by_output.permute(2, 1, 0).contiguous()
+    )
     blocks = module._orthonormal(
-        module._Blocks(draw(groups, s, channels_in), draw(groups, m, s, taps), draw(groups, m, channels_out))
+        module._Blocks(
+            draw(groups, s, channels_in), draw(groups, m, s, taps), draw(groups, m, channels_out)
+        )
     )
 
     def slope(blocks: module._Blocks, part: str) -> Tensor:
@@ -183,7 +222,9 @@ def test_every_update_minimises_the_objective() -> None:
     core = draw(groups, m, s, taps)
     outer = module._solve_factor(core, blocks.inner, by_inner, ridge)
     assert slope(blocks._replace(core=core, outer=outer), "outer").abs().max() < 1e-9
-    inner = module._solve_factor(core.transpose(1, 2), outer, module._project(outer, kernel.by_output), ridge)
+    inner = module._solve_factor(
+        core.transpose(1, 2), outer, module._project(outer, kernel.by_output), ridge
+    )
     assert slope(module._Blocks(inner, core, outer), "inner").abs().max() < 1e-9
 
 
@@ -197,7 +238,8 @@ def test_error_never_rises_with_the_group_size_nor_within_a_fit() -> None:
 
 
 def test_no_worse_than_the_start() -> None:
-    """Catches a missing fallback: one sweep at the first, large ridge is worse than a converged solution."""
+    """Catches a missing fallback: one sweep at the first, large ridge is worse than a converged
+    solution."""
     weight = kernel(32, 32)
     good = block_term(weight, 4, sweeps=200, ridge=1e-3)
     again = block_term(weight, 8, start=good, sweeps=1, ridge=1.0)
@@ -214,7 +256,8 @@ def test_momentum_saves_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_too_far_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a fit that ends where momentum, here far too much of it, first makes the error rise."""
+    """Catches a fit that ends where momentum, here far too much of it, first makes the error
+    rise."""
     weight = kernel(32, 32, decay=1.0)
     sensible = block_term(weight, 4).relative_error
     monkeypatch.setattr(module, "MOMENTUM", 3.0)
@@ -236,13 +279,14 @@ def test_narrow_widths_start_in_the_tucker_subspaces() -> None:
     assert block_term(kernel(64, 64), 3, width=(12, 16), sweeps=1).relative_error < 0.83
 
 
-# The dense core -------------------------------------------------------------------------------------------------------
+# The dense core ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("warm_start", [True, False])
 @pytest.mark.parametrize("channels_out", [16, 32, 48])
 def test_dense_core_is_the_best(channels_out: int, warm_start: bool) -> None:
-    """Error 0 where the output channels fit the width, that of the truncated SVD elsewhere, to 1e-5.
+    """Error 0 where the output channels fit the width, that of the truncated SVD elsewhere, to
+    1e-5.
 
     Catches factors that do not span the leading singular vectors.
     """
@@ -254,7 +298,8 @@ def test_dense_core_is_the_best(channels_out: int, warm_start: bool) -> None:
 
 
 def test_dense_core_of_two_smaller_widths() -> None:
-    """No worse than TensorLy's partial Tucker decomposition run longer. Catches modes that are mixed up."""
+    """No worse than TensorLy's partial Tucker decomposition run longer. Catches modes that are
+    mixed up."""
     import tensorly
     from tensorly.decomposition import partial_tucker
 
@@ -268,7 +313,8 @@ def test_dense_core_of_two_smaller_widths() -> None:
 
 
 def test_dense_core_keeps_the_factors() -> None:
-    """Catches a dense core that starts over, as X between identities: p and q would be 1.4 and more."""
+    """Catches a dense core that starts over, as X between identities: p and q would be 1.4 and
+    more."""
     fits = block_term_series(kernel(32, 32, decay=1.0), (8, 32))
     p, r, q = corrections(*fits)
     assert p < 0.4
@@ -276,12 +322,13 @@ def test_dense_core_keeps_the_factors() -> None:
     assert r < 1.1
 
 
-# How well they are conditioned ----------------------------------------------------------------------------------------
+# How well they are conditioned ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dead", [0, 20], ids=["full rank", "20 dead channels"])
 def test_conditioning(dead: int) -> None:
-    """Condition numbers below 10³ and the root of the summed squares of the terms below 3 ‖X‖, at every size.
+    """Condition numbers below 10³ and the root of the summed squares of the terms below 3 ‖X‖, at
+    every size.
 
     Catches terms that cancel, and P that has the null space of a kernel with dead input channels.
     """
@@ -295,9 +342,13 @@ def test_conditioning(dead: int) -> None:
 
 
 def test_the_ridge_bounds_the_terms() -> None:
-    """Catches a ridge that does not reach the terms: without one the rank-one terms of this kernel grow and cancel."""
+    """Catches a ridge that does not reach the terms: without one the rank-one terms of this kernel
+    grow and cancel."""
     weight = kernel(24, 24, decay=1.0)
-    strong, weak = (term_norms(block_term(weight, 1, sweeps=200, tolerance=0, ridge=r)).norm() for r in (1e-2, 1e-6))
+    strong, weak = (
+        term_norms(block_term(weight, 1, sweeps=200, tolerance=0, ridge=r)).norm()
+        for r in (1e-2, 1e-6)
+    )
     assert strong < 0.7 * weak
 
 
@@ -312,7 +363,9 @@ def test_no_channel_of_the_bottleneck_is_dead() -> None:
 def test_warm_start_makes_corrections_smaller() -> None:
     """Catches a series whose sizes are fitted one by one: their factors have nothing in common."""
     weight = kernel(32, 32, decay=1.0)
-    warm, cold = (corrections(*block_term_series(weight, (4, 16), warm_start=each)) for each in (True, False))
+    warm, cold = (
+        corrections(*block_term_series(weight, (4, 16), warm_start=each)) for each in (True, False)
+    )
     assert warm[0] < 0.8 * cold[0]
     assert warm[2] < 0.8 * cold[2]
 
@@ -322,20 +375,25 @@ def test_turning_makes_corrections_smaller(monkeypatch: pytest.MonkeyPatch) -> N
     weight = kernel(32, 32, decay=1.0)
     start = block_term(weight, 4)
     p, _, q = corrections(start, block_term(weight, 16, start=start))
-    monkeypatch.setattr(module, "_rotation", lambda matrix: torch.eye(matrix.shape[-1]).expand_as(matrix))
+    monkeypatch.setattr(
+        module, "_rotation", lambda matrix: torch.eye(matrix.shape[-1]).expand_as(matrix)
+    )
     p_left, _, q_left = corrections(start, block_term(weight, 16, start=start))
     assert p < 0.95 * p_left
     assert q < 0.95 * q_left
 
 
-# When it stops, and what it says --------------------------------------------------------------------------------------
+# When it stops, and what it says ----------------------------------------------------------------
 
 
 def test_stopping_and_progress() -> None:
-    """Catches a stopping rule that never fires, fires before the ridge has decayed, or miscounts the sweeps."""
+    """Catches a stopping rule that never fires, fires before the ridge has decayed, or miscounts
+    the sweeps."""
     weight = kernel(16, 16)
     seen: list[tuple[int, int, float]] = []
-    early = block_term(weight, 4, sweeps=500, tolerance=1e-4, progress=lambda *line: seen.append(line))
+    early = block_term(
+        weight, 4, sweeps=500, tolerance=1e-4, progress=lambda *line: seen.append(line)
+    )
     late = block_term(weight, 4, sweeps=500, tolerance=1e-6)
     assert early.stopped == late.stopped == "tolerance"
     assert 10 < len(early.errors) < len(late.errors)
@@ -371,19 +429,25 @@ def test_independent_fits_do_not_depend_on_each_other() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    """Catches results in another dtype than the weight's, and an error measured before the cast to it."""
+    """Catches results in another dtype than the weight's, and an error measured before the cast to
+    it."""
     weight = kernel(16, 16).to(dtype)
     for fit in block_term_series(weight, (4, 16), sweeps=10):
         assert {fit.pointwise_in.dtype, fit.grouped.dtype, fit.pointwise_out.dtype} == {dtype}
         exact = weight.double()
-        assert fit.relative_error == pytest.approx(relative(exact - fit.kernel(torch.float64), exact), rel=1e-9)
+        assert fit.relative_error == pytest.approx(
+            relative(exact - fit.kernel(torch.float64), exact), rel=1e-9
+        )
     assert fit.relative_error < 32 * torch.finfo(dtype).eps
 
 
 def test_float64_on_request() -> None:
-    """Catches an ignored ``dtype``: exactness to 1e-7 is out of reach of float32 sums at this ridge."""
+    """Catches an ignored ``dtype``: exactness to 1e-7 is out of reach of float32 sums at this
+    ridge."""
     weight = planted(8, 2)
-    single, double = (block_term(weight, 2, sweeps=3, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    single, double = (
+        block_term(weight, 2, sweeps=3, dtype=dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert not torch.equal(single.grouped, double.grouped)
     assert single.relative_error == pytest.approx(double.relative_error, rel=1e-3)
 
@@ -398,13 +462,14 @@ def test_the_scale_of_the_weight_does_not_matter(scale: float) -> None:
 
 
 def test_a_zero_kernel() -> None:
-    """Catches a division by its norm: a pruned layer is decomposed into finite factors that compute zero."""
+    """Catches a division by its norm: a pruned layer is decomposed into finite factors that compute
+    zero."""
     for fit in block_term_series(torch.zeros(8, 8, 3, 3), (1, 4, 8), sweeps=3):
         assert fit.relative_error == 0
         assert fit.kernel().isfinite().all()
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

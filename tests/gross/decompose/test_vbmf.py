@@ -12,20 +12,26 @@ from torch import Tensor
 
 def noisy(rows: int, columns: int, rank: int, noise: float, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.randn(*shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
+    left, right = (
+        torch.randn(*shape, generator=generator) for shape in ((rows, rank), (rank, columns))
+    )
     return left @ right + noise * torch.randn(rows, columns, generator=generator)
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(64, 576, 10), (128, 128, 20), (100, 1000, 0), (300, 40, 7)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(64, 576, 10), (128, 128, 20), (100, 1000, 0), (300, 40, 7)]
+)
 def test_planted_rank(rows: int, columns: int, rank: int) -> None:
-    """The noise variance is not told. Catches a wrong free energy, and rows and columns mixed up."""
+    """The noise variance is not told. Catches a wrong free energy, and rows and columns mixed
+    up."""
     assert vbmf_rank(noisy(rows, columns, rank, noise=0.1)) == rank
 
 
 @pytest.mark.parametrize("shape", [(50, 50), (50, 450), (450, 50)])
 def test_threshold(shape: tuple[int, int]) -> None:
-    """A component is kept from ``γ² = M σ² (1 + τ)(1 + α/τ)`` on, where τ solves ``Φ(τ) + Φ(τ/α) = 0`` with
-    ``Φ(z) = log(1 + z) / z − 1/2``, the form in which the authors give the threshold; for square matrices τ = 2.5129.
+    """A component is kept from ``γ² = M σ² (1 + τ)(1 + α/τ)`` on, where τ solves ``Φ(τ) + Φ(τ/α) =
+    0`` with ``Φ(z) = log(1 + z) / z − 1/2``, the form in which the authors give the threshold; for
+    square matrices τ = 2.5129.
 
     Catches a second minimum of the free energy at the wrong place or with the wrong depth.
     """
@@ -63,12 +69,14 @@ def test_without_noise() -> None:
 
 @pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (0.64, 1), (0.65, 2), (0.9, 2), (1.0, 3)])
 def test_energy_rank(energy: float, rank: int) -> None:
-    """Squares 64, 32 and 4 of 100. Catches singular values that are not squared, and ranks one too large or small."""
+    """Squares 64, 32 and 4 of 100. Catches singular values that are not squared, and ranks one too
+    large or small."""
     assert energy_rank(torch.diag(torch.tensor([2.0, 8.0, 0.0, math.sqrt(32)])), energy) == rank
 
 
 def test_group_sizes() -> None:
-    """The smaller of the two ranks decides, a tie goes to the smaller size, and there is no group size 0.
+    """The smaller of the two ranks decides, a tie goes to the smaller size, and there is no group
+    size 0.
 
     Catches a baseline that returns a rank.
     """

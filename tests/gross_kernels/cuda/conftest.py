@@ -24,7 +24,8 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``torch.ops.gross_cuda_on_host``: csrc/cuda/library.cpp and every kernel, compiled for this machine."""
+    """``torch.ops.gross_cuda_on_host``: csrc/cuda/library.cpp and every kernel, compiled for this
+    machine."""
     if platform.machine() != "x86_64":
         pytest.skip("requires x86-64, whose stacks the emulator switches")
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -33,13 +34,20 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Any:
     objects, compilers = [], []
     for source in (ROOT / "csrc/cuda/library.cpp", *sources):
         objects.append(library.with_name(source.name + ".o"))
-        compilers.append(subprocess.Popen(["c++", *FLAGS, *includes, "-c", "-x", "c++", source, "-o", objects[-1]]))
+        compilers.append(
+            subprocess.Popen(
+                ["c++", *FLAGS, *includes, "-c", "-x", "c++", source, "-o", objects[-1]]
+            )
+        )
         if len(compilers) == 2:
             assert [compiler.wait() for compiler in compilers] == [0] * len(compilers)
             compilers.clear()
     assert all(compiler.wait() == 0 for compiler in compilers)
     link = [f"-L{path}" for path in library_paths()]
-    subprocess.run(["c++", *FLAGS, *objects, *link, "-lc10", "-ltorch", "-ltorch_cpu", "-o", library], check=True)
+    subprocess.run(
+        ["c++", *FLAGS, *objects, *link, "-lc10", "-ltorch", "-ltorch_cpu", "-o", library],
+        check=True,
+    )
     torch.ops.load_library(library)
     return torch.ops.gross_cuda_on_host
 

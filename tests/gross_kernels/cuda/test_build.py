@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-#: Runs setup.py up to its call of setup(), and prints the extensions that it passes; torch is as told.
+#: Runs setup.py up to its call of setup(), and prints the extensions that it passes; torch is as
+#: told.
 READ = """
 import json, runpy, sys, torch, setuptools
 torch.version.cuda = json.loads(sys.argv[1])
@@ -29,13 +30,22 @@ runpy.run_path("setup.py")
 
 
 def build(
-    tmp_path: Path, *arguments: str, compiler: bool = True, cuda: str | None = "13.0", **variables: str
+    tmp_path: Path,
+    *arguments: str,
+    compiler: bool = True,
+    cuda: str | None = "13.0",
+    **variables: str,
 ) -> tuple[int, str, str]:
-    """Status, output and errors of setup.py's reading, with a CUDA toolkit that is a file named nvcc, or none."""
+    """Status, output and errors of setup.py's reading, with a CUDA toolkit that is a file named
+    nvcc, or none."""
     (tmp_path / "bin").mkdir()
     if compiler:
         (tmp_path / "bin/nvcc").touch()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GROSS_", "TORCH_", "CUDA_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("GROSS_", "TORCH_", "CUDA_"))
+    }
     result = subprocess.run(
         [sys.executable, "-c", READ, json.dumps(cuda), *arguments],
         env=kept | {"CUDA_HOME": str(tmp_path)} | variables, cwd=ROOT, capture_output=True, text=True,
@@ -44,8 +54,8 @@ def build(
 
 
 def test_with_a_compiler(tmp_path: Path) -> None:
-    """Catches CUDA kernels that are not built for want of a GPU, for other architectures than documented, or bound to
-    one version of the CUDA runtime."""
+    """Catches CUDA kernels that are not built for want of a GPU, for other architectures than
+    documented, or bound to one version of the CUDA runtime."""
     status, output, errors = build(tmp_path, CUDA_VISIBLE_DEVICES="")
     assert status == 0, errors
     (cpu, *_), (cuda, libraries, flags) = json.loads(output)
@@ -57,7 +67,8 @@ def test_with_a_compiler(tmp_path: Path) -> None:
 
 
 def test_for_named_architectures(tmp_path: Path) -> None:
-    """Catches TORCH_CUDA_ARCH_LIST that is ignored, and kernels for warp groups launched where 9.0 lacks them."""
+    """Catches TORCH_CUDA_ARCH_LIST that is ignored, and kernels for warp groups launched where 9.0
+    lacks them."""
     status, output, errors = build(tmp_path, TORCH_CUDA_ARCH_LIST="8.6 9.0")
     assert status == 0, errors
     flags = json.loads(output)[1][2]
@@ -66,7 +77,9 @@ def test_for_named_architectures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"GROSS_KERNELS_CUDA": "0"}, {"compiler": False}, {"cuda": None}], ids=["told", "no compiler", "CPU torch"]
+    "how",
+    [{"GROSS_KERNELS_CUDA": "0"}, {"compiler": False}, {"cuda": None}],
+    ids=["told", "no compiler", "CPU torch"],
 )
 def test_left_out(tmp_path: Path, how: dict) -> None:
     """Catches a build that fails where there is no CUDA, or that is not left out when told."""

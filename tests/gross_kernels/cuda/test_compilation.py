@@ -1,4 +1,5 @@
-"""What the compiler made of the CUDA kernels, read from the library as it was built, for each of its GPUs."""
+"""What the compiler made of the CUDA kernels, read from the library as it was built, for each of
+its GPUs."""
 
 import os
 import re
@@ -29,14 +30,23 @@ def tool(name: str) -> str | None:
         folders.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
     except ImportError:
         pass
-    return next((found for folder in folders if (found := shutil.which(name, path=folder))), shutil.which(name))
+    return next(
+        (found for folder in folders if (found := shutil.which(name, path=folder))),
+        shutil.which(name),
+    )
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
     """The library, built in place."""
-    if torch.version.cuda is None or tool("nvcc") is None or os.environ.get("GROSS_KERNELS_CUDA") == "0":
-        pytest.skip("requires a CUDA compiler and a CUDA build of torch: there are no CUDA kernels here")
+    if (
+        torch.version.cuda is None
+        or tool("nvcc") is None
+        or os.environ.get("GROSS_KERNELS_CUDA") == "0"
+    ):
+        pytest.skip(
+            "requires a CUDA compiler and a CUDA build of torch: there are no CUDA kernels here"
+        )
     assert cuda.available(), f"{cuda.LIBRARY} is missing: pip install -e . builds it"
     assert cuda.load_error is None
     return cuda.LIBRARY
@@ -55,7 +65,9 @@ class Resources:
 
 def resources_of(file: Path) -> Iterator[Resources]:
     """What the compiler recorded in a library or object file."""
-    text = subprocess.run([tool("cuobjdump"), "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [tool("cuobjdump"), "-res-usage", file], capture_output=True, text=True, check=True
+    ).stdout
     architecture, kernel = "", ""
     for line in text.splitlines():
         if found := re.match(r"arch = (\w+)", line):
@@ -73,21 +85,30 @@ def report(library: Path) -> list[Resources]:
 
 
 def test_every_architecture_has_every_kernel(report: list[Resources]) -> None:
-    """Catches an architecture whose kernels were left out, or that the library says it has and has not."""
-    wanted = {f"sm_{major}{minor}" for major, minor in re.findall(r"(\d+)\.(\d+a?)", torch.ops.gross_cuda.build()[2])}
-    names = {a: sorted(r.kernel for r in report if r.architecture == a) for a in {r.architecture for r in report}}
+    """Catches an architecture whose kernels were left out, or that the library says it has and has
+    not."""
+    wanted = {
+        f"sm_{major}{minor}"
+        for major, minor in re.findall(r"(\d+)\.(\d+a?)", torch.ops.gross_cuda.build()[2])
+    }
+    names = {
+        a: sorted(r.kernel for r in report if r.architecture == a)
+        for a in {r.architecture for r in report}
+    }
     assert set(names) == wanted
     assert len({tuple(kernels) for kernels in names.values()}) == 1
     assert len(report) > 20
 
 
 def test_no_spills(report: list[Resources]) -> None:
-    """Catches registers kept in memory: in a loop that runs at the memory's speed each costs as much as a load."""
+    """Catches registers kept in memory: in a loop that runs at the memory's speed each costs as
+    much as a load."""
     assert [(r.architecture, r.kernel, r.stack) for r in report if r.stack > 0] == []
 
 
 def test_shared_memory_is_dynamic(report: list[Resources]) -> None:
-    """Catches static shared memory, which the plans of shared memory do not count. 1 KB belongs to the system."""
+    """Catches static shared memory, which the plans of shared memory do not count. 1 KB belongs to
+    the system."""
     assert [(r.kernel, r.shared) for r in report if r.shared > 1024] == []
 
 
@@ -98,9 +119,12 @@ def assembly_of(file: Path, architecture: str, kernels: list[str]) -> str:
 
 
 def test_matrix_units(library: Path, report: list[Resources]) -> None:
-    """Catches kernels without products of the matrix unit: guarded away, their instructions compile silently."""
+    """Catches kernels without products of the matrix unit: guarded away, their instructions compile
+    silently."""
     for architecture in {r.architecture for r in report}:
-        kernels = {r.kernel for r in report if r.architecture == architecture and "plain" not in r.kernel}
+        kernels = {
+            r.kernel for r in report if r.architecture == architecture and "plain" not in r.kernel
+        }
         wide = sorted(kernel for kernel in kernels if "march_wide" in kernel)
         assert len(wide) == (8 if "9.0a" in torch.ops.gross_cuda.build()[2] else 0)
         some = sorted(kernel for kernel in kernels if re.search(r"\d+march(?!_wide)", kernel))[::5]
@@ -110,7 +134,9 @@ def test_matrix_units(library: Path, report: list[Resources]) -> None:
         wide_products = {name: len(re.findall("HGMMA", body)) for name, body in functions(text)}
         assert min(products[kernel] for kernel in some) >= 36
         # 24 and 36 per step.
-        assert {wide_products[kernel] for kernel in wide} <= ({24, 36} if architecture == "sm_90a" else {0})
+        assert {wide_products[kernel] for kernel in wide} <= (
+            {24, 36} if architecture == "sm_90a" else {0}
+        )
 
 
 def functions(text: str) -> Iterator[tuple[str, str]]:
@@ -122,7 +148,17 @@ def functions(text: str) -> Iterator[tuple[str, str]]:
 def compile_wide(tmp_path: Path, *flags: str) -> Path:
     """wide.cu for plain 9.0, which has no instructions for warpgroups."""
     target = tmp_path / "wide.o"
-    command = [tool("nvcc"), "-std=c++17", "-O3", "-arch=sm_90", *flags, "-c", ROOT / "csrc/cuda/wide.cu", "-o", target]
+    command = [
+        tool("nvcc"),
+        "-std=c++17",
+        "-O3",
+        "-arch=sm_90",
+        *flags,
+        "-c",
+        ROOT / "csrc/cuda/wide.cu",
+        "-o",
+        target,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return target
 

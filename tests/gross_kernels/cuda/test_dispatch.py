@@ -1,4 +1,5 @@
-"""Which calls the CUDA backend takes, and what dispatch says of the others: without a GPU, as the library says."""
+"""Which calls the CUDA backend takes, and what dispatch says of the others: without a GPU, as the
+library says."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +25,9 @@ def device(on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     device = list(H200)
     host = on_host._operators()
     fake = SimpleNamespace(
-        build=lambda: ("2.15.0", 13000, "8.0;9.0a"), device=lambda index: device, supports=host.supports
+        build=lambda: ("2.15.0", 13000, "8.0;9.0a"),
+        device=lambda index: device,
+        supports=host.supports,
     )
     monkeypatch.setattr(cuda, "_operators", lambda: fake)
     monkeypatch.setattr(dispatch, "_serving", {})
@@ -35,7 +38,9 @@ def device(on_host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 11, 14, 15, 16, 28, 32, 64])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_what_matters_is_served(device: list[int], capability: int, size: int, stride: int, operation: str) -> None:
+def test_what_matters_is_served(
+    device: list[int], capability: int, size: int, stride: int, operation: str
+) -> None:
     """Catches a group size that silently goes to Triton."""
     device[:] = [90, 132, 232448] if capability == 90 else [80, 108, 166912]
     channels = size * 64
@@ -62,7 +67,10 @@ def test_tf32_is_served(size: int, stride: int, operation: str) -> None:
 
 REFUSED = {
     "device": ({"device": "cpu"}, "serves CUDA tensors alone"),
-    "dtype": ({"dtype": torch.float64, "terms_dtype": torch.float64}, "serves float32, bfloat16 and float16"),
+    "dtype": (
+        {"dtype": torch.float64, "terms_dtype": torch.float64},
+        "serves float32, bfloat16 and float16",
+    ),
     "number of terms": ({"group_sizes": (1,) * 17}, "serves float32"),
     "kernel": ({"kernel_size": (5, 5), "padding": (2, 2)}, "serves 3×3 kernels"),
     "padding": ({"padding": (0, 0)}, "padding 1"),
@@ -70,15 +78,22 @@ REFUSED = {
     "stride": ({"stride": (1, 2)}, "serves strides 1 and 2"),
     "memory format": ({"channels_last": False}, "serves dense channels-last memory"),
     "precision": ({"dtype": torch.float32, "float32": "tf32x3"}, "does not allow"),
-    "channels": ({"in_channels": 68, "out_channels": 68, "group_sizes": (1, 2), "active": 2}, "has no forward kernel"),
-    "group size": ({"in_channels": 256, "out_channels": 256, "group_sizes": (1, 128), "active": 2}, "groups of 128 in"),
+    "channels": (
+        {"in_channels": 68, "out_channels": 68, "group_sizes": (1, 2), "active": 2},
+        "has no forward kernel",
+    ),
+    "group size": (
+        {"in_channels": 256, "out_channels": 256, "group_sizes": (1, 128), "active": 2},
+        "groups of 128 in",
+    ),
 }
 
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_refused(what: str) -> None:
-    """Catches a call that kernels would compute wrongly, or not at all, and a refusal without its reason."""
+    """Catches a call that kernels would compute wrongly, or not at all, and a refusal without its
+    reason."""
     changes, reason = REFUSED[what]
     call = replace(TYPICAL, **changes)
     assert reason in cuda.refusal(call)
@@ -94,8 +109,8 @@ def test_inactive_terms_do_not_matter() -> None:
 
 
 def test_shared_memory(device: list[int]) -> None:
-    """Catches kernels chosen for a device whose blocks cannot have the memory that they need: 99 KB on 8.6, 8.9, 12.0.
-    Those that fit must serve it all the same."""
+    """Catches kernels chosen for a device whose blocks cannot have the memory that they need: 99 KB
+    on 8.6, 8.9, 12.0. Those that fit must serve it all the same."""
     device[:] = [86, 84, 99 * 1024]
     assert cuda.refusal(TYPICAL) is None
     device[2] = 4 * 1024
@@ -109,8 +124,11 @@ def test_shared_memory(device: list[int]) -> None:
      ("10.0a", {100}), ("8.0+PTX 9.0a", {80, 86, 89, 90, 100, 103, 120})],
 )  # fmt: skip
 def test_built_for(architectures: str, capabilities: set[int]) -> None:
-    """Catches code for one GPU that is launched on another, and a GPU that could run it but is refused."""
-    assert {c for c in (75, 80, 86, 89, 90, 100, 103, 120) if cuda.runs_on(c, architectures)} == capabilities
+    """Catches code for one GPU that is launched on another, and a GPU that could run it but is
+    refused."""
+    assert {
+        c for c in (75, 80, 86, 89, 90, 100, 103, 120) if cuda.runs_on(c, architectures)
+    } == capabilities
 
 
 def test_not_built_for_this_device(device: list[int]) -> None:
@@ -122,7 +140,9 @@ def test_not_built_for_this_device(device: list[int]) -> None:
 
 def test_sum_is_served_whatever_the_shape(device: list[int]) -> None:
     """Catches sums of pointwise weights judged as if they were convolutions."""
-    call = replace(TYPICAL, operation="series_sum", kernel_size=(1, 1), padding=(0, 0), channels_last=False)
+    call = replace(
+        TYPICAL, operation="series_sum", kernel_size=(1, 1), padding=(0, 0), channels_last=False
+    )
     assert cuda.refusal(call) is None
 
 
@@ -138,7 +158,10 @@ def test_explanation() -> None:
     """Catches a refused call whose explanation does not say what would have to change."""
     names = ", ".join(dispatch.PREFERENCE["cuda"])
     choice = dispatch.choose(TYPICAL)
-    assert (choice.name, choice.reason) == ("cuda", f"first of {names} for cuda tensors that serves this call")
+    assert (choice.name, choice.reason) == (
+        "cuda",
+        f"first of {names} for cuda tensors that serves this call",
+    )
     choice = dispatch.choose(replace(TYPICAL, channels_last=False))
     assert choice.name == dispatch.PREFERENCE["cuda"][1]
     assert choice.reason.endswith("serves this call; cuda serves dense channels-last memory")
@@ -150,16 +173,21 @@ def test_explanation() -> None:
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a library that is not there but chosen, and one that is broken but passed over in silence."""
+    """Catches a library that is not there but chosen, and one that is broken but passed over in
+    silence."""
     monkeypatch.setattr(cuda, "available", lambda: False)
     assert "was not built" in cuda.refusal(TYPICAL)
     monkeypatch.setattr(cuda, "load_error", OSError("undefined symbol"))
-    with pytest.raises(RuntimeError, match=r"(?s)gross_cuda\.so: undefined symbol.*pip install.*GROSS_KERNELS_CUDA=0"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)gross_cuda\.so: undefined symbol.*pip install.*GROSS_KERNELS_CUDA=0",
+    ):
         cuda.supports(TYPICAL)
 
 
 def test_broken_library(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an import that fails for all because the CUDA library does, and a CPU-only torch that loads it."""
+    """Catches an import that fails for all because the CUDA library does, and a CPU-only torch that
+    loads it."""
     library = tmp_path / "gross_cuda.so"
     library.write_text("no library")
     monkeypatch.setattr(cuda, "LIBRARY", library)
@@ -201,12 +229,14 @@ KEPT: dict[str, Callable[[], tuple]] = {
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize("what", KEPT)
 def test_what_a_choice_depends_on(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a choice kept for one kind of calls that serves another: TF32 after it was forbidden, a slice of a
-    channels-last tensor taken for a dense one."""
+    """Catches a choice kept for one kind of calls that serves another: TF32 after it was forbidden,
+    a slice of a channels-last tensor taken for a dense one."""
     terms, geometry = [torch.randn(8, s, 3, 3) for s in (1, 2)], ((1, 1), (1, 1), (1, 1))
     asked: list[Call] = []
     monkeypatch.setattr(dispatch, "_serving", {})
-    monkeypatch.setattr(dispatch, "choose", lambda call: asked.append(call) or SimpleNamespace(backend=len(asked)))
+    monkeypatch.setattr(
+        dispatch, "choose", lambda call: asked.append(call) or SimpleNamespace(backend=len(asked))
+    )
     for _ in range(2):
         assert dispatch.serving("forward", INPUT, terms, 1, *geometry) == 1
     operation, input, active = KEPT[what]()
@@ -216,7 +246,8 @@ def test_what_a_choice_depends_on(what: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_memory_that_is_both() -> None:
-    """Catches images of one pixel taken for channels-last: their output would not have the format that is promised."""
+    """Catches images of one pixel taken for channels-last: their output would not have the format
+    that is promised."""
     arguments = ([torch.randn(8, 2, 3, 3)], 1, (1, 1), (1, 1), (1, 1))
     assert not Call.of(torch.randn(2, 8, 1, 1), *arguments).channels_last
     assert Call.of(INPUT, *arguments).channels_last

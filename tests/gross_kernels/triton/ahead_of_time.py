@@ -62,7 +62,9 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
-    for i, (parameter, value) in enumerate(zip(parameters, (*tensors, *kernel.arguments), strict=True)):
+    for i, (parameter, value) in enumerate(
+        zip(parameters, (*tensors, *kernel.arguments), strict=True)
+    ):
         if parameter.is_constexpr:
             constants[(i,)] = value
             signature[parameter.name] = "constexpr"
@@ -94,7 +96,12 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
         int(re.search(r"STACK:(\d+)", usage)[1]),
         compiled.metadata.shared,
         len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", text)),
-        len(re.findall(r"cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", text)),
+        len(
+            re.findall(
+                r"cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64",
+                text,
+            )
+        ),
         len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", text)),
         text,
     )
@@ -106,6 +113,8 @@ def resource_usage(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
-        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     finally:
         os.unlink(file.name)

@@ -1,9 +1,10 @@
-"""Triton's interpreter made as exact as a GPU, and stricter: a pytest plugin for a process with ``TRITON_INTERPRET=1``.
+"""Triton's interpreter made as exact as a GPU, and stricter: a pytest plugin for a process with
+``TRITON_INTERPRET=1``.
 
-What it lacks (Triton 3.5 to 3.9): bfloat16 is computed on the integers that hold its bits; TF32 products are exact; a
-truth value that is spread over a tensor becomes an integer, which loads refuse; and nobody checks addresses. Here every
-launch may touch its own tensors alone, and every tensor allocated without a value is filled with NaN.
-"""
+What it lacks (Triton 3.5 to 3.9): bfloat16 is computed on the integers that hold its bits; TF32
+products are exact; a truth value that is spread over a tensor becomes an integer, which loads
+refuse; and nobody checks addresses. Here every launch may touch its own tensors alone, and every
+tensor allocated without a value is filled with NaN."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,10 @@ def bounds(tensors: Any) -> Iterator[None]:
 def extents(tensors: Any) -> Iterator[tuple[int, int]]:
     """First byte of every tensor, and the one after its last."""
     if isinstance(tensors, Tensor):
-        last = sum((size - 1) * stride for size, stride in zip(tensors.shape, tensors.stride(), strict=True))
+        last = sum(
+            (size - 1) * stride
+            for size, stride in zip(tensors.shape, tensors.stride(), strict=True)
+        )
         yield tensors.data_ptr(), tensors.data_ptr() + (last + 1) * tensors.itemsize
     elif isinstance(tensors, (tuple, list)):
         for each in tensors:
@@ -59,7 +63,8 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def to_tf32(values: np.ndarray) -> np.ndarray:
-    """float32 with 10 bits of mantissa, rounded to the nearest, ties away from zero, as ``cvt.rna.tf32.f32`` does."""
+    """float32 with 10 bits of mantissa, rounded to the nearest, ties away from zero, as
+    ``cvt.rna.tf32.f32`` does."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
     return np.where(np.isfinite(values), rounded, values)
@@ -80,11 +85,16 @@ def binary(builder: Any, left: Any, right: Any, operation: Callable) -> Any:
     if left.dtype.scalar != tl.bfloat16:
         return original_binary(builder, left, right, operation)
     result = operation(widened(left), widened(right))
-    return Handle(result, tl.int1) if result.dtype == np.bool_ else Handle(to_bfloat16(result), tl.bfloat16)
+    return (
+        Handle(result, tl.int1)
+        if result.dtype == np.bool_
+        else Handle(to_bfloat16(result), tl.bfloat16)
+    )
 
 
 def dot(builder: Any, left: Any, right: Any, total: Any, precision: Any, *_: Any) -> Any:
-    """A product of matrices as the matrix unit forms it: exact products of rounded numbers, summed in float32."""
+    """A product of matrices as the matrix unit forms it: exact products of rounded numbers, summed
+    in float32."""
     factors = [widened(left).astype(np.float32), widened(right).astype(np.float32)]
     name = str(precision).rsplit(".", 1)[-1]
     if left.dtype.scalar == tl.float32 and name == "TF32":
@@ -102,7 +112,9 @@ def dot(builder: Any, left: Any, right: Any, total: Any, precision: Any, *_: Any
 
 def splat(builder: Any, kind: Any, scalar: Any) -> Any:
     """A scalar spread over a shape, of the same type."""
-    return Handle(np.full(kind.shape, scalar.data.flat[0], dtype=scalar.data.dtype), scalar.dtype.scalar)
+    return Handle(
+        np.full(kind.shape, scalar.data.flat[0], dtype=scalar.data.dtype), scalar.dtype.scalar
+    )
 
 
 def checked(original: Callable) -> Callable:
@@ -151,6 +163,7 @@ def guarded_launch(kernel: Kernel, *tensors: Any) -> None:
 Kernel.__call__ = guarded_launch
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
-# float32 with the error of float32, as on the CPU: strict for cuDNN, three passes for matrix products.
+# float32 with the error of float32, as on the CPU: strict for cuDNN, three passes for matrix
+# products.
 torch.backends.cudnn.conv.fp32_precision = "ieee"
 torch.set_float32_matmul_precision("high")

@@ -1,4 +1,5 @@
-"""The Triton kernels by value, in Triton's interpreter; run by test_interpreter.py in a process of its own."""
+"""The Triton kernels by value, in Triton's interpreter; run by test_interpreter.py in a process of
+its own."""
 
 import importlib
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ def run(case: Case, dtype: torch.dtype, terms_dtype: torch.dtype) -> None:
 
 @every_case
 def test_bfloat16(case: Case) -> None:
-    """Catches any wrong index, mask or step in the kernels for 16 bits, sums in 16 bits, and terms that are rounded one
-    by one."""
+    """Catches any wrong index, mask or step in the kernels for 16 bits, sums in 16 bits, and terms
+    that are rounded one by one."""
     run(case, torch.bfloat16, torch.float32)
 
 
@@ -72,7 +73,8 @@ def one_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     "case", [CASES["rows in runs"], CASES["dilation"], replace(CASES["stride"], batch=50)], ids=str
 )
 def test_one_processor(case: Case) -> None:
-    """Catches a program that does the first of its tiles alone, or mixes up the tiles' rows and phases."""
+    """Catches a program that does the first of its tiles alone, or mixes up the tiles' rows and
+    phases."""
     run(case, torch.bfloat16, torch.float32)
 
 
@@ -102,7 +104,8 @@ def test_strict(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRECISE)
 def test_tf32(name: str) -> None:
-    """Catches TF32 that loses more than the rounding of its factors, and a call that does not use it."""
+    """Catches TF32 that loses more than the rounding of its factors, and a call that does not use
+    it."""
     case = CASES[name]
     target = Target("triton", "cpu", torch.float32, torch.float32)
     input, terms, gates, grad = arguments = target.arguments(case)
@@ -119,12 +122,20 @@ def test_tf32(name: str) -> None:
     theirs = definition(dense, rounded(input), [rounded(weight)], None, rounded(grad))
     truth = definition(dense, input, [weight], None, grad)
     magnitude = definition(dense, input.abs(), [weight.abs()], None, grad.abs())
-    for ours, rival, value, size in zip(results[:2], theirs[:2], truth[:2], magnitude[:2], strict=True):
+    for ours, rival, value, size in zip(
+        results[:2], theirs[:2], truth[:2], magnitude[:2], strict=True
+    ):
         error = largest_error(ours, value)
         assert error <= 2 * largest_error(rival, value) + tiny(torch.float32, value, size)
         assert error > 100 * torch.finfo(torch.float32).eps * value.abs().max() / 10
     true_gradients = definition(case, *arguments)[2:]
-    sizes = definition(case, input.abs(), [t.abs() for t in terms], None if gates is None else gates.abs(), grad.abs())
+    sizes = definition(
+        case,
+        input.abs(),
+        [t.abs() for t in terms],
+        None if gates is None else gates.abs(),
+        grad.abs(),
+    )
     for ours, value, size in zip(results[2:], true_gradients, sizes[2:], strict=True):
         # Two factors, each off by 2⁻¹¹ at most.
         assert largest_error(ours, value) <= 2 * 2**-11 * size.max().item()
@@ -132,14 +143,23 @@ def test_tf32(name: str) -> None:
 
 def replace_series(case: Case, in_channels: int) -> Case:
     """The same call with one dense term."""
-    return Case(case.batch, in_channels, case.out_channels, (in_channels,), case.kernel_size, case.size, *case.geometry)
+    return Case(
+        case.batch,
+        in_channels,
+        case.out_channels,
+        (in_channels,),
+        case.kernel_size,
+        case.size,
+        *case.geometry,
+    )
 
 
-# Plans ----------------------------------------------------------------------------------------------------------------
+# Plans ------------------------------------------------------------------------------------------
 
 
 def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches Python work that is done again at every call, and a plan kept for a call that differs in what counts."""
+    """Catches Python work that is done again at every call, and a plan kept for a call that differs
+    in what counts."""
     case = CASES["the tile's own size"]
     target = Target("triton", "cpu", torch.bfloat16, torch.float32)
     arguments = target.arguments(case)
@@ -163,7 +183,7 @@ def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             target.run(case, *changed)
 
 
-# The proof's own tools ------------------------------------------------------------------------------------------------
+# The proof's own tools --------------------------------------------------------------------------
 
 
 @triton.jit
@@ -179,13 +199,18 @@ def test_addresses_are_checked() -> None:
     doubled(memory[:16], memory[16:])
     assert memory.tolist() == [1.0] * 16 + [2.0] * 16
     for tensors in ((memory[:15], memory[16:]), (memory[:16], memory[17:])):
-        with pytest.raises(triton.runtime.errors.InterpreterError, match="1 of 16 elements lie outside the tensors"):
+        with pytest.raises(
+            triton.runtime.errors.InterpreterError, match="1 of 16 elements lie outside the tensors"
+        ):
             doubled(*tensors)
 
 
 def test_bfloat16_is_true() -> None:
     """Catches bfloat16 that is computed on its bits, or truncated."""
-    values, result = torch.tensor([1.0, 1.00390625, 3.0] + [0.1] * 13).bfloat16(), torch.empty(16, dtype=torch.bfloat16)
+    values, result = (
+        torch.tensor([1.0, 1.00390625, 3.0] + [0.1] * 13).bfloat16(),
+        torch.empty(16, dtype=torch.bfloat16),
+    )
     launch.Kernel(double, 1, (16, 16), 1, 1)(values, result)
     assert torch.equal(result, values * 2)
 
@@ -195,14 +220,16 @@ def test_empty_memory_is_poisoned() -> None:
     assert torch.empty(3).isnan().all()
 
 
-# Geometry -------------------------------------------------------------------------------------------------------------
+# Geometry ---------------------------------------------------------------------------------------
 
 
 @every_case
 def test_axes(case: Case) -> None:
     """Catches an axis that leaves out or repeats a pair of input and output."""
     for transposed in (False, True):
-        for n, (taps, stride, padding, dilation) in enumerate(zip(case.kernel_size, *case.geometry, strict=True)):
+        for n, (taps, stride, padding, dilation) in enumerate(
+            zip(case.kernel_size, *case.geometry, strict=True)
+        ):
             sizes = case.output_shape[2 + n], case.size[n]
             outputs, inputs = sizes
             expected = {
@@ -217,7 +244,10 @@ def test_axes(case: Case) -> None:
             for result, source, tap in line.phases:
                 for t in range(line.steps(results)):
                     for i in range(line.taps):
-                        at, to = source + (t * line.advance + i) * line.source_step, result + t * line.result_step
+                        at, to = (
+                            source + (t * line.advance + i) * line.source_step,
+                            result + t * line.result_step,
+                        )
                         k = tap + i * line.tap_step
                         if to < results and 0 <= at < sources and 0 <= k < taps:
                             found.append((at, to, k) if transposed else (to, at, k))
@@ -234,16 +264,23 @@ def test_packs_by_hand() -> None:
 
 
 def test_every_kernel_is_reached() -> None:
-    """Catches cases that no longer reach a kernel or a way through it after the table has changed."""
+    """Catches cases that no longer reach a kernel or a way through it after the table has
+    changed."""
     reached = set()
     for case in CASES.values():
         input, terms, _, grad = case.tensors(torch.bfloat16)
-        x, dy, used = launch.layout(input), launch.layout(grad), tuple(map(launch.layout, terms[: case.active]))
+        x, dy, used = (
+            launch.layout(input),
+            launch.layout(grad),
+            tuple(map(launch.layout, terms[: case.active])),
+        )
         rest = (*case.geometry, "ieee", None)
         call = forward_module.Call(False, x, grad.shape, grad.stride(), used, None, *rest)
         tile = tiles.correlation(forward_module.shape_of(call))[0]
         reached.add(("march" if tile.march else "gather", tile.parts > 1, tile.source))
-        weight = tiles.weight_gradient(weight_module.shape_of(weight_module.Call(x, dy, used, None, False, *rest)))[0]
+        weight = tiles.weight_gradient(
+            weight_module.shape_of(weight_module.Call(x, dy, used, None, False, *rest))
+        )[0]
         reached.add(("accumulate", weight.parts > 1, weight.all_rows))
     assert reached == {
         *(("march", True, 16), ("march", False, 16), ("march", False, 32), ("march", False, 64)),

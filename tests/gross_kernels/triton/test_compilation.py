@@ -1,5 +1,5 @@
-"""Every Triton kernel compiled for GPUs that are not here: no spills, shared memory within limits, the matrix unit
-used, 128-bit loads and stores where channels-last allows them."""
+"""Every Triton kernel compiled for GPUs that are not here: no spills, shared memory within limits,
+the matrix unit used, 128-bit loads and stores where channels-last allows them."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -15,12 +15,16 @@ from gross_kernels.backends.triton.launch import Kernel, layout
 # The package's names are the functions.
 PACKAGE = "gross_kernels.backends.triton"
 forward, weight_grad, sums = (
-    importlib.import_module(f"{PACKAGE}.{name}") for name in ("forward", "weight_grad", "series_sum")
+    importlib.import_module(f"{PACKAGE}.{name}")
+    for name in ("forward", "weight_grad", "series_sum")
 )
 
 
-def powers(most: int, channels: int = 64, kernel: tuple[int, int] = (3, 3), stride: int = 1) -> Case:
-    """Every power of two to ``most`` as a term, all active, with gates: the most registers that a size needs."""
+def powers(
+    most: int, channels: int = 64, kernel: tuple[int, int] = (3, 3), stride: int = 1
+) -> Case:
+    """Every power of two to ``most`` as a term, all active, with gates: the most registers that a
+    size needs."""
     sizes = tuple(2**i for i in range(most.bit_length()))
     padding = (kernel[0] // 2, kernel[1] // 2)
     return Case(
@@ -39,8 +43,21 @@ CASES = {
     "16 of 5×5": powers(16, kernel=(5, 5)),
     "16 of 7×7": powers(16, kernel=(7, 7)),
     "16 of 1×1": powers(16, kernel=(1, 1)),
-    "18": Case(2, 18, 18, (3, 9, 18), (3, 3), (16, 16), padding=(1, 1), active=3, gated=True, channels_last=True),
-    "one of 8": Case(2, 8, 8, (2, 8), (3, 3), (16, 16), padding=(1, 1), active=2, gated=True, channels_last=True),
+    "18": Case(
+        2,
+        18,
+        18,
+        (3, 9, 18),
+        (3, 3),
+        (16, 16),
+        padding=(1, 1),
+        active=3,
+        gated=True,
+        channels_last=True,
+    ),
+    "one of 8": Case(
+        2, 8, 8, (2, 8), (3, 3), (16, 16), padding=(1, 1), active=2, gated=True, channels_last=True
+    ),
 }
 DTYPES = {
     "bfloat16": (torch.bfloat16, "ieee"),
@@ -54,12 +71,20 @@ KERNELS = ("forward", "input gradient", "weight gradient")
 ALWAYS = {
     *((arch, "bfloat16", kernel, "16") for arch in TARGETS for kernel in KERNELS),
     *((arch, "bfloat16", kernel, "64") for arch in TARGETS for kernel in KERNELS[::2]),
-    *(("sm_90", "bfloat16", kernel, case) for kernel in KERNELS for case in ("32", "64", "16 strided")),
+    *(
+        ("sm_90", "bfloat16", kernel, case)
+        for kernel in KERNELS
+        for case in ("32", "64", "16 strided")
+    ),
     *(("sm_90", "bfloat16", kernel, "512") for kernel in KERNELS[:2]),
     *((arch, "tf32", kernel, "16") for arch in TARGETS for kernel in KERNELS),
     *((arch, "float16", "forward", "16") for arch in TARGETS),
     *((arch, "ieee", kernel, "16") for arch in TARGETS for kernel in KERNELS[::2]),
-    *((arch, "tf32x3", kernel, "16") for arch in ("sm_80", "sm_90", "sm_100") for kernel in KERNELS[::2]),
+    *(
+        (arch, "tf32x3", kernel, "16")
+        for arch in ("sm_80", "sm_90", "sm_100")
+        for kernel in KERNELS[::2]
+    ),
 }
 
 
@@ -86,7 +111,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Kernel, tuple], 
     return build
 
 
-def correlation(case: Case, dtype: torch.dtype, precision: str, transposed: bool) -> tuple[Kernel, tuple]:
+def correlation(
+    case: Case, dtype: torch.dtype, precision: str, transposed: bool
+) -> tuple[Kernel, tuple]:
     """The kernel of the forward pass or the input gradient, and its tensors."""
     input, terms, gates, grad = case.tensors(dtype, torch.float32)
     source, result = (grad, input) if transposed else (input, grad)
@@ -98,19 +125,28 @@ def correlation(case: Case, dtype: torch.dtype, precision: str, transposed: bool
     return forward.plan(call, tile), (source, result, tuple(terms), gates)
 
 
-def gradient(case: Case, dtype: torch.dtype, precision: str) -> tuple[weight_grad.Plan, tuple, tuple]:
+def gradient(
+    case: Case, dtype: torch.dtype, precision: str
+) -> tuple[weight_grad.Plan, tuple, tuple]:
     """Both passes of the weight gradient, and the tensors of each."""
     input, terms, gates, grad = case.tensors(dtype, torch.float32)
     used = tuple(map(layout, terms))
-    call = weight_grad.Call(layout(input), layout(grad), used, layout(gates), False, *case.geometry, precision, None)
+    call = weight_grad.Call(
+        layout(input), layout(grad), used, layout(gates), False, *case.geometry, precision, None
+    )
     plan = weight_grad.plan_of(call, tiles.weight_gradient(weight_grad.shape_of(call))[0])
     partial = torch.empty(16)
-    return plan, (input, grad, partial), (partial, tuple(terms), gates, tuple(terms), torch.empty(16))
+    return (
+        plan,
+        (input, grad, partial),
+        (partial, tuple(terms), gates, tuple(terms), torch.empty(16)),
+    )
 
 
 @pytest.mark.parametrize(("arch", "dtype", "kernel", "case"), list(every()))
 def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Callable) -> None:
-    """Catches spills, too much shared memory, a kernel that misses the matrix unit or reads in small pieces."""
+    """Catches spills, too much shared memory, a kernel that misses the matrix unit or reads in
+    small pieces."""
     number, precision = DTYPES[dtype]
 
     def make() -> tuple[Kernel, tuple]:
@@ -126,7 +162,9 @@ def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Call
     if case not in ("18", "one of 8"):
         assert result.wide_loads > 0
         # Groups of 64 on 8 warps leave 4 elements of the result to a thread.
-        assert result.wide_stores > 0 or kernel == "weight gradient" or case.startswith(("32", "64"))
+        assert (
+            result.wide_stores > 0 or kernel == "weight gradient" or case.startswith(("32", "64"))
+        )
     if (
         tiles.WARP_GROUPS
         and arch == "sm_90"
@@ -158,7 +196,8 @@ def test_small_kernels(arch: str, compiled: Callable) -> None:
 
 
 def test_spills_are_seen(compiled: Callable) -> None:
-    """Catches a reading of the compiler's report that finds no spills where there are: weights of 128 lanes."""
+    """Catches a reading of the compiler's report that finds no spills where there are: weights of
+    128 lanes."""
 
     def make() -> tuple[Kernel, tuple]:
         input, terms, gates, grad = CASES["16"].tensors(torch.float32)
@@ -166,6 +205,11 @@ def test_spills_are_seen(compiled: Callable) -> None:
             False, layout(input), grad.shape, grad.stride(), tuple(map(layout, terms)), layout(gates),
             *CASES["16"].geometry, "tf32x3", None,
         )  # fmt: skip
-        return forward.plan(call, tiles.Tile(True, 64, 2, 16, 16, 2, 2)), (input, grad, tuple(terms), gates)
+        return forward.plan(call, tiles.Tile(True, 64, 2, 16, 16, 2, 2)), (
+            input,
+            grad,
+            tuple(terms),
+            gates,
+        )
 
     assert compiled("sm_90", make).stack > 0

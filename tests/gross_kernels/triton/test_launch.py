@@ -1,4 +1,5 @@
-"""The way from a call to Triton's launcher, with a driver that launches nothing: what a GPU would be given."""
+"""The way from a call to Triton's launcher, with a driver that launches nothing: what a GPU would
+be given."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ from triton.runtime import driver
 
 from gross_kernels.backends import triton as backend
 
-CASE = Case(2, 64, 64, (1, 4), (3, 3), (9, 8), padding=(1, 1), active=2, gated=True, channels_last=True)
+CASE = Case(
+    2, 64, 64, (1, 4), (3, 3), (9, 8), padding=(1, 1), active=2, gated=True, channels_last=True
+)
 
 
 class Driver:
@@ -51,7 +54,8 @@ def fake() -> Iterator[Driver]:
 
 
 def test_later_launches_are_the_first(fake: Driver) -> None:
-    """Catches a short cut past Triton's look-up that passes other arguments, another grid or another stream."""
+    """Catches a short cut past Triton's look-up that passes other arguments, another grid or
+    another stream."""
     input, terms, gates, grad = CASE.tensors(torch.bfloat16, torch.float32)
     geometry = CASE.geometry
     for call, kernels in (

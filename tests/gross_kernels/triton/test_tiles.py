@@ -1,4 +1,5 @@
-"""Which tile is taken, what autotuning remembers, what float32 means, and which calls Triton serves."""
+"""Which tile is taken, what autotuning remembers, what float32 means, and which calls Triton
+serves."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ TILES = [tiles.Tile(True, lanes, 4, 16, 16, 4, 2) for lanes in (64, 32, 16)]
 SECONDS = {64: 3.0, 32: 1.0, 16: 2.0}
 
 
-# Autotuning -----------------------------------------------------------------------------------------------------------
+# Autotuning -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -27,7 +28,9 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tiles.Tile]:
     return []
 
 
-def choose(timed: list[tiles.Tile], name: str = "a call", device: str = "NVIDIA H200") -> tiles.Tile:
+def choose(
+    timed: list[tiles.Tile], name: str = "a call", device: str = "NVIDIA H200"
+) -> tiles.Tile:
     def seconds(tile: tiles.Tile) -> float:
         timed.append(tile)
         return SECONDS[tile.lanes]
@@ -35,7 +38,9 @@ def choose(timed: list[tiles.Tile], name: str = "a call", device: str = "NVIDIA 
     return tiles.choose(name, TILES, seconds, device)
 
 
-def test_the_table_decides_alone(timed: list[tiles.Tile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_table_decides_alone(
+    timed: list[tiles.Tile], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Catches autotuning that nobody asked for."""
     monkeypatch.setattr(tiles, "AUTOTUNE", False)
     assert choose(timed) is TILES[0]
@@ -52,7 +57,8 @@ def test_the_fastest_is_remembered(timed: list[tiles.Tile]) -> None:
 
 
 def test_calls_and_devices_are_told_apart(timed: list[tiles.Tile], tmp_path: Path) -> None:
-    """Catches a choice that is used for another kind of call or another GPU, or that is lost when one is added."""
+    """Catches a choice that is used for another kind of call or another GPU, or that is lost when
+    one is added."""
     choose(timed)
     choose(timed, "another call")
     assert len(timed) == 6
@@ -61,16 +67,21 @@ def test_calls_and_devices_are_told_apart(timed: list[tiles.Tile], tmp_path: Pat
     choose(timed)
     choose(timed, "another call")
     assert len(timed) == 9
-    files = {path.name: json.loads(path.read_text()) for path in (tmp_path / "gross_kernels").iterdir()}
+    files = {
+        path.name: json.loads(path.read_text()) for path in (tmp_path / "gross_kernels").iterdir()
+    }
     assert {name: len(choices) for name, choices in files.items()} == {
         "NVIDIA-H200.json": 2,
         "NVIDIA-A100-SXM4-80GB.json": 1,
     }
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a call": "fast"}', '{"a call": [true, 128, 4, 16, 16, 4, 2]}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"a call": "fast"}', '{"a call": [true, 128, 4, 16, 16, 4, 2]}']
+)
 def test_what_cannot_be_used_is_replaced(timed: list[tiles.Tile], content: str) -> None:
-    """Catches a failure over a damaged file, or one from another version: a tile that the table no longer has."""
+    """Catches a failure over a damaged file, or one from another version: a tile that the table no
+    longer has."""
     path = tiles.cache_file("NVIDIA H200")
     path.parent.mkdir(parents=True)
     path.write_text(content)
@@ -78,7 +89,7 @@ def test_what_cannot_be_used_is_replaced(timed: list[tiles.Tile], content: str) 
     assert json.loads(path.read_text())["a call"] == list(TILES[1])
 
 
-# float32 --------------------------------------------------------------------------------------------------------------
+# float32 ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -94,10 +105,16 @@ def _settings() -> Iterator[None]:
 @pytest.mark.usefixtures("_settings")
 @pytest.mark.parametrize(
     ("convolution", "products", "expected"),
-    [("tf32", "highest", "tf32"), ("ieee", "highest", "ieee"), ("ieee", "high", "tf32x3"), ("tf32", "high", "tf32")],
+    [
+        ("tf32", "highest", "tf32"),
+        ("ieee", "highest", "ieee"),
+        ("ieee", "high", "tf32x3"),
+        ("tf32", "high", "tf32"),
+    ],
 )
 def test_float32_follows_torch(convolution: str, products: str, expected: str) -> None:
-    """Catches TF32 where cuDNN's convolutions are strict, and strict products where they are not."""
+    """Catches TF32 where cuDNN's convolutions are strict, and strict products where they are
+    not."""
     torch.backends.cudnn.conv.fp32_precision = convolution
     torch.set_float32_matmul_precision(products)
     assert launch.float32_precision() == expected
@@ -120,7 +137,7 @@ def test_float32_where_there_is_no_such_product(
         assert launch.precision_of(torch.bfloat16, 0) == "ieee"
 
 
-# Dispatch -------------------------------------------------------------------------------------------------------------
+# Dispatch ---------------------------------------------------------------------------------------
 
 
 def call(**changes: object) -> dispatch.Call:
@@ -129,9 +146,14 @@ def call(**changes: object) -> dispatch.Call:
                          stride=(1, 1), padding=(1, 1), dilation=(1, 1), active=2)  # fmt: skip
 
 
-@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), True)])
-def test_which_gpus(capability: tuple[int, int], serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a GPU whose matrix unit lacks bfloat16, or a served one that is sent to the slow definition."""
+@pytest.mark.parametrize(
+    ("capability", "serves"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), True)]
+)
+def test_which_gpus(
+    capability: tuple[int, int], serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a GPU whose matrix unit lacks bfloat16, or a served one that is sent to the slow
+    definition."""
     backend._served.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     try:
