@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from gross.decompose.convert import decompose
+from gross.decomposition.convert import decompose
 from gross.networks import build, input_size, structure
 from gross.supernet import decomposed_layers
 from torch import Tensor, nn

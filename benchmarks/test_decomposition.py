@@ -16,7 +16,7 @@ import pytest
 import tensorly
 import torch
 import torch.nn.functional as F
-from gross.decompose.block_term import BlockTerm, block_term_series
+from gross.decomposition.block_term import BlockTerm, block_term_series
 from gross.networks import build
 from pytest_benchmark.fixture import BenchmarkFixture
 from sklearn.datasets import load_digits

@@ -13,7 +13,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from gross.decompose import decompose
+from gross import decompose
 from gross.macs import macs
 from gross.report import short
 from gross.supernet import decomposed_layers, set_configuration

@@ -2,7 +2,7 @@
 under a budget."""
 
 from . import networks
-from .decompose import package as decompose
+from .decomposition import decompose
 from .macs import MacsReport, macs
 from .storage import load, save
 from .supernet import configuration, set_configuration

@@ -344,7 +344,7 @@ def _resnet18(num_classes: int) -> nn.Module:
 
 
 def _vgg16_narrow(num_classes: int) -> nn.Module:
-    from .decompose.convert import decompose
+    from .decomposition.convert import decompose
 
     model = decompose(_vgg16(num_classes), **structure("vgg16-narrow"), method="random", quiet=True)
     for layer in model.modules():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gross_kernels import GroSSConv2d
 
 from . import networks, weights
-from .decompose.convert import DecomposedLayer, Decomposition, decompose
+from .decomposition.convert import DecomposedLayer, Decomposition, decompose
 from .supernet import Configuration, configuration, decomposed_layers, set_configuration
 
 #: The description's key in the header of the file.

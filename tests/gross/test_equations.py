@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gross.decompose import block_term_series, decompose
+from gross.decomposition import block_term_series, decompose
 from gross.supernet import set_configuration
 from torch import nn
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from gross.decompose import block_term as module
-from gross.decompose.block_term import BlockTerm, block_term, block_term_series
+from gross.decomposition import block_term as module
+from gross.decomposition.block_term import BlockTerm, block_term, block_term_series
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gross.decompose.vbmf import energy_group_size, energy_rank, vbmf_group_size, vbmf_rank
+from gross.decomposition.vbmf import energy_group_size, energy_rank, vbmf_group_size, vbmf_rank
 from torch import Tensor
 
 

@@ -157,7 +157,7 @@ def decompose(
             to those; by default the convolution's input channels.
         skip: names of convolutions, or of modules around them, to leave alone; ``()`` skips none.
             By default the first convolution is, unless ``group_sizes`` is a mapping.
-        method: "als" fits every group size (:func:`gross.decompose.block_term_series`); "random"
+        method: "als" fits every group size (:func:`gross.decomposition.block_term_series`); "random"
             draws fresh weights from torch's global generator, as a new layer does.
         sweeps, tolerance, ridge, warm_start, seed: of the fit.
         input_size: shape of one input without the batch dimension; with it the report counts MACs.

@@ -1,84 +1,38 @@
-"""The ``gross`` command: decompose a network, count its multiply-accumulates, look at what was
-saved.
-
-Results go to the output stream, as text or with ``--json`` as one JSON object; progress and errors
-go to the error stream."""
+"""``gross decompose``, ``gross macs`` and ``gross info``."""
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import nn
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
 
 from gross_kernels.functional import pair
 
-from . import networks, storage
-from . import weights as weight_files
-from .decompose.convert import Method, decompose
-from .extras import from_extra
-from .macs import macs
-from .report import TEXT_WIDTH, error_console, errors_in_short, short, size
-from .supernet import decomposed_layers
-
-with from_extra():
-    import typer
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console, Group
-    from rich.table import Table
-
-app = typer.Typer(
-    help="Decompose a network into every grouped-convolution architecture at once, and see what each of them costs.",
-    epilog="Exit status: 0 done; 1 the work failed, the reason is on the error stream; 2 the command line is wrong.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+from .. import networks, storage
+from ..decomposition.convert import Method, decompose
+from ..macs import macs
+from ..report import errors_in_short, short, size
+from ..supernet import decomposed_layers
+from .app import (
+    CALLABLE,
+    NAMES,
+    GroupSizes,
+    InputSize,
+    Ints,
+    Json,
+    app,
+    build,
+    failures,
+    show,
 )
-
-
-class Ints(tuple[int, ...]):
-    """Ints with commas between them, as an argument of the command line."""
-
-    @classmethod
-    def parse(cls, text: str) -> Ints:
-        try:
-            return cls(int(part) for part in text.split(","))
-        except ValueError as error:
-            raise typer.BadParameter(
-                f"got {text!r}, accepted are ints with commas between them"
-            ) from error
-
-
-NAMES = ", ".join(networks.NETWORKS)
-CALLABLE = "module:function, a function without arguments that returns a model, such as torchvision.models:mobilenet_v2"
-GroupSizes = Annotated[
-    Ints | None,
-    typer.Option(
-        parser=Ints.parse,
-        metavar="S,S,...",
-        help="Each layer takes those that fit. By default the paper's for its networks, 1,4,16,32 for others.",
-        show_default=False,
-    ),
-]
-InputSize = Annotated[
-    Ints | None,
-    typer.Option(
-        parser=Ints.parse,
-        metavar="C,H,W",
-        help="Shape of one input, such as 3,224,224; known for the paper's networks.",
-        show_default=False,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 @app.command("decompose")
@@ -150,12 +104,12 @@ def decompose_command(
         raise typer.BadParameter(
             f"got {output}, accepted is a file in a folder that exists", param_hint="--output"
         )
-    with _failures():
+    with failures():
         torch.manual_seed(seed)
         known = networks.NETWORKS.get(network)
         dense = network if known is None else known.dense or network
         supernet = decompose(
-            _build(dense, num_classes, weights).to(device),
+            build(dense, num_classes, weights).to(device),
             group_sizes or _group_sizes(network),
             width=pair("width", width) if width else known.structure["width"] if known else None,
             skip=skip,
@@ -172,7 +126,7 @@ def decompose_command(
             "seed": seed,
         }
         storage.save(supernet, output, provenance=origin)
-        _print(
+        show(
             as_json, {"output": str(output), **asdict(storage.describe(output))}, f"saved {output}"
         )
 
@@ -205,8 +159,8 @@ def macs_command(
 
     Example: gross macs vgg16 --configuration 1,32,32,32,16,1,32,16,32,4,32,16
     """
-    with _failures():
-        model, known_size = _target(target)
+    with failures():
+        model, known_size = target(target)
         counted_size = input_size or known_size
         if counted_size is None:
             raise typer.BadParameter(
@@ -227,7 +181,7 @@ def macs_command(
                 for layer in report.layers
             ],
         }
-        _print(as_json, content, report)
+        show(as_json, content, report)
 
 
 @app.command()
@@ -240,73 +194,16 @@ def info(
 ) -> None:
     """Say what a saved supernet is and where it is from. Without FILE, list the networks that gross
     knows."""
-    with _failures():
+    with failures():
         if file is None:
             rows = [_known_network(name) for name in networks.NETWORKS]
             table = Table(*(key.replace("_", " ") for key in rows[0]), box=SIMPLE_HEAD)
             for row in rows:
                 table.add_row(*(_cell(value) for value in row.values()))
-            _print(as_json, {"networks": rows}, table)
+            show(as_json, {"networks": rows}, table)
         else:
             description = storage.describe(file)
-            _print(as_json, asdict(description), _saved_supernet(description))
-
-
-@contextmanager
-def _failures() -> Iterator[None]:
-    """Turn what bad input raises into one line on the error stream and exit status 1."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        lines = [str(error), *getattr(error, "__notes__", ())]
-        message = "error: " + "\n".join(lines)
-        error_console().print(
-            message, style="bold red", markup=False, highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(1) from error
-
-
-def _print(as_json: bool, content: dict[str, Any], renderable: object) -> None:
-    if as_json:
-        typer.echo(json.dumps(content))
-    else:
-        Console(width=None if sys.stdout.isatty() else TEXT_WIDTH).print(renderable)
-
-
-def _build(network: str, num_classes: int | None, weights: Path | None) -> nn.Module:
-    """One of the paper's networks, or the model that module:function makes."""
-    if network in networks.NETWORKS:
-        return networks.build(network, num_classes=num_classes, weights=weights)
-    module_name, _, function = network.partition(":")
-    if not function:
-        raise typer.BadParameter(
-            f"got {network!r}, accepted are {NAMES} and {CALLABLE}", param_hint="NETWORK"
-        )
-    # An installed command does not look for modules where it is called, as python does.
-    sys.path.insert(0, os.getcwd())
-    try:
-        make = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"got {network!r}: {error}", param_hint="NETWORK") from error
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise typer.BadParameter(
-            f"got {network!r}, which returns {type(model).__name__}", param_hint="NETWORK"
-        )
-    if weights is not None:
-        weight_files.load(model, weight_files.read(weights), weights)
-    return model
-
-
-def _target(target: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """The network that ``target`` names, and the size of its input if that is known."""
-    if Path(target).is_file():
-        saved_as = storage.describe(target).network
-        return storage.load(target), None if saved_as is None else networks.input_size(saved_as[0])
-    if target in networks.NETWORKS:
-        with torch.device("meta"):
-            return networks.build(target), networks.input_size(target)
-    return _build(target, None, None), None
+            show(as_json, asdict(description), _saved_supernet(description))
 
 
 def _group_sizes(network: str) -> Sequence[int] | Mapping[str, Sequence[int]]:

@@ -1,0 +1,128 @@
+"""The ``gross`` command: what its subcommands share.
+
+Results go to the output stream, as text or with ``--json`` as one JSON object; progress and errors
+go to the error stream."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+
+from .. import networks, storage
+from .. import weights as weight_files
+from ..extras import from_extra
+from ..report import TEXT_WIDTH, error_console
+
+with from_extra():
+    import typer
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Decompose a network into every grouped-convolution architecture at once, and see what each of them costs.",
+    epilog="Exit status: 0 done; 1 the work failed, the reason is on the error stream; 2 the command line is wrong.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Ints(tuple[int, ...]):
+    """Ints with commas between them, as an argument of the command line."""
+
+    @classmethod
+    def parse(cls, text: str) -> Ints:
+        try:
+            return cls(int(part) for part in text.split(","))
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"got {text!r}, accepted are ints with commas between them"
+            ) from error
+
+
+NAMES = ", ".join(networks.NETWORKS)
+CALLABLE = "module:function, a function without arguments that returns a model, such as torchvision.models:mobilenet_v2"
+GroupSizes = Annotated[
+    Ints | None,
+    typer.Option(
+        parser=Ints.parse,
+        metavar="S,S,...",
+        help="Each layer takes those that fit. By default the paper's for its networks, 1,4,16,32 for others.",
+        show_default=False,
+    ),
+]
+InputSize = Annotated[
+    Ints | None,
+    typer.Option(
+        parser=Ints.parse,
+        metavar="C,H,W",
+        help="Shape of one input, such as 3,224,224; known for the paper's networks.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turn what bad input raises into one line on the error stream and exit status 1."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        lines = [str(error), *getattr(error, "__notes__", ())]
+        message = "error: " + "\n".join(lines)
+        error_console().print(
+            message, style="bold red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(1) from error
+
+
+def show(as_json: bool, content: dict[str, Any], renderable: object) -> None:
+    if as_json:
+        typer.echo(json.dumps(content))
+    else:
+        Console(width=None if sys.stdout.isatty() else TEXT_WIDTH).print(renderable)
+
+
+def build(network: str, num_classes: int | None, weights: Path | None) -> nn.Module:
+    """One of the paper's networks, or the model that module:function makes."""
+    if network in networks.NETWORKS:
+        return networks.build(network, num_classes=num_classes, weights=weights)
+    module_name, _, function = network.partition(":")
+    if not function:
+        raise typer.BadParameter(
+            f"got {network!r}, accepted are {NAMES} and {CALLABLE}", param_hint="NETWORK"
+        )
+    # An installed command does not look for modules where it is called, as python does.
+    sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"got {network!r}: {error}", param_hint="NETWORK") from error
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise typer.BadParameter(
+            f"got {network!r}, which returns {type(model).__name__}", param_hint="NETWORK"
+        )
+    if weights is not None:
+        weight_files.load(model, weight_files.read(weights), weights)
+    return model
+
+
+def target(target: str) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """The network that ``target`` names, and the size of its input if that is known."""
+    if Path(target).is_file():
+        saved_as = storage.describe(target).network
+        return storage.load(target), None if saved_as is None else networks.input_size(saved_as[0])
+    if target in networks.NETWORKS:
+        with torch.device("meta"):
+            return networks.build(target), networks.input_size(target)
+    return build(target, None, None), None

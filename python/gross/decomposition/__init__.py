@@ -1,0 +1,15 @@
+"""From a trained network to a supernet: ``gross.decompose(model)``, and what it is made of."""
+
+from . import block_term, vbmf
+from .block_term import BlockTerm, block_term_series
+from .convert import DecomposedLayer, Decomposition, decompose
+
+__all__ = [
+    "BlockTerm",
+    "DecomposedLayer",
+    "Decomposition",
+    "block_term",
+    "block_term_series",
+    "decompose",
+    "vbmf",
+]
