@@ -3,14 +3,17 @@ under a budget."""
 
 from . import networks
 from .decomposition import decompose
+from .evaluation import Accuracy, evaluate
 from .macs import MacsReport, macs
 from .storage import load, save
 from .supernet import configuration, set_configuration
 
 __all__ = [
+    "Accuracy",
     "MacsReport",
     "configuration",
     "decompose",
+    "evaluate",
     "load",
     "macs",
     "networks",
