@@ -32,7 +32,7 @@ def facts() -> list[tuple[str, str]]:
         ("triton", _version("triton")),
         (
             "processor",
-            f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         ),
         ("gpu", _gpu()),
         ("cpu kernels", _cpu_library()),
@@ -81,7 +81,8 @@ def _gpu() -> str:
     return f"{name}, compute capability {capability[0]}.{capability[1]}, CUDA {torch.version.cuda}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [

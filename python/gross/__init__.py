@@ -2,8 +2,11 @@
 under a budget."""
 
 from . import data, networks
+from .architecture_search import Budget, SearchResult, search
 from .decomposition import decompose
+from .deployment import export
 from .evaluation import Accuracy, evaluate
+from .latency import LatencyTable
 from .macs import MacsReport, macs
 from .storage import load, save
 from .supernet import configuration, set_configuration
@@ -11,17 +14,22 @@ from .training import Sampler, finetune, train
 
 __all__ = [
     "Accuracy",
+    "Budget",
+    "LatencyTable",
     "MacsReport",
     "Sampler",
+    "SearchResult",
     "configuration",
     "data",
     "decompose",
     "evaluate",
+    "export",
     "finetune",
     "load",
     "macs",
     "networks",
     "save",
+    "search",
     "set_configuration",
     "train",
 ]

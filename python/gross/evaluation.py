@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from gross_kernels import GroSSConv2d, SeriesConv2d
 
+from .data import Split
 from .supernet import (
     Configuration,
     check_configuration,
@@ -46,8 +47,9 @@ class Accuracy:
     """Top-1 accuracy in percent: the metric whose evaluations share a tree.
 
     Attributes:
-        data: images ``[N, …]`` and labels ``[N]``, as a pair of tensors or as an iterable of such
-            pairs (a loader). Images of four dimensions run in channels-last.
+        data: images ``[N, …]`` and labels ``[N]``, as a pair of tensors, an iterable of such pairs
+            (a loader), or a split of :mod:`gross.data`. Images of four dimensions run in
+            channels-last.
         images: evaluate on the first so many alone; by default on all.
         give_up_below: stop evaluating a configuration once its accuracy so far is four standard
             errors below this percentage; its accuracy is then NaN. By default nothing is given up.
@@ -56,7 +58,7 @@ class Accuracy:
             joined.
     """
 
-    data: Images | Iterable[Images]
+    data: Images | Iterable[Images] | Split
     images: int | None = None
     give_up_below: float | None = None
     memory: int = MEMORY
@@ -74,7 +76,9 @@ class Accuracy:
                     f"data: got {len(images)} images and {len(labels)} labels, accepted is one "
                     "label per image"
                 )
-        elif isinstance(self.data, Tensor) or not isinstance(self.data, Iterable):
+        elif isinstance(self.data, Tensor) or not (
+            isinstance(self.data, Iterable) or hasattr(self.data, "batches")
+        ):
             raise TypeError(
                 f"data: got {type(self.data).__name__}, accepted is a pair of tensors, images and "
                 "labels, or a loader of such pairs"
@@ -87,7 +91,7 @@ class Accuracy:
     def batches(self, size: int) -> Iterator[Images]:
         """The images and labels in batches of at most ``size``."""
         remaining = math.inf if self.images is None else self.images
-        for images, labels in [self.data] if _is_pair(self.data) else self.data:
+        for images, labels in self._pairs(size):
             for start in range(0, len(images), size):
                 count = int(min(size, len(images) - start, remaining))
                 if count == 0:
@@ -95,11 +99,17 @@ class Accuracy:
                 remaining -= count
                 yield images[start : start + count], labels[start : start + count]
 
+    def _pairs(self, size: int) -> Iterable[Images]:
+        data: Any = self.data
+        if _is_pair(data):
+            return [data]
+        return data.batches(size) if hasattr(data, "batches") else data
+
 
 def evaluate(
     supernet: nn.Module,
     configurations: Iterable[Sequence[int]],
-    data: Images | Iterable[Images] | Accuracy,
+    data: Images | Iterable[Images] | Split | Accuracy,
     *,
     progress: Progress | None = None,
 ) -> list[float]:
@@ -131,7 +141,7 @@ def evaluate(
         check_configuration(c, [layer.group_sizes for layer in layers])
     if not wanted:
         return []
-    with _inference(supernet):
+    with inference(supernet):
         first = next(accuracy.batches(1), None)
         if first is None:
             raise ValueError("data: got no image, accepted is at least one")
@@ -376,12 +386,15 @@ class _Walk:
 
 
 @contextmanager
-def _inference(supernet: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; mode and configuration come back afterwards."""
+def inference(supernet: nn.Module, wanted: Sequence[int] | None = None) -> Iterator[None]:
+    """Evaluation mode without gradients, in a configuration if one is wanted; mode and
+    configuration come back afterwards."""
     modes = {module: module.training for module in supernet.modules()}
     before = configuration(supernet)
     try:
         supernet.eval()
+        if wanted is not None:
+            set_configuration(supernet, wanted)
         with torch.inference_mode():
             yield
     finally:
@@ -454,8 +467,7 @@ def _length(data: Any) -> int | None:
     """Images in the data, None where a loader does not say."""
     if _is_pair(data):
         return len(data[0])
-    dataset = getattr(data, "dataset", None)
     try:
-        return len(dataset)  # type: ignore[arg-type]
-    except TypeError:
+        return len(data if hasattr(data, "batches") else data.dataset)
+    except (TypeError, AttributeError):
         return None

@@ -1,0 +1,216 @@
+"""What a configuration costs: multiply–accumulates, parameters or milliseconds, and budgets in
+them.
+
+Every cost is a sum over the layers, ``fixed + Σ_i per_layer[i][size]``, so that thousands of
+configurations are counted in milliseconds and the smallest is known without looking for it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..macs import macs
+from ..supernet import Configuration, check_configuration, decomposed_layers
+
+if TYPE_CHECKING:
+    from ..latency import LatencyTable
+
+#: A number; a share of the dense network, such as "50%"; or a configuration, which is then the
+#: base that must not be exceeded.
+Amount = float | str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One kind of cost.
+
+    Attributes:
+        name: "macs", "parameters" or "milliseconds".
+        fixed: what the rest of the network costs.
+        per_layer: what each decomposed layer costs at each of its group sizes.
+        dense: what the network costs with plain convolutions in place of the decomposed layers.
+    """
+
+    name: str
+    fixed: float
+    per_layer: tuple[Mapping[int, float], ...]
+    dense: float
+
+    def __call__(self, configuration: Sequence[int]) -> float:
+        return self.fixed + sum(
+            costs[size] for costs, size in zip(self.per_layer, configuration, strict=True)
+        )
+
+    @property
+    def smallest(self) -> float:
+        """The least that a configuration costs."""
+        return self.fixed + sum(min(costs.values()) for costs in self.per_layer)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A cost and the most that it may be."""
+
+    cost: Cost
+    most: float
+
+    def allows(self, configuration: Sequence[int]) -> bool:
+        return self.cost(configuration) <= self.most
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a search must respect; several limits hold at once.
+
+    Attributes:
+        macs, parameters: of the exported network, for one input. A number, a share of the dense
+            network such as "50%", or a base configuration whose cost is the limit.
+        milliseconds: predicted by ``latency``, likewise.
+        latency: needed for milliseconds.
+    """
+
+    macs: Amount | None = None
+    parameters: Amount | None = None
+    milliseconds: Amount | None = None
+    latency: LatencyTable | None = None
+
+    @classmethod
+    def of(cls, value: Budget | Amount | None) -> Budget:
+        """A budget; anything else is a budget in MACs, and None has no limit."""
+        return value if isinstance(value, Budget) else cls(macs=value)
+
+    @property
+    def base(self) -> Configuration | None:
+        """The base configuration, if an amount is one."""
+        for amount in (self.macs, self.parameters, self.milliseconds):
+            if isinstance(amount, Sequence) and not isinstance(amount, str):
+                return tuple(amount)
+        return None
+
+    def limits(self, costs: Mapping[str, Cost]) -> tuple[Limit, ...]:
+        """The limits in numbers.
+
+        Raises:
+            ValueError: naming the amount, if it is not one, or if no configuration is within it,
+                with the smallest that is.
+        """
+        amounts = {
+            "macs": self.macs,
+            "parameters": self.parameters,
+            "milliseconds": self.milliseconds,
+        }
+        limits = []
+        for name, amount in amounts.items():
+            if amount is None:
+                continue
+            if name not in costs:
+                needed = {"macs": "input_size", "milliseconds": "latency"}[name]
+                raise ValueError(f"budget: got {name} {amount!r}; needed for it is {needed}")
+            cost = costs[name]
+            most = _number(name, amount, cost)
+            if most < cost.smallest:
+                raise ValueError(
+                    f"budget: got {_shown(most)} {name}, accepted is at least "
+                    f"{_shown(cost.smallest)}, which the smallest configuration costs"
+                )
+            limits.append(Limit(cost, most))
+        return tuple(limits)
+
+
+def costs_of(
+    supernet: nn.Module,
+    input_size: Sequence[int] | None = None,
+    latency: LatencyTable | None = None,
+) -> dict[str, Cost]:
+    """The costs that are known of a supernet, by name.
+
+    Args:
+        input_size: shape of one input without the batch dimension; needed for MACs.
+        latency: needed for milliseconds.
+
+    Raises:
+        ValueError: if the latency table is of other layers.
+    """
+    costs = {}
+    plain = dense_network(supernet)
+    layers = decomposed_layers(supernet)
+    if input_size is not None:
+        report = macs(supernet, input_size)
+        slopes = zip(report.per_group_size, report.group_sizes, strict=True)
+        costs["macs"] = Cost(
+            "macs",
+            report.fixed,
+            tuple({size: slope * size for size in sizes} for slope, sizes in slopes),
+            macs(plain, input_size).total,
+        )
+    per_layer = tuple(
+        {
+            size: layer.width[0] * layer.in_channels
+            + layer.width[1] * size * math.prod(layer.kernel_size)
+            + layer.out_channels * layer.width[1]
+            for size in layer.group_sizes
+        }
+        for layer in layers.values()
+    )
+    series = sum(p.numel() for layer in layers.values() for s in layer._series() for p in s)
+    costs["parameters"] = Cost(
+        "parameters",
+        sum(p.numel() for p in supernet.parameters()) - series,
+        per_layer,
+        sum(p.numel() for p in plain.parameters()),
+    )
+    if latency is not None:
+        latency.check_layers(supernet)
+        costs["milliseconds"] = Cost(
+            "milliseconds", latency.rest, tuple(latency.layers.values()), latency.dense
+        )
+    return costs
+
+
+def dense_network(supernet: nn.Module) -> nn.Module:
+    """The network with a plain convolution, freshly drawn, for each decomposed layer: what it was
+    before its decomposition, up to the weights."""
+    memo: dict[int, object] = {}
+    for layer in decomposed_layers(supernet).values():
+        weight = layer.grouped[0]
+        memo[id(layer)] = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+            device=weight.device,
+            dtype=weight.dtype,
+        ).train(layer.training)
+    return copy.deepcopy(supernet, memo)
+
+
+def _number(name: str, amount: Amount, cost: Cost) -> float:
+    accepted = "accepted are positive numbers, shares such as '50%', and a configuration"
+    if isinstance(amount, str):
+        try:
+            value = float(amount.removesuffix("%")) / 100 * cost.dense
+        except ValueError:
+            value = math.nan
+        if not amount.endswith("%"):
+            value = math.nan
+    elif isinstance(amount, Sequence):
+        check_configuration(amount, [tuple(sizes) for sizes in cost.per_layer])
+        return cost(amount)
+    else:
+        value = float(amount)
+    if not value > 0:
+        raise ValueError(f"budget: got {name} {amount!r}, {accepted}")
+    return value
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -1,0 +1,161 @@
+"""The evaluations of a search: each configuration once, in the journal at once, shared over the
+processes that ``torchrun`` started."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..evaluation import Accuracy, Progress, evaluate
+from ..supernet import Configuration, configuration, set_configuration
+from ..training.distributed import running, shard
+from ..training.selection import evaluating
+from .journal import Journal
+
+#: Called with the evaluations that are done, those that are asked for, and the best score.
+Show = Callable[[int, int, float], None]
+#: What a search maximises: a number from the model, which is set to a configuration.
+Metric = Callable[[nn.Module], float]
+#: Configurations of one tree walk, after which the journal is written.
+TREE = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of one configuration.
+
+    Attributes:
+        score: the metric, the higher the better; None where it failed.
+        error: why it failed.
+        costs: of the configuration, by name.
+    """
+
+    configuration: Configuration
+    score: float | None
+    error: str | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+
+class Evaluations:
+    """Scores by configuration. Calling it evaluates those that are not known yet."""
+
+    def __init__(
+        self,
+        supernet: nn.Module,
+        metric: Metric,
+        journal: Journal | None = None,
+        progress: Show = lambda done, total, best: None,
+    ) -> None:
+        self.supernet = supernet
+        self.metric = metric
+        self.journal = journal
+        self.progress = progress
+        self.known: dict[Configuration, Evaluation] = {}
+        #: Those that this search asked for, in the order of their first request.
+        self.asked: dict[Configuration, None] = {}
+        self.expected = 0
+        for record in self.broadcast([] if journal is None else journal.records):
+            c = tuple(record["configuration"])
+            self.known[c] = Evaluation(c, record["score"], record["error"])
+
+    def __call__(self, configurations: Iterable[Configuration]) -> None:
+        wanted = list(dict.fromkeys(configurations))
+        self.asked.update(dict.fromkeys(wanted))
+        new = sorted(c for c in wanted if c not in self.known)
+        self.expected = len(self.known) + len(new)
+        processes = shard()
+        step = TREE * processes.count
+        for start in range(0, len(new), step):
+            part = new[start : start + step]
+            # Neighbours in the sorted list share the most: every process takes a sub-tree.
+            share = math.ceil(len(part) / processes.count)
+            mine = part[processes.index * share : (processes.index + 1) * share]
+            for evaluation in self._gather(self._evaluate(mine)):
+                self.add(evaluation)
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Take note of an evaluation, whoever made it."""
+        if evaluation.configuration in self.known:
+            return
+        self.known[evaluation.configuration] = evaluation
+        if self.journal is not None:
+            known = {"configuration": evaluation.configuration, "score": evaluation.score}
+            self.journal.append({**known, "error": evaluation.error})
+        self.progress(len(self.known), self.expected, self.best_score)
+
+    def score(self, configuration: Configuration) -> float:
+        """The score, −∞ where the evaluation failed."""
+        score = self.known[configuration].score
+        return -math.inf if score is None else score
+
+    @property
+    def best_score(self) -> float:
+        return max((e.score for e in self.known.values() if e.score is not None), default=-math.inf)
+
+    def _evaluate(self, configurations: Sequence[Configuration]) -> list[Evaluation]:
+        if isinstance(self.metric, Accuracy) and configurations:
+            done = len(self.known)
+
+            def show(images: int, total: int) -> None:
+                part = len(configurations) * images // total
+                self.progress(done + part, self.expected, self.best_score)
+
+            try:
+                scores = evaluate(self.supernet, configurations, self.metric, progress=show)
+            except (RuntimeError, ArithmeticError):
+                # One of them, perhaps: each alone says which.
+                pass
+            else:
+                return [_judged(c, s) for c, s in zip(configurations, scores, strict=True)]
+        return [self._alone(c) for c in configurations]
+
+    def _alone(self, wanted: Configuration) -> Evaluation:
+        before = configuration(self.supernet)
+        try:
+            with evaluating(self.supernet):
+                set_configuration(self.supernet, wanted)
+                return _judged(wanted, self.metric(self.supernet))
+        except Exception as error:
+            # The metric is the user's: one configuration that it cannot take shall not end a
+            # search of hours.
+            return _failed(wanted, f"{type(error).__name__}: {error}")
+        finally:
+            set_configuration(self.supernet, before)
+
+    def _gather(self, mine: list[Evaluation]) -> list[Evaluation]:
+        if not running():
+            return mine
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return [evaluation for part in parts for evaluation in part]
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of the first process."""
+        if not running():
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+
+def _judged(configuration: Configuration, score: object) -> Evaluation:
+    if isinstance(score, torch.Tensor) and score.numel() == 1:
+        score = score.item()
+    if not isinstance(score, Real):
+        return _failed(configuration, f"the metric returned no number: {score!r}")
+    if math.isnan(score):
+        return _failed(configuration, "the metric returned NaN")
+    return Evaluation(configuration, float(score))
+
+
+def _failed(configuration: Configuration, error: str) -> Evaluation:
+    warnings.warn(f"configuration {configuration} is skipped: {error}", stacklevel=2)
+    return Evaluation(configuration, None, error)

@@ -1,0 +1,121 @@
+"""What a search found."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..report import short, text
+from ..supernet import Configuration
+from ..training.run import replace
+from .evaluations import Evaluation
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Raised when results can no longer be read as they were.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found. Printable; a JSON file with :meth:`save` and :meth:`load`.
+
+    Attributes:
+        configuration, score: the best within the budget.
+        method, seed: of the search.
+        limits: the budget in numbers, by cost.
+        evaluations: everything that the search asked for, in order.
+        base: the base configuration's evaluation, where the budget is one.
+        random: the best of as many random configurations, the baseline; None where the search is
+            exhaustive or random itself.
+        seconds: that this search spent on evaluations; those read from a journal cost nothing.
+        provenance: time, versions, fingerprints.
+    """
+
+    configuration: Configuration
+    score: float
+    method: str
+    seed: int
+    limits: Mapping[str, float]
+    evaluations: tuple[Evaluation, ...]
+    base: Evaluation | None
+    random: Evaluation | None
+    seconds: float
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def top(self, count: int) -> tuple[Configuration, ...]:
+        """The best configurations that the search saw, best first."""
+        scored = [e for e in self.evaluations if e.score is not None]
+        return tuple(e.configuration for e in sorted(scored, key=_score, reverse=True)[:count])
+
+    def front(self, cost: str = "macs") -> tuple[Evaluation, ...]:
+        """The evaluations that none is better and cheaper than, cheapest first."""
+        scored = [e for e in self.evaluations if e.score is not None]
+        front: list[Evaluation] = []
+        for e in sorted(scored, key=lambda e: (e.costs[cost], -_score(e))):
+            if not front or _score(e) > _score(front[-1]):
+                front.append(e)
+        return tuple(front)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result as JSON, in place of a file that is there."""
+        replace(Path(path), json.dumps({"format": FORMAT, **asdict(self)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SearchResult:
+        """Read what :meth:`save` wrote; ValueError for any other file."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise ValueError(f"accepted is format {FORMAT}")
+            for name in ("base", "random"):
+                content[name] = None if content[name] is None else _evaluation(content[name])
+            content["evaluations"] = tuple(map(_evaluation, content["evaluations"]))
+            content["configuration"] = tuple(content["configuration"])
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not the result of a search: {error}") from error
+
+    def __rich__(self) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        failed = sum(e.score is None for e in self.evaluations)
+        title = f"{self.method}, {len(self.evaluations)} evaluations in {self.seconds:.1f} s"
+        table = Table(title=title + (f", {failed} failed" if failed else ""), box=SIMPLE_HEAD)
+        table.add_column("")
+        table.add_column("configuration")
+        found = next(e for e in self.evaluations if e.configuration == self.configuration)
+        for name in found.costs:
+            table.add_column(name, justify="right")
+        table.add_column("score", justify="right")
+        for name, e in (("base", self.base), ("found", found), ("random search", self.random)):
+            if e is not None:
+                table.add_row(
+                    name,
+                    " ".join(map(str, e.configuration)),
+                    *map(_price, e.costs.values()),
+                    "failed" if e.score is None else f"{e.score:.2f}",
+                )
+        return table
+
+    def __str__(self) -> str:
+        return text(self)
+
+
+def _score(evaluation: Evaluation) -> float:
+    assert evaluation.score is not None
+    return evaluation.score
+
+
+def _evaluation(content: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(**{**content, "configuration": tuple(content["configuration"])})
+
+
+def _price(value: float) -> str:
+    return short(round(value)) if value >= 1000 else f"{value:.3g}"

@@ -1,0 +1,312 @@
+"""Milliseconds by layer and group size, measured on this device: a budget that is time.
+
+Every decomposed layer is timed where it stands, in the running network, at each of its group sizes:
+its input is where the layer before has left it, and the caches are as they are in use. A
+configuration's latency is then a sum, as its MACs are."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gross_kernels.environment import processor
+
+from .architecture_search.cost import dense_network
+from .deployment import export
+from .report import text
+from .supernet import Configuration, decomposed_layers
+from .training.run import replace
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Raised when tables can no longer be read as they were.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of one network on one device. Printable; a JSON file with :meth:`save` and
+    :meth:`load`.
+
+    Attributes:
+        device: its name.
+        threads: torch's, on a CPU.
+        input_size: shape of the example, with the batch dimension.
+        dtype: of the example.
+        kernels: whether the decomposed layers ran on this package's kernels, packed, or as three
+            plain convolutions.
+        rest: milliseconds of everything but the decomposed layers.
+        layers: milliseconds of each decomposed layer at each group size, by qualified name.
+        dense: milliseconds of the network with plain convolutions in place of those layers.
+    """
+
+    device: str
+    threads: int
+    input_size: tuple[int, ...]
+    dtype: str
+    kernels: bool
+    rest: float
+    layers: Mapping[str, Mapping[int, float]]
+    dense: float
+
+    @classmethod
+    def measure(
+        cls,
+        supernet: nn.Module,
+        example: Tensor,
+        *,
+        kernels: bool = True,
+        seconds: float = 10.0,
+    ) -> LatencyTable:
+        """Time the layers of a supernet on the device that ``example`` is on.
+
+        The supernet is exported once for each group size and the exported networks run in turn,
+        again and again in another order, so that a disturbance meets all of them; medians count.
+
+        Args:
+            supernet: a network with decomposed layers; left as it is.
+            example: an input of the batch size that is to be deployed, on the supernet's device.
+            kernels: as :func:`gross.export`'s.
+            seconds: how long to measure.
+
+        Raises:
+            ValueError: if the supernet has no decomposed layer or does not take the example.
+        """
+        sizes = [layer.group_sizes for layer in decomposed_layers(supernet).values()]
+        if not sizes:
+            raise ValueError(
+                f"supernet: got {type(supernet).__name__} without decomposed layers, accepted is "
+                "what gross.decompose returns"
+            )
+        example = _channels_last(example)
+        # In the i-th configuration every layer is at its i-th size; layers with fewer start over.
+        covering = [tuple(s[i % len(s)] for s in sizes) for i in range(max(map(len, sizes)))]
+        networks = [export(supernet, c, kernels=kernels) for c in covering]
+        names = list(decomposed_layers(supernet))
+        clocks = [_LayerClock(network, names, example.device) for network in networks]
+        dense = dense_network(supernet).eval().to(memory_format=torch.channels_last)
+        samples: dict[tuple[int, int], list[float]] = {}
+        rests: list[float] = []
+        dense_samples: list[float] = []
+        for i in _turns(len(networks) + 1, seconds):
+            if i == len(networks):
+                dense_samples.append(_time(dense, example))
+                continue
+            total, parts = clocks[i](example)
+            rests.append(total - sum(parts))
+            for layer, part in enumerate(parts):
+                samples.setdefault((layer, covering[i][layer]), []).append(part)
+        return cls(
+            device_name(example.device),
+            torch.get_num_threads(),
+            tuple(example.shape),
+            str(example.dtype).removeprefix("torch."),
+            kernels,
+            statistics.median(rests),
+            {
+                name: {size: statistics.median(samples[i, size]) for size in sizes[i]}
+                for i, name in enumerate(names)
+            },
+            statistics.median(dense_samples),
+        )
+
+    def milliseconds(self, configuration: Sequence[int]) -> float:
+        """Predicted latency of a configuration: the layers' and the rest's, added up."""
+        return self.rest + sum(
+            layer[size] for layer, size in zip(self.layers.values(), configuration, strict=True)
+        )
+
+    def check(
+        self,
+        supernet: nn.Module,
+        example: Tensor,
+        *,
+        configurations: int = 12,
+        seconds: float = 10.0,
+        seed: int = 0,
+    ) -> LatencyCheck:
+        """Time whole networks in random configurations, without clocks inside, against the
+        prediction.
+
+        Raises:
+            ValueError: if the table is of other layers.
+        """
+        self.check_layers(supernet)
+        example = _channels_last(example)
+        generator = random.Random(seed)
+        drawn = [
+            tuple(generator.choice(list(sizes)) for sizes in self.layers.values())
+            for _ in range(configurations)
+        ]
+        networks = [export(supernet, c, kernels=self.kernels) for c in drawn]
+        samples: list[list[float]] = [[] for _ in networks]
+        for i in _turns(len(networks), seconds):
+            samples[i].append(_time(networks[i], example))
+        measured = tuple(map(statistics.median, samples))
+        return LatencyCheck(tuple(drawn), tuple(map(self.milliseconds, drawn)), measured)
+
+    def check_layers(self, supernet: nn.Module) -> None:
+        """Raise ValueError if the table is not of this supernet's layers."""
+        found = {n: layer.group_sizes for n, layer in decomposed_layers(supernet).items()}
+        own = {name: tuple(sizes) for name, sizes in self.layers.items()}
+        if found != own:
+            raise ValueError(
+                f"latency: got a table of the layers {own}, accepted is one of {found}"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, in place of a file that is there."""
+        replace(Path(path), json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read what :meth:`save` wrote; ValueError for any other file."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("format") != FORMAT:
+                raise ValueError(f"accepted is format {FORMAT}")
+            content["input_size"] = tuple(content["input_size"])
+            content["layers"] = {
+                name: {int(size): value for size, value in sizes.items()}
+                for name, sizes in content["layers"].items()
+            }
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not a latency table: {error}") from error
+
+    def __rich__(self) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        sizes = sorted({size for layer in self.layers.values() for size in layer})
+        shape = "×".join(map(str, self.input_size))
+        table = Table(
+            title=f"milliseconds for {shape} {self.dtype} on {self.device}, "
+            f"{self.threads} threads, {'kernels' if self.kernels else 'plain convolutions'}",
+            box=SIMPLE_HEAD,
+        )
+        table.add_column("layer")
+        for size in sizes:
+            table.add_column(str(size), justify="right")
+        for name, layer in self.layers.items():
+            table.add_row(name, *(f"{layer[s]:.3f}" if s in layer else "" for s in sizes))
+        table.add_section()
+        table.add_row("the rest", f"{self.rest:.3f}")
+        table.add_row("dense network", f"{self.dense:.3f}")
+        return table
+
+    def __str__(self) -> str:
+        return text(self)
+
+
+@dataclass(frozen=True)
+class LatencyCheck:
+    """Predicted and measured milliseconds of whole networks."""
+
+    configurations: tuple[Configuration, ...]
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+
+    @property
+    def median_error(self) -> float:
+        """Median of the relative errors of the predictions."""
+        pairs = zip(self.predicted, self.measured, strict=True)
+        return statistics.median(abs(p - m) / m for p, m in pairs)
+
+    def __str__(self) -> str:
+        return (
+            f"predicted against measured latency of {len(self.measured)} configurations: median "
+            f"error {100 * self.median_error:.1f} %"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def milliseconds(
+    networks: Sequence[nn.Module], example: Tensor, seconds: float = 2.0
+) -> list[float]:
+    """Median latency of each network, timed in turn."""
+    example = _channels_last(example)
+    samples: list[list[float]] = [[] for _ in networks]
+    for i in _turns(len(networks), seconds):
+        samples[i].append(_time(networks[i], example))
+    return list(map(statistics.median, samples))
+
+
+class _LayerClock:
+    """Runs a network and says how long the whole of it and its decomposed layers took."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str], device: torch.device) -> None:
+        self.network = network
+        self.device = device
+        self.positions = {name: i for i, name in enumerate(names)}
+        self.marks: list[list[Any]] = []
+        for name in names:
+            layer = network.get_submodule(name)
+            layer.register_forward_pre_hook(lambda layer, args: self._mark([]))
+            layer.register_forward_hook(lambda layer, args, output, name=name: self._mark([name]))
+
+    def _mark(self, name: list[str]) -> None:
+        self.marks.append([_now(self.device), *name])
+
+    def __call__(self, example: Tensor) -> tuple[float, list[float]]:
+        self.marks.clear()
+        total = _time(self.network, example)
+        parts = [0.0] * len(self.positions)
+        for (began,), (ended, name) in zip(self.marks[::2], self.marks[1::2], strict=True):
+            parts[self.positions[name]] += _between(began, ended)
+        return total, parts
+
+
+def _turns(count: int, seconds: float) -> Any:
+    """Positions 0 to ``count``, in another order each round, for so long; at least five rounds
+    after a first one to warm up."""
+    generator = random.Random(0)
+    rounds = 0
+    end = time.perf_counter() + seconds
+    while rounds < 6 or time.perf_counter() < end:
+        yield from generator.sample(range(count), count)
+        rounds += 1
+
+
+def _time(network: nn.Module, example: Tensor) -> float:
+    """Milliseconds of one call."""
+    with torch.inference_mode():
+        began = _now(example.device)
+        network(example)
+        ended = _now(example.device)
+        if example.device.type == "cuda":
+            torch.cuda.synchronize(example.device)
+    return _between(began, ended)
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(began: Any, ended: Any) -> float:
+    if isinstance(began, float):
+        return 1000 * (ended - began)
+    return began.elapsed_time(ended)
+
+
+def _channels_last(example: Tensor) -> Tensor:
+    return example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example

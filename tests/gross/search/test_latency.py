@@ -1,0 +1,108 @@
+"""Latency tables: what is timed, how it adds up, and the file."""
+
+import statistics
+
+import gross
+import pytest
+import torch
+from gross import latency
+from gross.architecture_search import Budget, costs_of
+from gross.latency import LatencyTable
+from torch import Tensor, nn
+
+from .networks import rugged, supernet
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[nn.Module, Tensor, LatencyTable]:
+    torch.manual_seed(0)
+    net, example = supernet(), torch.randn(2, 3, 8, 8)
+    return net, example, LatencyTable.measure(net, example, seconds=0.2)
+
+
+def test_every_layer_is_timed_at_every_size(measured):
+    """Catches a layer or a size without a number, and numbers that are none."""
+    net, _, table = measured
+    table.check_layers(net)
+    assert all(0 < ms < 1000 for layer in table.layers.values() for ms in layer.values())
+    assert 0 < table.rest < 1000
+    assert table.dense > 0
+    assert table.input_size == (2, 3, 8, 8)
+    assert table.device in str(table)
+
+
+def test_a_prediction_is_the_sum_of_its_parts(measured):
+    """Catches a layer that is added twice, or the rest forgotten; and a cost that is another."""
+    net, example, table = measured
+    wanted = (8, 1, 2, 4)
+    parts = [layer[s] for layer, s in zip(table.layers.values(), wanted, strict=True)]
+    assert table.milliseconds(wanted) == pytest.approx(table.rest + sum(parts))
+    assert costs_of(net, None, table)["milliseconds"](wanted) == table.milliseconds(wanted)
+
+
+def test_layers_are_timed_where_they_stand(monkeypatch):
+    """Catches a layer whose time is another layer's, or has the rest in it: on a clock on which
+    the layer ``i`` takes ``(i + 1)·size`` milliseconds, and everything else 5."""
+    now = [0.0]
+    monkeypatch.setattr(latency, "_now", lambda device: now[0])
+    exported = latency.export
+
+    def slow(net: nn.Module, c: tuple[int, ...], *, kernels: bool) -> nn.Module:
+        network = exported(net, c, kernels=kernels)
+        for i, name in enumerate(gross.supernet.decomposed_layers(net)):
+            pause(network.get_submodule(name), (i + 1) * c[i])
+        pause(network[-1], 5)
+        return network
+
+    def pause(module: nn.Module, milliseconds: float) -> None:
+        forward = module.forward
+
+        def slower(input: Tensor) -> Tensor:
+            now[0] += milliseconds / 1000
+            return forward(input)
+
+        module.forward = slower
+
+    monkeypatch.setattr(latency, "export", slow)
+    net, example = supernet(), torch.randn(1, 3, 8, 8)
+    table = LatencyTable.measure(net, example, seconds=0)
+    expected = [{s: (i + 1) * s for s in (1, 2, 4, 8)} for i in range(4)]
+    for layer, times in zip(table.layers.values(), expected, strict=True):
+        assert layer == pytest.approx(times)
+    assert table.rest == pytest.approx(5)
+    check = table.check(net, example, configurations=4, seconds=0)
+    assert check.measured == pytest.approx(check.predicted)
+    assert check.median_error == pytest.approx(0, abs=1e-6)
+
+
+def test_the_error_is_of_whole_networks(measured):
+    """Catches an error that compares the prediction with itself."""
+    net, example, table = measured
+    check = table.check(net, example, configurations=3, seconds=0.1)
+    errors = [abs(p - m) / m for p, m in zip(check.predicted, check.measured, strict=True)]
+    assert check.median_error == statistics.median(errors) > 0
+    assert "median error" in str(check)
+
+
+def test_a_table_comes_back_from_its_file(measured, tmp_path):
+    """Catches group sizes that JSON turns into text, and files of something else."""
+    _, _, table = measured
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+    (tmp_path / "table.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a latency table"):
+        LatencyTable.load(tmp_path / "table.json")
+
+
+def test_milliseconds_are_a_budget(measured):
+    """Catches a search that minds MACs instead; and a table of another network."""
+    net, _, table = measured
+    limit = table.milliseconds((4, 4, 4, 4))
+    budget = Budget(milliseconds=limit, latency=table)
+    result = gross.search(net, rugged, budget, "exhaustive")
+    assert all(table.milliseconds(e.configuration) <= limit for e in result.evaluations)
+    assert any(table.milliseconds(e.configuration) > 0.9 * limit for e in result.evaluations)
+    with pytest.raises(ValueError, match="milliseconds, accepted is at least"):
+        gross.search(net, rugged, Budget(milliseconds=table.rest / 2, latency=table))
+    with pytest.raises(ValueError, match="got a table of the layers"):
+        gross.search(supernet(3), rugged, budget)
