@@ -5,7 +5,9 @@ from .cost import Budget, Cost, costs_of
 from .evaluations import Evaluation
 from .evolution import Evolution
 from .exhaustive import Exhaustive
+from .individual import Study, study
 from .random_search import RandomSearch
+from .ranking import agreement, average_precision
 from .result import SearchResult
 from .searching import search
 
@@ -18,6 +20,10 @@ __all__ = [
     "Exhaustive",
     "RandomSearch",
     "SearchResult",
+    "Study",
+    "agreement",
+    "average_precision",
     "costs_of",
     "search",
+    "study",
 ]

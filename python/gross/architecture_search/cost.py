@@ -46,6 +46,11 @@ class Cost:
             costs[size] for costs, size in zip(self.per_layer, configuration, strict=True)
         )
 
+    def checked(self, configuration: Sequence[int]) -> float:
+        """The cost of a configuration; ValueError if it is not one of the supernet's."""
+        check_configuration(configuration, [tuple(sizes) for sizes in self.per_layer])
+        return self(configuration)
+
     @property
     def smallest(self) -> float:
         """The least that a configuration costs."""
@@ -203,8 +208,7 @@ def _number(name: str, amount: Amount, cost: Cost) -> float:
         if not amount.endswith("%"):
             value = math.nan
     elif isinstance(amount, Sequence):
-        check_configuration(amount, [tuple(sizes) for sizes in cost.per_layer])
-        return cost(amount)
+        return cost.checked(amount)
     else:
         value = float(amount)
     if not value > 0:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..evaluation import Accuracy, Progress, evaluate
+from ..evaluation import Accuracy, evaluate
 from ..supernet import Configuration, configuration, set_configuration
 from ..training.distributed import running, shard
 from ..training.selection import evaluating

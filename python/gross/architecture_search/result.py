@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ class SearchResult:
         configuration, score: the best within the budget.
         method, seed: of the search.
         limits: the budget in numbers, by cost.
+        fixed: what every configuration costs, whatever its group sizes, by cost.
         evaluations: everything that the search asked for, in order.
         base: the base configuration's evaluation, where the budget is one.
         random: the best of as many random configurations, the baseline; None where the search is
@@ -42,6 +43,7 @@ class SearchResult:
     method: str
     seed: int
     limits: Mapping[str, float]
+    fixed: Mapping[str, float]
     evaluations: tuple[Evaluation, ...]
     base: Evaluation | None
     random: Evaluation | None
@@ -64,22 +66,13 @@ class SearchResult:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result as JSON, in place of a file that is there."""
-        replace(Path(path), json.dumps({"format": FORMAT, **asdict(self)}))
+        save([self], path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SearchResult:
         """Read what :meth:`save` wrote; ValueError for any other file."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT:
-                raise ValueError(f"accepted is format {FORMAT}")
-            for name in ("base", "random"):
-                content[name] = None if content[name] is None else _evaluation(content[name])
-            content["evaluations"] = tuple(map(_evaluation, content["evaluations"]))
-            content["configuration"] = tuple(content["configuration"])
-            return cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not the result of a search: {error}") from error
+        (result,) = load(path)
+        return result
 
     def __rich__(self) -> Table:
         from rich.box import SIMPLE_HEAD
@@ -106,6 +99,36 @@ class SearchResult:
 
     def __str__(self) -> str:
         return text(self)
+
+
+def save(results: Sequence[SearchResult], path: str | os.PathLike[str]) -> None:
+    """Write the results of searches as one JSON file, in place of a file that is there."""
+    content = {"format": FORMAT, "searches": [asdict(result) for result in results]}
+    replace(Path(path), json.dumps(content))
+
+
+def load(path: str | os.PathLike[str]) -> list[SearchResult]:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        ValueError: if the file is something else.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"accepted is format {FORMAT}")
+        return [_result(search) for search in content["searches"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not the result of a search: {error}") from error
+
+
+def _result(content: dict[str, Any]) -> SearchResult:
+    for name in ("base", "random"):
+        content[name] = None if content[name] is None else _evaluation(content[name])
+    content["evaluations"] = tuple(map(_evaluation, content["evaluations"]))
+    content["configuration"] = tuple(content["configuration"])
+    return SearchResult(**content)
 
 
 def _score(evaluation: Evaluation) -> float:

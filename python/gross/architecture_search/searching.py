@@ -69,8 +69,8 @@ def search(
         budget: a number of MACs, a share of the dense network's such as "50%", or a base
             configuration whose MACs are the limit; a :class:`gross.Budget` for parameters,
             milliseconds, and several at once. None is no limit.
-        method: "exhaustive", "breadth-first", "random" or "evolution"; or one with settings, such as
-            ``BreadthFirst(runs=5)`` of :mod:`gross.architecture_search`.
+        method: "exhaustive", "breadth-first", "random" or "evolution"; or one with settings, such
+            as ``BreadthFirst(runs=5)`` of :mod:`gross.architecture_search`.
         input_size: shape of one input without the batch dimension, to count MACs; known for
             images in tensors.
         seed: of everything random. The same seed gives the same result.
@@ -131,6 +131,7 @@ def search(
         name,
         seed,
         {limit.cost.name: limit.most for limit in space.limits},
+        {kind: cost.fixed for kind, cost in costs.items()},
         tuple(map(priced, asked.values())),
         None if budget.base is None else priced(evaluations.known[budget.base]),
         None if baseline is None else priced(baseline),
@@ -155,7 +156,8 @@ def _method(
         first = space.limits[0].cost if space.limits else costs.get("macs", costs["parameters"])
         return Evolution(first)
     raise ValueError(
-        f"method: got {method!r}, accepted are {', '.join(map(repr, METHODS))}, or one with settings"
+        f"method: got {method!r}, accepted are {', '.join(map(repr, METHODS))}, or one of "
+        "gross.architecture_search with settings"
     )
 
 

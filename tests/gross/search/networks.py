@@ -9,11 +9,7 @@ from torch import nn
 def supernet(layers: int = 4, group_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> nn.Module:
     """A chain of decomposed convolutions with a classifier for images of 3×8×8."""
     torch.manual_seed(0)
-    body = [
-        part
-        for _ in range(layers)
-        for part in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
-    ]
+    body = [part for _ in range(layers) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.ReLU(),

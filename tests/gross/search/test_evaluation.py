@@ -1,4 +1,4 @@
-"""The tree evaluation: the logits of every configuration alone, bit for bit, and what is refused."""
+"""The tree evaluation: every configuration's logits alone, bit for bit, and what is refused."""
 
 import itertools
 import warnings

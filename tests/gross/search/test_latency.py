@@ -33,7 +33,7 @@ def test_every_layer_is_timed_at_every_size(measured):
 
 def test_a_prediction_is_the_sum_of_its_parts(measured):
     """Catches a layer that is added twice, or the rest forgotten; and a cost that is another."""
-    net, example, table = measured
+    net, _, table = measured
     wanted = (8, 1, 2, 4)
     parts = [layer[s] for layer, s in zip(table.layers.values(), wanted, strict=True)]
     assert table.milliseconds(wanted) == pytest.approx(table.rest + sum(parts))

@@ -18,7 +18,6 @@ from gross.architecture_search import (
     Budget,
     Evolution,
     Exhaustive,
-    RandomSearch,
     SearchResult,
     costs_of,
 )
@@ -291,7 +290,7 @@ def test_draws_reach_every_configuration_that_is_allowed():
 
 def test_a_space_too_large_is_refused_with_the_time_it_takes():
     """Catches an exhaustive search that would run for years."""
-    with pytest.raises(ValueError, match="16,777,216 configurations.*days.*breadth-first"):
+    with pytest.raises(ValueError, match=r"16,777,216 configurations.*days.*breadth-first"):
         gross.search(supernet(12), rugged, None, "exhaustive")
     assert len(gross.search(supernet(2), rugged, None, Exhaustive(16)).evaluations) == 16
 
@@ -327,7 +326,7 @@ def test_a_configuration_that_fails_is_skipped_and_recorded():
 @pytest.mark.filterwarnings("ignore:configuration")
 def test_a_search_in_which_everything_fails_says_why():
     """Catches a result made of nothing."""
-    with pytest.raises(ValueError, match="every evaluation failed.*no number: 'good'"):
+    with pytest.raises(ValueError, match=r"every evaluation failed.*no number: 'good'"):
         gross.search(supernet(1), lambda model: "good", None, "exhaustive")
 
 

@@ -1,0 +1,259 @@
+"""Evidence: the paper's tables and figures from searches and a study, as Markdown, PNG and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..extras import from_extra
+from ..report import short
+from ..supernet import Configuration
+from ..training.run import replace
+from .evaluations import Evaluation
+from .individual import STRATEGIES, Study
+from .ranking import REMOVED
+from .result import SearchResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the paper's Tables 2 to 4.
+
+    Attributes:
+        kind: "baseline", "found" or "random".
+        gross, true: accuracy in the supernet and after individual fine-tuning, in percent.
+        gained: of the true accuracies, else of the supernet's, over the baseline.
+        macs_cut, grouped_cut: by how many percent fewer MACs than the baseline, in all and in the
+            grouped convolutions alone.
+    """
+
+    kind: str
+    configuration: Configuration
+    macs: float
+    gross: float | None
+    true: float | None
+    gained: float | None = None
+    macs_cut: float | None = None
+    grouped_cut: float | None = None
+
+
+def rows(
+    searches: Sequence[SearchResult], true: Mapping[Configuration, float] | None = None
+) -> list[Row]:
+    """The rows of Table 2: each search's baseline, what was found, and what random search found.
+
+    Args:
+        searches: results whose budgets are base configurations have baselines.
+        true: accuracies after individual fine-tuning, where they are known.
+    """
+    true = true or {}
+    table = []
+    for result in searches:
+        base = result.base
+        if base is not None:
+            table.append(_row("baseline", base, true, None, result.fixed["macs"]))
+        evaluated = {e.configuration: e for e in result.evaluations}
+        found = evaluated[result.configuration]
+        table.append(_row("found", found, true, base, result.fixed["macs"]))
+        if result.random is not None:
+            table.append(_row("random", result.random, true, base, result.fixed["macs"]))
+    return table
+
+
+def _row(
+    kind: str,
+    evaluation: Evaluation,
+    true: Mapping[Configuration, float],
+    base: Evaluation | None,
+    fixed: float,
+) -> Row:
+    c, price, own = evaluation.configuration, evaluation.costs["macs"], evaluation.score
+    row = Row(kind, c, price, own, true.get(c))
+    if base is None:
+        return row
+    before, after = base.score, own
+    if c in true and base.configuration in true:
+        before, after = true[base.configuration], true[c]
+    price_before = base.costs["macs"]
+    return Row(
+        kind,
+        c,
+        price,
+        own,
+        true.get(c),
+        None if before is None or after is None else after - before,
+        100 * (1 - price / price_before),
+        100 * (1 - (price - fixed) / (price_before - fixed)),
+    )
+
+
+def write(
+    folder: str | os.PathLike[str],
+    searches: Sequence[SearchResult] = (),
+    study: Study | None = None,
+) -> list[Path]:
+    """Write ``report.md``, ``report.json`` and the figures into a folder, which is made.
+
+    ``search.png`` is Figure 3 or 4: accuracy against MACs of every evaluation, the front,
+    circles for the baselines and stars for what was found. ``study.png`` is Figure 5.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: if there is nothing to report.
+    """
+    if not searches and study is None:
+        raise ValueError("searches: got none, accepted is at least one, or a study")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    text = ["# Search report\n"]
+    content: dict[str, Any] = {}
+    if searches:
+        table = rows(searches, None if study is None else study.true)
+        content["searches"] = [asdict(row) for row in table]
+        _draw(target / "search.png", 1, lambda axes: draw_searches(axes[0], searches))
+        text += [search_table(table), *map(_line, searches), "\n![searches](search.png)\n"]
+    if study is not None:
+        agreements = {name: study.agreement(name) for name in STRATEGIES}
+        content["agreement"] = {
+            name: {**asdict(found), "mean": found.mean} for name, found in agreements.items()
+        }
+        content["points"] = [asdict(point) for point in study.points]
+        _draw(target / "study.png", len(STRATEGIES), lambda axes: draw_study(axes, study))
+        text += [_study_table(study), "\n![study](study.png)\n"]
+    replace(target / "report.md", "\n".join(text))
+    replace(target / "report.json", json.dumps(content, indent=1))
+    return sorted(path for path in target.iterdir() if path.suffix in (".md", ".json", ".png"))
+
+
+def search_table(table: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    headings = ("", "configuration", "MACs", "GroSS", "true", "Δ acc.", "Δ MACs", "Δ G.conv")
+    lines = [_cells(headings), _cells(["---", "---", *["---:"] * 6])]
+    for row in table:
+        numbers = (row.gross, row.true, row.gained)
+        cuts = (row.macs_cut, row.grouped_cut)
+        lines.append(
+            _cells(
+                [
+                    row.kind,
+                    " ".join(map(str, row.configuration)),
+                    short(round(row.macs)),
+                    *("" if n is None else f"{n:.2f}" for n in numbers[:2]),
+                    "" if row.gained is None else f"{row.gained:+.2f}",
+                    *("" if cut is None else f"−{cut:.2f} %" for cut in cuts),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _study_table(study: Study) -> str:
+    drawn = sum(point.drawn for point in study.points)
+    lines = [
+        f"\n{drawn} random configurations, individually fine-tuned for {study.schedule[0]} and "
+        f"{study.schedule[1]} epochs.\n",
+        _cells(["ranked by", "all", *(f"{n} ↓" for n in REMOVED[1:]), "mean", "τ", "ρ"]),
+        _cells(["---", *["---:"] * (len(REMOVED) + 3)]),
+    ]
+    for name, title in STRATEGIES.items():
+        found = study.agreement(name)
+        precisions = [found.precision.get(removed) for removed in REMOVED]
+        lines.append(
+            _cells(
+                [
+                    title,
+                    *("" if p is None else f"{100 * p:.1f}" for p in precisions),
+                    f"{100 * found.mean:.1f}",
+                    f"{found.kendall:.2f}",
+                    f"{found.spearman:.2f}",
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _line(result: SearchResult) -> str:
+    return (
+        f"\n{result.method}, seed {result.seed}: {len(result.evaluations)} evaluations, "
+        f"{result.seconds:.1f} s"
+    )
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
+    """Figures 3 and 4: accuracy in the supernet against MACs."""
+    for i, result in enumerate(searches):
+        colour = f"C{i}"
+        scored = [e for e in result.evaluations if e.score is not None]
+        prices = [e.costs["macs"] / 1e6 for e in scored]
+        axes.scatter(prices, [e.score for e in scored], s=8, alpha=0.4, color=colour)
+        front = result.front("macs")
+        axes.step(
+            [e.costs["macs"] / 1e6 for e in front],
+            [e.score for e in front],
+            where="post",
+            color=colour,
+            linewidth=0.8,
+        )
+        limit = f" within {result.limits['macs'] / 1e6:.3g}M" if "macs" in result.limits else ""
+        marks = [(result.base, "o", "baseline")]
+        marks.append(
+            (next(e for e in scored if e.configuration == result.configuration), "*", "found")
+        )
+        for e, marker, name in marks:
+            if e is not None and e.score is not None:
+                axes.scatter(
+                    [e.costs["macs"] / 1e6],
+                    [e.score],
+                    s=120,
+                    marker=marker,
+                    color=colour,
+                    edgecolors="black",
+                    zorder=3,
+                    label=f"{name}{limit}: {' '.join(map(str, e.configuration))}",
+                )
+    axes.set_xlabel("MACs (millions)")
+    axes.set_ylabel("accuracy in the supernet (%)")
+    axes.legend(fontsize="x-small")
+
+
+def draw_study(axes: Sequence[Axes], study: Study) -> None:
+    """Figure 5: accuracy in three search spaces against true accuracy."""
+    drawn = [point for point in study.points if point.drawn]
+    true = [point.true for point in drawn]
+    for part, (name, title) in zip(axes, STRATEGIES.items(), strict=True):
+        found = [getattr(point, name) for point in drawn]
+        part.scatter(true, found, s=14)
+        ends = [min(*true, *found), max(*true, *found)]
+        part.plot(ends, ends, color="grey", linewidth=0.8, linestyle="--")
+        part.set_title(f"{title}, τ = {study.agreement(name).kendall:.2f}", fontsize="small")
+        part.set_xlabel("true accuracy (%)")
+        part.set_ylabel("accuracy in the search space (%)")
+
+
+def _draw(path: Path, parts: int, draw: Any) -> None:
+    """One figure, written in place of the file at once."""
+    with from_extra():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(6 if parts == 1 else 4 * parts, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    draw([figure.add_subplot(1, parts, i + 1) for i in range(parts)])
+    part = path.with_name(f"{path.stem}.{os.getpid()}.part.png")
+    try:
+        figure.savefig(part, dpi=150)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,459 @@
+"""``gross search``, ``evaluate``, ``latency``, ``export``, ``report`` and ``study``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor, nn
+
+from .. import data as data_sets
+from .. import networks, storage
+from ..architecture_search import (
+    BreadthFirst,
+    Budget,
+    Evolution,
+    Exhaustive,
+    RandomSearch,
+    SearchResult,
+    costs_of,
+    search,
+    study,
+)
+from ..architecture_search import report as evidence
+from ..architecture_search.cost import Amount
+from ..architecture_search.individual import CONFIGURATIONS, PARTIAL, Point, Study
+from ..architecture_search.result import load, save
+from ..architecture_search.searching import METHODS, STARTS, Method
+from ..deployment import export, save_program
+from ..evaluation import Accuracy, evaluate
+from ..latency import LatencyTable, milliseconds
+from ..macs import macs
+from ..report import error_console
+from ..supernet import configuration as active_configuration
+from ..supernet import decomposed_layers
+from ..training import Recipe
+from ..training.distributed import launched, shard
+from ..training.recipes import parse
+from .app import CALLABLE, Ints, Json, app, build, failures, show
+
+Supernet = Annotated[
+    Path,
+    typer.Argument(metavar="SUPERNET", help="A supernet that gross saved.", show_default=False),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help=f"The network before its decomposition, where gross does not know it: {CALLABLE}.",
+        show_default=False,
+    ),
+]
+DataSet = Annotated[
+    str, typer.Option("--data", help="digits, cifar10 (in ./data), or folder:PATH.")
+]
+Images = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Evaluate on the first so many validation images.", show_default=False
+    ),
+]
+Configuration = Annotated[
+    Ints | None,
+    typer.Option(
+        parser=Ints.parse,
+        metavar="S,S,...",
+        help="One group size per decomposed layer. By default the saved one.",
+        show_default=False,
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Images in one call.")]
+Kernels = Annotated[
+    bool,
+    typer.Option(
+        "--kernels/--plain", help="Time gross's kernels, or three plain convolutions a layer."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")]
+
+
+@app.command("search")
+def search_command(
+    supernet: Supernet,
+    base: Annotated[
+        list[Ints] | None,
+        typer.Option(
+            parser=Ints.parse,
+            metavar="S,S,...",
+            help="A base configuration that the found one must not exceed in MACs; repeatable: "
+            "each search starts from the best of the next smaller one.",
+            show_default=False,
+        ),
+    ] = None,
+    max_macs: Annotated[
+        str | None,
+        typer.Option("--macs", help="The most MACs: a number, or a share such as 50%."),
+    ] = None,
+    max_parameters: Annotated[
+        str | None, typer.Option("--parameters", help="The most parameters, likewise.")
+    ] = None,
+    max_milliseconds: Annotated[
+        str | None,
+        typer.Option("--milliseconds", help="The longest latency, likewise; needs --latency."),
+    ] = None,
+    latency: Annotated[
+        Path | None, typer.Option(help="A table that gross latency wrote.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "breadth-first",
+    runs: Annotated[int, typer.Option(min=1, help="Breadth-first: from so many starts.")] = 20,
+    evaluations: Annotated[int, typer.Option(min=1, help="random, evolution: so many.")] = 500,
+    storage_url: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            help="Evolution: a database shared by several workers, such as sqlite:///search.db.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Exhaustive: the largest space to search.")
+    ] = 4096,
+    data: DataSet = "digits",
+    images: Images = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A JSON file for the results.", show_default=False),
+    ] = None,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file for every evaluation; a search that was killed goes on from it. By "
+            "default the output's name with .journal.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Model = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Find the best configuration of SUPERNET by its accuracy on validation images, within a
+    budget.
+
+    Example: gross search supernet.safetensors --base 8,8,8 --base 16,16,16 --data cifar10
+
+    Under torchrun the processes share the work: torchrun --nproc-per-node=2 -m gross search ...
+    """
+    with failures(), launched(_device(device)) as place:
+        net, split = _load(supernet, model, place), data_sets.load(data)
+        table = None if latency is None else LatencyTable.load(latency)
+        amounts = {
+            "macs": _amount("--macs", max_macs),
+            "parameters": _amount("--parameters", max_parameters),
+            "milliseconds": _amount("--milliseconds", max_milliseconds),
+        }
+        if base and any(amount is not None for amount in amounts.values()):
+            raise typer.BadParameter("got other limits beside it", param_hint="--base")
+        costs = costs_of(net, split.input_size, table)
+        bases = sorted(map(tuple, base or ()), key=lambda c: costs["macs"].checked(c))
+        budgets = [Budget(macs=c) for c in bases] or [Budget(**amounts, latency=table)]
+        metric = Accuracy(split.validation, images=images)
+        book = journal or (None if output is None else output.with_suffix(".journal"))
+        results: list[SearchResult] = []
+        for budget in budgets:
+            settings: dict[str, Method] = {
+                "exhaustive": Exhaustive(limit),
+                "breadth-first": BreadthFirst(
+                    runs, starts=results[-1].top(STARTS) if results else ()
+                ),
+                "random": RandomSearch(evaluations),
+                "evolution": Evolution(
+                    costs["macs"] if table is None else costs["milliseconds"],
+                    evaluations,
+                    storage=storage_url,
+                ),
+            }
+            result = search(
+                net,
+                metric,
+                budget,
+                settings.get(method, method),
+                input_size=split.input_size,
+                seed=seed,
+                journal=book,
+                quiet=as_json,
+            )
+            results.append(result)
+        if shard().index == 0:
+            if output is not None:
+                save(results, output)
+            show(
+                as_json,
+                {"searches": [asdict(result) for result in results]},
+                Group(*results),
+            )
+
+
+@app.command("evaluate")
+def evaluate_command(
+    supernet: Supernet,
+    configuration: Annotated[
+        list[Ints] | None,
+        typer.Option(
+            parser=Ints.parse,
+            metavar="S,S,...",
+            help="One group size per decomposed layer; repeatable. By default every uniform one.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every configuration there is.")] = False,
+    data: DataSet = "digits",
+    images: Images = None,
+    model: Model = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Accuracy of configurations of SUPERNET on the validation images, with their MACs.
+
+    Example: gross evaluate supernet.safetensors --configuration 1,8,16 --configuration 4,4,4
+    """
+    with failures():
+        net, split = _load(supernet, model, _device(device)), data_sets.load(data)
+        sizes = [layer.group_sizes for layer in decomposed_layers(net).values()]
+        uniform = [
+            c for s in sizes[0] if all(s in own for own in sizes) for c in [(s,) * len(sizes)]
+        ]
+        chosen: list[tuple[int, ...]] = [tuple(c) for c in configuration or ()] or uniform
+        wanted = list(product(*sizes)) if every else chosen
+        accuracies = evaluate(net, wanted, Accuracy(split.validation, images=images))
+        counts = macs(net, split.input_size)
+        table = Table("configuration", "MACs", "accuracy", box=SIMPLE_HEAD)
+        rows = []
+        for c, accuracy in zip(wanted, accuracies, strict=True):
+            total = counts.with_configuration(c).total
+            rows.append({"configuration": c, "macs": total, "accuracy": accuracy})
+            table.add_row(" ".join(map(str, c)), f"{total:,}", f"{accuracy:.2f} %")
+        show(as_json, {"evaluations": rows}, table)
+
+
+@app.command("latency")
+def latency_command(
+    supernet: Supernet,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A JSON file for the table.", show_default=False),
+    ] = None,
+    batch: Batch = 1,
+    kernels: Kernels = True,
+    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 10.0,
+    input_size: Annotated[
+        Ints | None,
+        typer.Option(parser=Ints.parse, metavar="C,H,W", help="Shape of one input, if not known."),
+    ] = None,
+    model: Model = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time each layer of SUPERNET at each group size on this machine, and check the predictions
+    against whole networks.
+
+    Example: gross latency supernet.safetensors --batch 16 --output latency.json
+    """
+    with failures():
+        place = _device(device)
+        net = _load(supernet, model, place)
+        example = _example(supernet, input_size, batch).to(place)
+        table = LatencyTable.measure(net, example, kernels=kernels, seconds=seconds)
+        check = table.check(net, example, seconds=seconds)
+        if output is not None:
+            table.save(output)
+        content = {**asdict(table), "check": {**asdict(check), "median_error": check.median_error}}
+        show(as_json, content, Group(table, str(check)))
+
+
+@app.command("export")
+def export_command(
+    supernet: Supernet,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The .pt2 or .onnx file to write.", show_default=False),
+    ],
+    configuration: Configuration = None,
+    batch: Batch = 16,
+    input_size: Annotated[
+        Ints | None,
+        typer.Option(parser=Ints.parse, metavar="C,H,W", help="Shape of one input, if not known."),
+    ] = None,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Write one configuration of SUPERNET as a plain network, for torch.export or ONNX.
+
+    Example: gross export supernet.safetensors --configuration 1,8,16 --output network.onnx
+    """
+    with failures():
+        if output.suffix not in (".pt2", ".onnx") or not output.parent.is_dir():
+            raise typer.BadParameter(
+                f"got {output}, accepted is a .pt2 or .onnx file in a folder that exists",
+                param_hint="--output",
+            )
+        net = _load(supernet, model, torch.device("cpu"))
+        chosen = configuration or active_configuration(net)
+        example = _example(supernet, input_size, batch)
+        network = export(net, chosen, example=example)
+        save_program(network, example, output)
+        fast = export(net, chosen, kernels=True)
+        rows = []
+        for name, candidate, duration in zip(
+            ("plain convolutions", "gross's kernels"),
+            (network, fast),
+            milliseconds([network, fast], example),
+            strict=True,
+        ):
+            rows.append(
+                {
+                    "network": name,
+                    "macs": macs(candidate, tuple(example.shape[1:])).total,
+                    "parameters": sum(p.numel() for p in candidate.parameters()),
+                    "milliseconds": duration,
+                }
+            )
+        table = Table(*rows[0], box=SIMPLE_HEAD, title=f"{output}, batch {batch}")
+        for row in rows:
+            values = list(row.values())
+            table.add_row(str(values[0]), f"{values[1]:,}", f"{values[2]:,}", f"{values[3]:.3f}")
+        show(as_json, {"output": str(output), "configuration": chosen, "networks": rows}, table)
+
+
+@app.command("report")
+def report_command(
+    searches: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[SEARCH]...", help="Files that gross search wrote."),
+    ] = None,
+    study_file: Annotated[
+        Path | None,
+        typer.Option("--study", help="A file that gross study wrote.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write into.")
+    ] = Path("report"),
+    as_json: Json = False,
+) -> None:
+    """Tables and figures from searches and a study: Markdown, PNG and JSON.
+
+    Example: gross report search.json --study study/study.json --output report
+    """
+    with failures():
+        results = [r for path in searches or () for r in load(path)]
+        loaded = None if study_file is None else Study.load(study_file)
+        files = evidence.write(output, results, loaded)
+        show(as_json, {"files": list(map(str, files))}, "\n".join(map(str, files)))
+
+
+@app.command("study")
+def study_command(
+    supernet: Supernet,
+    decomposed: Annotated[
+        Path,
+        typer.Option(help="The supernet before its fine-tuning.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder; a stopped study goes on from it.")
+    ] = Path("study"),
+    data: DataSet = "digits",
+    recipe: Annotated[
+        str, typer.Option(help="Of the individual fine-tuning: a name or a TOML file.")
+    ] = "4-layer-individual",
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another value for the recipe."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=5, help="Random configurations.")] = CONFIGURATIONS,
+    partial: Annotated[int, typer.Option(min=1, help="Epochs of the partial schedule.")] = PARTIAL,
+    searches: Annotated[
+        list[Path] | None,
+        typer.Option("--search", help="Also fine-tune what these searches compare."),
+    ] = None,
+    model: Model = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune random configurations individually, and see whether SUPERNET ranks them as their
+    true accuracies do (Table 5, Figure 5).
+
+    Example: gross study tuned.safetensors --decomposed decomposed.safetensors --data cifar10
+    """
+    with failures():
+        split = data_sets.load(data)
+        results = [r for path in searches or () for r in load(path)]
+        also = [row.configuration for row in evidence.rows(results)]
+
+        def tell(done: int, total: int, point: Point) -> None:
+            c = " ".join(map(str, point.configuration))
+            error_console().print(
+                f"{done} of {total}: {c}, {point.gross:.2f} % in the supernet, {point.true:.2f} % "
+                f"on its own after {point.seconds:.0f} s",
+                highlight=False,
+            )
+
+        cpu = torch.device("cpu")
+        found = study(
+            _load(supernet, model, cpu),
+            _load(decomposed, model, cpu),
+            split,
+            Recipe.load(recipe).override(dict(map(parse, override or ()))),
+            output,
+            count=count,
+            partial=partial,
+            also=also,
+            seed=seed,
+            progress=tell,
+        )
+        found.save(output / "study.json")
+        evidence.write(output, results, found)
+        show(as_json, asdict(found), (output / "report.md").read_text(encoding="utf-8"))
+
+
+def _load(path: Path, model: str | None, device: torch.device) -> nn.Module:
+    net = storage.load(path, None if model is None else build(model, None, None))
+    return net.to(device)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(
+            f"got {name!r}, and no CUDA device is available", param_hint="--device"
+        )
+    return device
+
+
+def _amount(option: str, text: str | None) -> Amount | None:
+    if text is None or text.endswith("%"):
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"got {text!r}, accepted are numbers and shares such as 50%", param_hint=option
+        ) from error
+
+
+def _example(path: Path, input_size: Ints | None, batch: int) -> Tensor:
+    """A batch of random images for a saved supernet."""
+    known = storage.describe(path).network
+    size: Any = input_size or (None if known is None else networks.input_size(known[0]))
+    if size is None:
+        raise typer.BadParameter(
+            "needed, it is not known for this network", param_hint="--input-size"
+        )
+    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+    return images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,135 @@
+"""``gross search``, ``evaluate``, ``latency``, ``export``, ``report`` and ``study``: what they
+print and write, and their exit status."""
+
+import json
+from pathlib import Path
+
+import gross
+import pytest
+import torch
+from gross.cli import app
+from typer.testing import CliRunner, Result
+
+
+def gross_command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def content(result: Result) -> dict:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("saved") / "supernet.safetensors"
+    net = gross.decompose(gross.networks.build("4-layer"), (1, 8, 32), method="random", quiet=True)
+    gross.save(net, path)
+    return path
+
+
+def test_search_writes_what_report_reads(saved, tmp_path):
+    """Catches options that do not reach the search, and searches in the wrong order."""
+    output = tmp_path / "search.json"
+    arguments = ("search", saved, "--images", 60, "--output", output, "--runs", 2)
+    bases = ("--base", "8,8,8", "--base", "1,1,1")
+    found = content(gross_command(*arguments, *bases, "--json"))["searches"]
+    assert [search["base"]["configuration"] for search in found] == [[1, 1, 1], [8, 8, 8]]
+    assert found[1]["configuration"] in [e["configuration"] for e in found[1]["evaluations"]]
+    assert output.with_suffix(".journal").exists()
+    text = gross_command(*arguments, "--macs", "70%", "--method", "exhaustive")
+    assert text.exit_code == 0, text.output
+    assert "found" in text.stdout
+    report = gross_command("report", output, "--output", tmp_path / "report")
+    assert report.exit_code == 0, report.output
+    assert (tmp_path / "report" / "search.png").exists()
+
+
+def test_evaluate_counts_right_answers_and_macs(saved):
+    """Catches another split than the validation images, and configurations in another order."""
+    chosen = ("--configuration", "8,1,32", "--configuration", "1,1,1")
+    rows = content(gross_command("evaluate", saved, *chosen, "--json"))["evaluations"]
+    data = gross.data.load("digits")
+    expected = gross.evaluate(gross.load(saved), [(8, 1, 32), (1, 1, 1)], data.validation)
+    assert [row["accuracy"] for row in rows] == expected
+    assert rows[1]["macs"] == 1952256
+    every = content(gross_command("evaluate", saved, "--all", "--images", 9, "--json"))
+    assert len(every["evaluations"]) == 27
+    assert "1 1 1" in gross_command("evaluate", saved, "--images", 9).stdout
+
+
+def test_latency_writes_a_table_that_a_search_takes(saved, tmp_path):
+    """Catches a budget in milliseconds that is one in MACs."""
+    output = tmp_path / "latency.json"
+    found = content(gross_command("latency", saved, "--seconds", 0, "--output", output, "--json"))
+    assert found["check"]["median_error"] > 0
+    limit = sum(layer["8"] for layer in found["layers"].values()) + found["rest"]
+    result = content(
+        gross_command(
+            *("search", saved, "--images", 30, "--latency", output, "--milliseconds", limit),
+            *("--method", "exhaustive", "--json"),
+        )
+    )["searches"][0]
+    assert result["limits"] == {"milliseconds": limit}
+    assert all(e["costs"]["milliseconds"] <= limit for e in result["evaluations"])
+
+
+def test_export_writes_a_file_and_compares(saved, tmp_path):
+    """Catches another configuration in the file."""
+    output = tmp_path / "network.pt2"
+    arguments = ("export", saved, "--output", output, "--configuration", "8,1,32", "--batch", 2)
+    found = content(gross_command(*arguments, "--json"))
+    assert [row["macs"] for row in found["networks"]] == [
+        gross.macs(gross.load(saved), (3, 32, 32), (8, 1, 32)).total
+    ] * 2
+    images = torch.randn(3, 3, 32, 32)
+    expected = gross.export(gross.load(saved), (8, 1, 32))(images)
+    torch.testing.assert_close(torch.export.load(output).module()(images), expected)
+
+
+def test_study_goes_all_the_way(saved, tmp_path):
+    """Catches options that do not reach the study."""
+    result = gross_command(
+        *("study", saved, "--decomposed", saved, "--count", 5, "--partial", 1),
+        *("--set", "epochs=2", "--output", tmp_path / "study"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "5 random configurations" in result.stdout
+    assert len(result.stderr.strip().splitlines()) >= 5
+    assert (tmp_path / "study" / "study.png").exists()
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert found["schedule"] == [1, 2]
+    report = gross_command(
+        "report", "--study", tmp_path / "study" / "study.json", "--output", tmp_path / "report"
+    )
+    assert report.exit_code == 0, report.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "status"),
+    [
+        (("search", "--base", "1,1"), "configuration: got 2 group sizes", 1),
+        (("search", "--macs", "1000"), "accepted is at least", 1),
+        (("search", "--macs", "few"), "accepted are numbers and shares", 2),
+        (("search", "--base", "1,1,1", "--macs", "50%"), "other limits beside it", 2),
+        (("search", "--milliseconds", "3"), "needed for it is latency", 1),
+        (("search", "--method", "luck"), "got 'luck'", 1),
+        (("evaluate", "--configuration", "1,2,3"), "got 2 for decomposed layer 1", 1),
+        (("evaluate", "--data", "folder:nowhere"), "nowhere", 1),
+        (("export", "--output", "network.pth"), "is a .pt2 or .onnx file", 2),
+        (("export", "--configuration", "5,5,5", "--output", "a.onnx"), "got 5", 1),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_status(saved, arguments, message, status, monkeypatch):
+    """Catches tracebacks."""
+    monkeypatch.setenv("COLUMNS", "300")
+    result = gross_command(arguments[0], saved, *arguments[1:])
+    assert result.exit_code == status, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_missing_file_is_named():
+    """Catches a traceback for the most common mistake."""
+    assert "nothing.safetensors" in gross_command("evaluate", "nothing.safetensors").stderr
+    assert gross_command("report").exit_code == 1
