@@ -19,9 +19,8 @@ from ..supernet import Configuration, configuration, set_configuration
 from ..training.distributed import running, shard
 from ..training.selection import evaluating
 from .journal import Journal
+from .progress import Show
 
-#: Called with the evaluations that are done, those that are asked for, and the best score.
-Show = Callable[[int, int, float], None]
 #: What a search maximises: a number from the model, which is set to a configuration.
 Metric = Callable[[nn.Module], float]
 #: Configurations of one tree walk, after which the journal is written.

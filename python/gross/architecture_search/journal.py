@@ -110,4 +110,5 @@ def metric_fingerprint(metric: Any) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    # Flat first: a dimension of one may have any stride, and bytes need the last to be one.
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

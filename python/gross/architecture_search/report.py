@@ -55,6 +55,8 @@ def rows(
     """
     true = true or {}
     table = []
+    if any("macs" not in result.fixed for result in searches):
+        raise ValueError("searches: got one without MACs, accepted are those given an input_size")
     for result in searches:
         base = result.base
         if base is not None:
@@ -98,11 +100,18 @@ def write(
     folder: str | os.PathLike[str],
     searches: Sequence[SearchResult] = (),
     study: Study | None = None,
+    *,
+    true: Mapping[Configuration, float] | None = None,
 ) -> list[Path]:
     """Write ``report.md``, ``report.json`` and the figures into a folder, which is made.
 
     ``search.png`` is Figure 3 or 4: accuracy against MACs of every evaluation, the front,
     circles for the baselines and stars for what was found. ``study.png`` is Figure 5.
+
+    Args:
+        folder: where to write; files of these names are replaced.
+        searches, study: what there is to show.
+        true: accuracies after individual fine-tuning, beside those of the study.
 
     Returns:
         The files.
@@ -117,7 +126,7 @@ def write(
     text = ["# Search report\n"]
     content: dict[str, Any] = {}
     if searches:
-        table = rows(searches, None if study is None else study.true)
+        table = rows(searches, {**(study.true if study else {}), **(true or {})})
         content["searches"] = [asdict(row) for row in table]
         _draw(target / "search.png", 1, lambda axes: draw_searches(axes[0], searches))
         text += [search_table(table), *map(_line, searches), "\n![searches](search.png)\n"]

@@ -56,7 +56,13 @@ class SearchResult:
         return tuple(e.configuration for e in sorted(scored, key=_score, reverse=True)[:count])
 
     def front(self, cost: str = "macs") -> tuple[Evaluation, ...]:
-        """The evaluations that none is better and cheaper than, cheapest first."""
+        """The evaluations that none is better and cheaper than, cheapest first.
+
+        Raises:
+            ValueError: for a cost that is not known.
+        """
+        if cost not in self.fixed:
+            raise ValueError(f"cost: got {cost!r}, accepted are {', '.join(map(repr, self.fixed))}")
         scored = [e for e in self.evaluations if e.score is not None]
         front: list[Evaluation] = []
         for e in sorted(scored, key=lambda e: (e.costs[cost], -_score(e))):

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import nn
 
 from ..evaluation import Accuracy
-from ..extras import from_extra
-from ..report import error_console
 from ..supernet import decomposed_layers
 from ..training.distributed import shard
 from ..training.run import provenance
@@ -25,6 +21,7 @@ from .evaluations import Evaluation, Evaluations, Metric
 from .evolution import Evolution
 from .exhaustive import Exhaustive
 from .journal import Journal, fingerprint, metric_fingerprint
+from .progress import shown
 from .random_search import RandomSearch
 from .result import SearchResult
 from .space import Space
@@ -103,7 +100,7 @@ def search(
     identity = {"supernet": fingerprint(supernet), "metric": metric_fingerprint(metric)}
     book = None if journal is None or shard().index else Journal(journal, identity)
     name = method if isinstance(method, str) else type(method).__name__
-    with _shown(name, quiet or shard().index > 0) as show:
+    with shown(name, quiet or shard().index > 0) as show:
         evaluations = Evaluations(supernet, metric, book, show)
         if budget.base is not None:
             evaluations([budget.base])
@@ -172,24 +169,3 @@ def _best(evaluations: Iterable[Evaluation]) -> Evaluation | None:
     """The highest score; of equal ones the one seen first."""
     scored = (e for e in evaluations if e.score is not None)
     return max(scored, key=lambda e: e.score or 0.0, default=None)
-
-
-@contextmanager
-def _shown(name: str, quiet: bool) -> Iterator[Any]:
-    """Progress on the error stream: evaluations done, the best so far, and their speed."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda done, total, best: None
-        return
-    with from_extra():
-        from rich import progress as rich
-    columns = (
-        rich.TextColumn(name),
-        rich.BarColumn(),
-        rich.TextColumn("{task.completed:.0f} evaluations, best {task.fields[best]:.2f}"),
-        rich.TimeElapsedColumn(),
-        rich.TextColumn("left"),
-        rich.TimeRemainingColumn(),
-    )
-    with rich.Progress(*columns, console=error_console()) as bar:
-        task = bar.add_task("", total=None, best=float("nan"))
-        yield lambda done, total, best: bar.update(task, completed=done, total=total, best=best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -30,6 +31,7 @@ from ..architecture_search import (
 from ..architecture_search import report as evidence
 from ..architecture_search.cost import Amount
 from ..architecture_search.individual import CONFIGURATIONS, PARTIAL, Point, Study
+from ..architecture_search.progress import shown
 from ..architecture_search.result import load, save
 from ..architecture_search.searching import METHODS, STARTS, Method
 from ..deployment import export, save_program
@@ -232,7 +234,15 @@ def evaluate_command(
         ]
         chosen: list[tuple[int, ...]] = [tuple(c) for c in configuration or ()] or uniform
         wanted = list(product(*sizes)) if every else chosen
-        accuracies = evaluate(net, wanted, Accuracy(split.validation, images=images))
+        metric = Accuracy(split.validation, images=images)
+        with shown("evaluate", as_json) as bar:
+            count = len(wanted)
+            accuracies = evaluate(
+                net,
+                wanted,
+                metric,
+                progress=lambda done, total: bar(count * done // total, count, math.nan),
+            )
         counts = macs(net, split.input_size)
         table = Table("configuration", "MACs", "accuracy", box=SIMPLE_HEAD)
         rows = []

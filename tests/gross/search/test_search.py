@@ -21,6 +21,7 @@ from gross.architecture_search import (
     SearchResult,
     costs_of,
 )
+from gross.architecture_search.journal import fingerprint
 from gross.architecture_search.space import Space
 from gross.macs import macs
 from gross.supernet import configuration, decomposed_layers, set_configuration
@@ -485,3 +486,12 @@ def test_two_processes_share_the_evaluations(tmp_path):
         lines = (tmp_path / f"{method}.jsonl").read_text().splitlines()
         assert len(lines) == len(set(lines)) >= 1 + len(expected.evaluations)
     assert all(0.3 < count / sum(evaluated.values()) < 0.7 for count in evaluated.values())
+
+
+def test_a_fingerprint_does_not_see_the_memory_format():
+    """Catches a journal that another memory format makes useless, and strides that bytes cannot be
+    taken of."""
+    net = supernet()
+    before = fingerprint(net)
+    assert fingerprint(net.to(memory_format=torch.channels_last)) == before
+    assert fingerprint(net.to(torch.bfloat16)) != before
