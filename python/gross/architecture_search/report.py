@@ -202,12 +202,16 @@ def _cells(cells: Sequence[str]) -> str:
 
 
 def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
-    """Figures 3 and 4: accuracy in the supernet against MACs."""
+    """Figures 3 and 4: accuracy in the supernet against MACs. A configuration has the colour of the
+    first search that evaluated it."""
+    drawn: set[Configuration] = set()
     for i, result in enumerate(searches):
         colour = f"C{i}"
         scored = [e for e in result.evaluations if e.score is not None]
-        prices = [e.costs["macs"] / 1e6 for e in scored]
-        axes.scatter(prices, [e.score for e in scored], s=8, alpha=0.4, color=colour)
+        new = [e for e in scored if e.configuration not in drawn]
+        drawn.update(e.configuration for e in new)
+        prices = [e.costs["macs"] / 1e6 for e in new]
+        axes.scatter(prices, [e.score for e in new], s=8, alpha=0.4, color=colour)
         front = result.front("macs")
         axes.step(
             [e.costs["macs"] / 1e6 for e in front],
@@ -235,7 +239,7 @@ def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
                 )
     axes.set_xlabel("MACs (millions)")
     axes.set_ylabel("accuracy in the supernet (%)")
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def draw_study(axes: Sequence[Axes], study: Study) -> None:

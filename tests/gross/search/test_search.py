@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -115,6 +116,13 @@ def test_breadth_first_search_is_the_papers():
         assert gross.search(supernet(), rugged, base, alone, input_size=INPUT).score == score[end]
 
 
+def test_a_run_ends_where_no_neighbour_is_better():
+    """Catches steps sideways: on a plateau a run knows its start and that one's neighbours."""
+    method = BreadthFirst(runs=1, starts=((1, 1, 1, 1),))
+    result = gross.search(supernet(), lambda model: 1.0, None, method)
+    assert len(result.evaluations) == 1 + 4 * 3
+
+
 def test_a_step_limit_ends_a_run():
     """Catches a limit that is not looked at."""
     method = BreadthFirst(runs=1, steps=1, starts=((1, 1, 1, 1),))
@@ -186,9 +194,15 @@ def test_evolution_gives_a_front_within_the_budget():
     assert all(cost(c) <= cost((4, 4, 4, 4)) for c in metric.calls)
     front = result.front("macs")
     assert [e.score for e in front] == sorted({e.score for e in front})
-    best = max(s for c, s in scores().items() if cost(c) <= cost((4, 4, 4, 4)))
-    assert result.score >= best - 2
     assert len(metric.calls) == len(set(metric.calls))
+
+
+def test_evolution_gets_better():
+    """Catches an objective the wrong way round: the last generations against the first."""
+    net = supernet(8)
+    method = Evolution(costs_of(net)["parameters"], evaluations=240, population=16)
+    found = [e.score for e in gross.search(net, rugged, None, method).evaluations]
+    assert statistics.mean(found[-40:]) > statistics.mean(found[:16]) + 3
 
 
 def test_workers_share_a_database(tmp_path):
@@ -455,7 +469,8 @@ for method in ("exhaustive", "evolution"):
     journal = {folder!r} + f"/{{method}}.jsonl"
     result = gross.search(net, data, (4, 4, 4, 4), method, journal=journal)
     result.save({folder!r} + f"/{{method}}-{{dist.get_rank()}}.json")
-print(dist.get_rank(), len(set(seen)))
+    print(method, len(set(seen)))
+    seen.clear()
 dist.destroy_process_group()
 """
 
@@ -474,7 +489,8 @@ def test_two_processes_share_the_evaluations(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
-    evaluated = dict(map(int, line.split()) for line in run.stdout.split("\n") if line)
+    lines = [line.split() for line in run.stdout.splitlines()]
+    evaluated = [int(count) for method, count in lines if method == "exhaustive"]
     torch.manual_seed(0)
     data = (torch.randn(40, *INPUT), torch.randint(5, (40,)))
     for method in ("exhaustive", "evolution"):
@@ -485,7 +501,10 @@ def test_two_processes_share_the_evaluations(tmp_path):
             assert found.random == expected.random
         lines = (tmp_path / f"{method}.jsonl").read_text().splitlines()
         assert len(lines) == len(set(lines)) >= 1 + len(expected.evaluations)
-    assert all(0.3 < count / sum(evaluated.values()) < 0.7 for count in evaluated.values())
+        if method == "exhaustive":
+            # Each rank also runs the base, or the configuration that it was in.
+            assert sum(evaluated) <= len(expected.evaluations) + 4
+            assert min(evaluated) > 0.4 * len(expected.evaluations)
 
 
 def test_a_fingerprint_does_not_see_the_memory_format():
