@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 FLAGS = [
@@ -65,8 +64,15 @@ CUDA_HOME = cuda_home()
 if CUDA_HOME is not None:
     os.environ["CUDA_HOME"] = str(CUDA_HOME)
 
-import torch  # noqa: E402
-from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+try:
+    import torch
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"gross_kernels: {error.name} is needed for a build without isolation, and missing. "
+        "First: pip install 'setuptools>=77' ninja 'torch>=2.10'"
+    ) from error
 
 
 def cpu_library() -> Extension:

@@ -11,23 +11,29 @@ ROOT = Path(__file__).parents[2]
 #: Runs setup.py up to its call of setup(), on a system and with a torch that are as told.
 READ = """
 import runpy, sys, torch, setuptools
-sys.platform, torch.version.cuda = sys.argv[1:]
+sys.platform, torch.version.cuda, *missing = sys.argv[1:]
+sys.modules.update(dict.fromkeys(missing))
 setuptools.setup = lambda ext_modules, cmdclass: print(len(ext_modules))
 runpy.run_path("setup.py")
 """
 
 
 def read(
-    cuda_home: Path, *, system: str = "linux", of_torch: str = "13.0", nvcc: str = "13.2"
+    cuda_home: Path,
+    *missing: str,
+    system: str = "linux",
+    of_torch: str = "13.0",
+    nvcc: str = "13.2",
 ) -> subprocess.CompletedProcess[str]:
-    """setup.py's reading with a CUDA toolkit whose nvcc only tells its version."""
+    """setup.py's reading with a CUDA toolkit whose nvcc only tells its version, and without the
+    modules that are missing."""
     compiler = cuda_home / "bin/nvcc"
     compiler.parent.mkdir()
     compiler.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {nvcc}, V{nvcc}.1\n")
     compiler.chmod(0o755)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("GROSS_", "TORCH_", "CUDA_"))}
     return subprocess.run(
-        [sys.executable, "-c", READ, system, of_torch],
+        [sys.executable, "-c", READ, system, of_torch, *missing],
         cwd=ROOT,
         env=kept | {"CUDA_HOME": str(cuda_home)},
         capture_output=True,
@@ -64,3 +70,13 @@ def test_untried_system(tmp_path: Path) -> None:
     result = read(tmp_path, system="darwin")
     assert result.returncode == 0, result.stderr
     assert "macOS is untried" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["torch.utils.cpp_extension", "setuptools.command.bdist_wheel"])
+def test_missing_build_tool(tmp_path: Path, missing: str) -> None:
+    """Catches a build without isolation that ends in a traceback where torch is not installed, or
+    where setuptools is as old as the one that Python 3.11 puts into a fresh environment."""
+    result = read(tmp_path, missing)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"{missing} is needed for a build without isolation" in result.stderr
+    assert "pip install 'setuptools>=77' ninja 'torch>=2.10'" in result.stderr
