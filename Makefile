@@ -56,7 +56,7 @@ benchmark: .venv/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 docs: .venv/dev
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv build site *.egg-info gross_kernels/*.so
