@@ -84,3 +84,15 @@ def test_named_files(document: Path) -> None:
     assert {
         file for file in named if not any(f"/{s}".endswith(f"/{file}") for s in sources)
     } == set()
+
+
+def test_settings() -> None:
+    """Catches an environment variable that is read and not documented, or the other way round."""
+    variable = re.compile(r"GROSS_KERNELS_[A-Z]+")
+    read = {
+        name
+        for folder in ("gross_kernels", "python", "csrc")
+        for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.cpp")]
+        for name in variable.findall(path.read_text())
+    } | set(variable.findall((ROOT / "setup.py").read_text()))
+    assert set(variable.findall((ROOT / "docs/settings.md").read_text())) == read
