@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h)
 
-.PHONY: setup demo test lint sanitize benchmark clean
+.PHONY: setup demo test test-build lint sanitize benchmark clean
 
 setup: .venv/installed
 
@@ -18,8 +18,12 @@ demo: setup
 	$(BIN)/python examples/resnet18.py
 	$(BIN)/python examples/digits.py
 
+# Two processes, each test with one thread; `make test-build` adds what compiles.
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+
+test-build: setup
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m build
 
 lint: setup
 	$(BIN)/ruff check .

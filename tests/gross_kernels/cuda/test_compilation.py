@@ -118,6 +118,7 @@ def assembly_of(file: Path, architecture: str, kernels: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.build
 def test_matrix_units(library: Path, report: list[Resources]) -> None:
     """Catches kernels without products of the matrix unit: guarded away, their instructions compile
     silently."""
