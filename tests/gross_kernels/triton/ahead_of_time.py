@@ -105,7 +105,8 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
         len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", text)),
         len(
             re.findall(
-                r"cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64",
+                r"cp\.async\.cg\.shared\.global"
+                r"|ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64",
                 text,
             )
         ),

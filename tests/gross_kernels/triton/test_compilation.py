@@ -97,8 +97,7 @@ def every() -> Iterator[object]:
     for arch in TARGETS:
         for dtype in DTYPES:
             if arch.startswith("gfx") and dtype == "tf32x3":
-                # AMD has strict float32 on the matrix unit; Triton has no three passes of TF32 there.
-                continue
+                continue  # No three passes of TF32: AMD's matrix unit has strict float32.
             for kernel in KERNELS:
                 for case in CASES:
                     key = (arch, dtype, kernel, case)
@@ -125,7 +124,8 @@ def correlation(
     input, terms, gates, grad = case.tensors(dtype, torch.float32)
     source, result = (grad, input) if transposed else (input, grad)
     call = forward.Call(
-        transposed, layout(source), result.shape, result.stride(), tuple(map(layout, terms)), layout(gates),
+        transposed, layout(source), result.shape, result.stride(),
+        tuple(map(layout, terms)), layout(gates),
         *case.geometry, precision, None,
     )  # fmt: skip
     tile = tiles.correlation(forward.shape_of(call))[0]
@@ -223,7 +223,8 @@ def test_spills_are_seen(compiled: Callable) -> None:
     def make() -> tuple[Kernel, tuple]:
         input, terms, gates, grad = CASES["16"].tensors(torch.float32)
         call = forward.Call(
-            False, layout(input), grad.shape, grad.stride(), tuple(map(layout, terms)), layout(gates),
+            False, layout(input), grad.shape, grad.stride(),
+            tuple(map(layout, terms)), layout(gates),
             *CASES["16"].geometry, "tf32x3", None,
         )  # fmt: skip
         return forward.plan(call, tiles.Tile(True, 64, 2, 16, 16, 2, 2)), (
