@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h)
 
-.PHONY: setup demo test test-build lint sanitize benchmark clean
+.PHONY: setup demo test lint sanitize benchmark clean
 
 setup: .venv/installed
 
@@ -18,12 +18,10 @@ demo: setup
 	$(BIN)/python examples/resnet18.py
 	$(BIN)/python examples/digits.py
 
-# Two processes, each test with one thread; `make test-build` adds what compiles.
+# Two processes, each test with one thread. `make test MARKS="not sweep"` adds what compiles longer.
+MARKS ?= not build and not sweep
 test: setup
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal
-
-test-build: setup
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m build
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m "$(MARKS)"
 
 lint: setup
 	$(BIN)/ruff check .
