@@ -26,8 +26,10 @@ demo: .venv/demo
 	$(BIN)/python examples/resnet18.py
 	$(BIN)/python examples/digits.py
 
+# Two processes, each test with one thread. `make test MARKS="not sweep"` adds what compiles longer.
+MARKS ?= not build and not sweep
 test: .venv/test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m "$(MARKS)"
 
 lint: .venv/dev
 	$(BIN)/ruff check .
