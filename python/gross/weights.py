@@ -127,8 +127,8 @@ def write_safetensors(
 def load(
     model: nn.Module, tensors: Mapping[str, Tensor], source: object, *, assign: bool = False
 ) -> None:
-    """Load ``tensors`` into ``model``. All names and shapes are compared first, so that nothing is
-    half-loaded.
+    """Load ``tensors`` into ``model``. All names, shapes and types are compared first, so that
+    nothing is half-loaded.
 
     Args:
         source: where the tensors are from, for the error.
@@ -136,7 +136,8 @@ def load(
             copying into the model's.
 
     Raises:
-        ValueError: if names or shapes differ.
+        ValueError: if names or shapes differ, or a tensor has another type than the model's and
+            they are not both floating point.
     """
     expected = model.state_dict()
     differences = {
@@ -147,11 +148,21 @@ def load(
             for name, tensor in expected.items()
             if name in tensors and tensors[name].shape != tensor.shape
         ],
+        "of another type": [
+            f"{name} {tensors[name].dtype} for {tensor.dtype}"
+            for name, tensor in expected.items()
+            if name in tensors and not _can_be_cast(tensors[name].dtype, tensor.dtype)
+        ],
     }
     found = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
     if found:
         raise ValueError(f"weights: {source} does not fit the model; {'; '.join(found)}")
     model.load_state_dict(dict(tensors), assign=assign)
+
+
+def _can_be_cast(stored: torch.dtype, to: torch.dtype) -> bool:
+    """Integers in place of floating point would be taken for weights of any size."""
+    return stored == to or (stored.is_floating_point and to.is_floating_point)
 
 
 def _check_is_file(path: str | os.PathLike[str]) -> None:

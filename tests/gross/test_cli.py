@@ -37,16 +37,23 @@ def test_decompose_fits_a_users_weights_and_saves_the_supernet(tmp_path, output)
         1,
     )
     result = gross_command(
-        "decompose", "4-layer", "--output", output, *arguments, "--skip", "features.9"
+        "decompose",
+        "4-layer",
+        "--output",
+        output,
+        *arguments,
+        "--skip",
+        "features.9",
+        "--keep-costlier",
     )
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == ["saved", str(output)]
     assert "left alone" in result.stderr
     supernet = gross.load(output)
     layers = decomposed_layers(supernet)
-    # The first convolution is not skipped where others are: three channels take group size 1 alone.
+    # The first convolution is not skipped where others are, but its three channels are too few.
+    assert "features.0" in result.stderr.partition("would keep 3 of")[2]
     assert {name: layer.group_sizes for name, layer in layers.items()} == {
-        "features.0": (1,),
         "features.3": (1, 32),
         "features.6": (1, 32),
     }
@@ -152,7 +159,11 @@ def test_help_is_worth_reading(command):
             1,
             "no file at absent.pth",
         ),
-        (["decompose", "4-layer", "-o", "OUTPUT", "--group-sizes", "3,9"], 1, "none fits"),
+        (
+            ["decompose", "4-layer", "-o", "OUTPUT", "--group-sizes", "3,9"],
+            1,
+            "none of the group sizes fits",
+        ),
         (["macs", "4-layer", "--configuration", "1,2,3"], 1, "got 3 for decomposed layer 2"),
         (["macs", "torchvision.models:squeezenet1_1"], 2, "--input-size"),
         (["macs", "torchvision.models:squeezenet9"], 2, "no attribute"),
