@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,6 +79,21 @@ def check_ints(name: str, value: object, least: int | None = None) -> tuple[int,
     except TypeError as error:  # A tensor without dimensions.
         raise TypeError(f"{name}: got {_shown(value)}, accepted is a sequence of ints") from error
     return tuple(check_int(f"{name}[{i}]", entry, least) for i, entry in enumerate(entries))
+
+
+def check_pair(name: str, value: object, least: int = 1) -> tuple[int, int]:
+    """An int or a pair of ints as a pair of Python's.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_int`, or if there are not two.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        values = check_ints(name, value, least)
+        if len(values) != 2:
+            raise ValueError(f"{name}: got {value!r}, accepted is an int or a pair of ints")
+        return values
+    number = check_int(name, value, least)
+    return number, number
 
 
 def check_number(

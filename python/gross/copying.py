@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+#: What torch itself sets on a convolution, and on any module.
+TORCH_ATTRIBUTES = {*vars(nn.Conv2d(1, 1, 1, device="meta")), "_compiled_call_impl"}
 #: What a copy makes of a tensor, given those that are copied already.
 CopyTensor = Callable[[Tensor, dict[int, Any]], Tensor]
 
@@ -22,13 +24,17 @@ def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None
 
     Args:
         replaced: other modules by the ``id`` of those whose place they take, wherever the model
-            refers to them.
+            refers to them. They get copies of the attributes that a user has set on those.
 
     Raises:
         ValueError: if something cannot be copied, with the module that holds it.
     """
     memo: dict[int, Any] = dict(replaced or {})
     copied = _copied(model, memo, _detached)
+    for module in model.modules():
+        if id(module) in (replaced or {}):
+            attributes = _copied(model, memo, _detached, own_attributes(module))
+            vars(memo[id(module)]).update(attributes)
     for parameter in model.parameters():
         twin = memo.get(id(parameter))
         if isinstance(twin, Tensor):
@@ -71,6 +77,11 @@ def copy_attributes(source: Tensor, to: Tensor) -> None:
         setattr(to, name, copy.deepcopy(value))
 
 
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes that a module has from its user or its class, not from torch."""
+    return {name: value for name, value in vars(module).items() if name not in TORCH_ATTRIBUTES}
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``
     wrap around it: they prefix the names of its parameters."""
@@ -111,12 +122,15 @@ def _detached(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return copy.deepcopy(tensor if tensor.is_leaf else tensor.detach(), memo)
 
 
-def _copied(model: nn.Module, memo: dict[int, Any], copy_tensor: CopyTensor) -> nn.Module:
+def _copied(
+    model: nn.Module, memo: dict[int, Any], copy_tensor: CopyTensor, part: object = None
+) -> Any:
+    """A deep copy of a model, or of a part of what it holds."""
     given = dict(memo)
     try:
         # Not under inference mode: its tensors could never be trained.
         with torch.inference_mode(False), _CopyingTensors(copy_tensor):
-            return copy.deepcopy(model, memo)
+            return copy.deepcopy(model if part is None else part, memo)
     except Exception as error:
         holder = _holder(model, given, copy_tensor)
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .copying import plain_name
 from .extras import from_extra
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         isinstance(value, Tensor) for value in content.values()
     ):
         raise ValueError(
-            f"weights: {path} holds no state dict, accepted are tensors by name, bare or in 'state_dict'"
+            f"weights: {path} holds no state dict, accepted are tensors by name, bare or in "
+            "'state_dict'"
         )
     return dict(content)
 
@@ -139,7 +141,9 @@ def load(
         ValueError: if names or shapes differ, or a tensor has another type than the model's and
             they are not both floating point.
     """
-    expected = model.state_dict()
+    state = model.state_dict()
+    names = {plain_name(name): name for name in state}
+    expected = {name: state[own] for name, own in names.items()}
     differences = {
         "missing": [name for name in expected if name not in tensors],
         "not in the model": [name for name in tensors if name not in expected],
@@ -157,7 +161,8 @@ def load(
     found = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
     if found:
         raise ValueError(f"weights: {source} does not fit the model; {'; '.join(found)}")
-    model.load_state_dict(dict(tensors), assign=assign)
+    own_names = {names[name]: tensor for name, tensor in tensors.items()}
+    model.load_state_dict(own_names, assign=assign)
 
 
 def _can_be_cast(stored: torch.dtype, to: torch.dtype) -> bool:

@@ -67,8 +67,8 @@ def decompose_command(
         typer.Option(
             parser=Ints.parse,
             metavar="W or IN,OUT",
-            help="Channels of the bottlenecks. By default a convolution's input or output channels, "
-            "whichever are fewer; vgg16-narrow has its own.",
+            help="Channels of the bottlenecks. By default a convolution's input or output "
+            "channels, whichever are fewer; vgg16-narrow has its own.",
             show_default=False,
         ),
     ] = None,

@@ -29,7 +29,6 @@ from .plan import (
     check_request,
     check_weights,
     make_plans,
-    own_attribute,
 )
 from .report import DecomposedLayer, Decomposition
 
@@ -81,7 +80,7 @@ def decompose(
         width: channels of the bottleneck, one int or (in, out), or a mapping from qualified names
             to those; by default the number of the convolution's input channels or of its output
             channels, whichever is smaller. A convolution of whose kernel this would keep less than
-            an eighth of the dimensions (3→64) is left alone.
+            a quarter of the dimensions (3→64) is left alone.
         skip: names of convolutions, or of modules around them, to leave alone; ``()`` skips none.
             By default the first convolution larger than 1×1 is, unless ``group_sizes`` is a
             mapping: the first that is called where ``input_size`` or ``example`` is given, the
@@ -206,7 +205,8 @@ def _converted(model: nn.Module, convert: Convert) -> nn.Module:
     for kind, function in convert.items():
         if not (isinstance(kind, type) and issubclass(kind, nn.Module) and callable(function)):
             raise TypeError(
-                f"convert: got {kind!r}: {function!r}, accepted are classes of modules and functions"
+                f"convert: got {kind!r}: {function!r}, accepted are classes of modules and "
+                "functions"
             )
     replaced: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
@@ -265,9 +265,6 @@ def _layer(plan: Plan, terms: Sequence[BlockTerm] | None) -> GroSSConv2d:
         assert source is not None
         parameter.requires_grad_(source.requires_grad)
         copy_attributes(source, parameter)
-    for name, value in vars(plan.module).items():
-        if own_attribute(name):
-            setattr(layer, name, value)
     return layer
 
 

@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from gross_kernels.series import check_group_sizes
 
-from ..arguments import check_int, check_ints, check_type
+from ..arguments import check_ints, check_pair, check_type
+from ..copying import own_attributes
 from ..macs import MacsReport
 from ..supernet import decomposed_layers
 from .report import names_by_reason
@@ -28,12 +29,10 @@ GroupSizes = Sequence[int] | Mapping[str, Sequence[int]]
 T = TypeVar("T")
 
 #: The least share of a kernel's rank over either channel axis that a width of our own choice keeps.
-#: Of a kernel without structure an eighth keeps so little that the relative error is √(7/8) = 0.94.
-LEAST_SHARE = 1 / 8
+#: Of a kernel without structure a quarter keeps so little that the relative error is √(3/4) = 0.87.
+LEAST_SHARE = 1 / 4
 #: How many names a message lists for a reason.
 NAMES_SHOWN = 3
-#: What torch itself sets on a convolution; anything else is its user's.
-TORCH_ATTRIBUTES = {*vars(nn.Conv2d(1, 1, 1, device="meta")), "_compiled_call_impl"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +61,10 @@ class Plan:
         made = nn.Conv2d(
             int(given.in_channels),
             int(given.out_channels),
-            _pair("kernel_size", given.kernel_size),
-            _pair("stride", given.stride),
-            padding if isinstance(padding, str) else _pair("padding", padding, least=0),
-            _pair("dilation", given.dilation),
+            check_pair("kernel_size", given.kernel_size),
+            check_pair("stride", given.stride),
+            padding if isinstance(padding, str) else check_pair("padding", padding, least=0),
+            check_pair("dilation", given.dilation),
             padding_mode=given.padding_mode,
             device="meta",
         ).train(given.training)
@@ -120,9 +119,9 @@ def check_request(model: nn.Module, request: Request) -> Request:
         check_group_sizes(sizes, *(math.prod(sizes),) * 2)
     if isinstance(width, Mapping):
         _check_names("width", width, names)
-        width = {name: _pair(f"width[{name!r}]", each) for name, each in width.items()}
+        width = {name: check_pair(f"width[{name!r}]", each) for name, each in width.items()}
     elif width is not None:
-        width = _pair("width", width)
+        width = check_pair("width", width)
     if skip is not None:
         accepted = "a collection of names of convolutions, or of modules around them"
         if isinstance(skip, str):
@@ -267,22 +266,7 @@ def ineligible(conv: nn.Conv2d) -> str | None:
     return None
 
 
-def own_attribute(name: str) -> bool:
-    """Whether an attribute of a module is its user's, not torch's."""
-    return name not in TORCH_ATTRIBUTES
-
-
 # Sizes and widths -------------------------------------------------------------------------------
-
-
-def _pair(name: str, value: object, least: int = 1) -> tuple[int, int]:
-    """An int or a pair of ints as a pair of Python's."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        values = check_ints(name, value, least)
-        if len(values) == 2:
-            return values
-        raise ValueError(f"{name}: got {value!r}, accepted is an int or a pair of ints")
-    return (check_int(name, value, least),) * 2
 
 
 def _taps(conv: nn.Conv2d) -> int:
@@ -407,11 +391,10 @@ def _captured(model: nn.Module) -> dict[nn.Module, str]:
     calling the convolution itself."""
     reasons: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if own_attribute(attribute):
-                where = f"{name}.{attribute}" if name else attribute
-                for conv in _held(value, in_function=False, seen=set()):
-                    reasons.setdefault(conv, f"{where!r} holds a function that calls it")
+        for attribute, value in own_attributes(module).items():
+            where = f"{name}.{attribute}" if name else attribute
+            for conv in _held(value, in_function=False, seen=set()):
+                reasons.setdefault(conv, f"{where!r} holds a function that calls it")
     return reasons
 
 
