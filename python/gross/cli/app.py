@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import typer
+from rich.console import Console
 from torch import nn
 
 from .. import networks, storage
 from .. import weights as weight_files
-from ..extras import from_extra
 from ..report import TEXT_WIDTH, error_console
-
-with from_extra():
-    import typer
-    from rich.console import Console
 
 app = typer.Typer(
     help="Decompose a network into every grouped-convolution architecture at once, and see what "
