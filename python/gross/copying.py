@@ -39,10 +39,7 @@ def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None
         twin = memo.get(id(parameter))
         if isinstance(twin, Tensor):
             copy_attributes(parameter, twin)
-            for hook in (parameter._backward_hooks or {}).values():
-                twin.register_hook(hook)
-            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-                twin.register_post_accumulate_grad_hook(hook)
+            _copy_hooks(parameter, twin)
     return copied
 
 
@@ -75,6 +72,16 @@ def copy_attributes(source: Tensor, to: Tensor) -> None:
     """Give a parameter the attributes that a user has set on another, such as ``lr_mult``."""
     for name, value in vars(source).items():
         setattr(to, name, copy.deepcopy(value))
+
+
+def _copy_hooks(source: Tensor, to: Tensor) -> None:
+    # Torch takes hooks for trained parameters alone, and keeps them where one is frozen later.
+    to.requires_grad_(True)
+    for hook in (source._backward_hooks or {}).values():
+        to.register_hook(hook)
+    for hook in (source._post_accumulate_grad_hooks or {}).values():
+        to.register_post_accumulate_grad_hook(hook)
+    to.requires_grad_(source.requires_grad)
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:

@@ -43,7 +43,10 @@ def test_attributes_and_hooks_of_parameters_stay():
     seen = []
     model[0].weight.register_hook(lambda gradient: seen.append("gradient"))
     model[0].bias.register_post_accumulate_grad_hook(lambda parameter: seen.append("accumulated"))
+    model[2].weight.register_hook(lambda gradient: seen.append("frozen"))
+    model[2].requires_grad_(False)
     supernet = structured(model)
+    assert not supernet[2].weight.requires_grad
     assert supernet[0].weight.no_decay
     assert {p.lr_mult for p in supernet[1].parameters() if p is not supernet[1].bias} == {0.1}
     assert supernet[1].bias.lr_mult == 0.2
