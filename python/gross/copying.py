@@ -86,6 +86,8 @@ def _copy_hooks(source: Tensor, to: Tensor) -> None:
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes that a module has from its user or its class, not from torch."""
+    if "_orig_mod" in module._modules:  # What torch.compile wraps around another.
+        return {}
     return {name: value for name, value in vars(module).items() if name not in TORCH_ATTRIBUTES}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -88,7 +89,7 @@ def run_copy(model: nn.Module, call: Call, watch: Callable[[nn.Module], T]) -> T
     try:
         # Tensors that the forward makes follow to the meta device, where the reference alone always
         # serves.
-        with torch.no_grad(), torch.device("meta"), use_backend("reference"):
+        with _as_written(), torch.device("meta"), use_backend("reference"):
             args, kwargs = _to("meta", (call.args, call.kwargs))
             on_meta(*args, **kwargs)
         return watched
@@ -101,7 +102,7 @@ def run_copy(model: nn.Module, call: Call, watch: Callable[[nn.Module], T]) -> T
     watched = watch(copied)
     device = next((tensor.device for tensor in copied.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad():
+        with _as_written():
             args, kwargs = call.args, call.kwargs
             if call.input_size is not None:
                 args = tuple(torch.zeros_like(each, device=device) for each in args)
@@ -110,6 +111,13 @@ def run_copy(model: nn.Module, call: Call, watch: Callable[[nn.Module], T]) -> T
         error.add_note(f"while running the model for {call}; on the meta device before: {first}")
         raise
     return watched
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Without gradients, and without compiling what ``torch.compile`` wraps."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _to(device: str, inputs: T) -> T:

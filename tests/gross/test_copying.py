@@ -159,3 +159,15 @@ def test_a_compiled_supernet_is_saved_under_its_own_names(tmp_path):
     assert gross.configuration(parted) == (4, 4)
     assert gross.configuration(supernet) == (1, 4)
     assert gross.macs(parted, (3, 9, 9)).layers[1].group_size == 4
+
+
+def test_a_compiled_network_or_part_of_one_is_decomposed_under_its_own_names():
+    """Catches names with "_orig_mod" in the report and in arguments, and compiled parts that the
+    copy cannot hold."""
+    parted = network()
+    parted[1] = torch.compile(parted[1])
+    for model in (parted, torch.compile(network()), nn.DataParallel(network())):
+        supernet = structured(model, input_size=(3, 9, 9), width={"1": 8})
+        assert gross.configuration(supernet) == (4, 4)
+        assert [layer.name for layer in supernet.decomposition_report.layers] == ["1", "2"]
+        assert supernet.decomposition_report.layers[0].macs[0] > 0

@@ -17,6 +17,7 @@ from ..copying import copy_attributes, copy_model, sharing_parameters, unwrapped
 from ..example import Example, check_call
 from ..macs import MacsReport, macs
 from ..report import error_console
+from ..supernet import decomposed_layers
 from .block_term import BlockTerm
 from .fit import FitSettings, fit_layers, shown_progress
 from .plan import (
@@ -105,7 +106,7 @@ def decompose(
     Returns:
         A new model on the devices and in the dtypes of ``model``, every decomposed layer at its
         largest group size. Of a model that has decomposed layers already, these stay, and the
-        report is of both.
+        report is of both. Of one inside ``torch.compile`` or ``DataParallel``, the model alone.
 
     Raises:
         TypeError: before any work, for an argument of another type.
@@ -323,6 +324,6 @@ def _joined(earlier: Decomposition, new: Decomposition, supernet: nn.Module) -> 
     return replace(
         new,
         method=" and ".join(dict.fromkeys((earlier.method, new.method))),
-        layers=tuple(by_name[n] for n, _ in supernet.named_modules() if n in by_name),
+        layers=tuple(by_name[name] for name in decomposed_layers(supernet) if name in by_name),
         parameters_before=earlier.parameters_before,
     )

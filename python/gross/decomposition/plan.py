@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from gross_kernels.series import check_group_sizes
 
 from ..arguments import check_ints, check_pair, check_type
-from ..copying import own_attributes
+from ..copying import own_attributes, plain_name
 from ..macs import MacsReport
 from ..supernet import decomposed_layers
 from .report import names_by_reason
@@ -146,8 +146,8 @@ def make_plans(model: nn.Module, request: Request) -> tuple[list[Plan], dict[str
     sizes_of, width_of = _by_module(request.group_sizes, found), _by_module(request.width, found)
     plans: list[Plan] = []
     left_alone = {
-        plain: f"{type(module).__name__}, not nn.Conv2d"
-        for plain, module in model.named_modules()
+        plain_name(name): f"{type(module).__name__}, not nn.Conv2d"
+        for name, module in model.named_modules()
         if isinstance(module, _ConvNd) and not isinstance(module, nn.Conv2d)
     }
     seen: set[nn.Module] = set()
@@ -323,7 +323,7 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
     """Every nn.Conv2d under each of its names, in network order."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d):
-            yield name, module
+            yield plain_name(name), module
 
 
 def _inside(name: str, module: str) -> bool:
