@@ -419,8 +419,17 @@ def _solve_core(by_inner: Tensor, blocks: _Blocks, ridge: float) -> Tensor:
             target.reshape(rows, taps), torch.linalg.cholesky(gram)
         ).reshape(target.shape)
 
+    inner_rows = inner_gram.reshape(groups, s, groups * s)
+    outer_rows = outer_gram.reshape(groups, m, groups * m)
+
     def apply(core: Tensor) -> Tensor:
-        return torch.einsum("hngm,gmkht->hntk", outer_gram, _half(core, inner_gram)) + ridge * core
+        # Tap by tap the second product reads the first where it lies, ``[G·m, K, G, s]``, which is
+        # as large as the kernel: one product for all taps would turn it round first, in twice the
+        # time.
+        half = core.mT.reshape(groups, m * taps, s) @ inner_rows
+        half = half.reshape(groups * m, taps, groups, s)
+        image = [outer_rows @ half[:, k].transpose(0, 1) for k in range(taps)]
+        return torch.stack(image, dim=-1) + ridge * core
 
     core = blocks.core
     residual = target - apply(core)
