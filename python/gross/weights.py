@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_path
 from .copying import plain_name
 from .extras import from_extra
 
@@ -48,7 +49,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is broken, or holds something else than tensors.
     """
-    if Path(path).suffix == ".safetensors":
+    path = check_path("weights", path)
+    if path.suffix == ".safetensors":
         return read_safetensors(path)
     _check_is_file(path)
     try:

@@ -171,3 +171,20 @@ def test_a_compiled_network_or_part_of_one_is_decomposed_under_its_own_names():
         assert gross.configuration(supernet) == (4, 4)
         assert [layer.name for layer in supernet.decomposition_report.layers] == ["1", "2"]
         assert supernet.decomposition_report.layers[0].macs[0] > 0
+
+
+def test_a_supernet_made_under_inference_mode_trains():
+    """Catches parameters that are inference tensors: "Inference tensors cannot be saved for
+    backward", an epoch later."""
+    model = network()
+    with torch.inference_mode():
+        made = [
+            gross.decompose(
+                model, (1, 4), method=method, sweeps=1, input_size=(3, 9, 9), quiet=True
+            )
+            for method in ("als", "random")
+        ]
+    for supernet in made:
+        supernet(torch.randn(1, 3, 9, 9)).sum().backward()
+        assert supernet[0].weight.grad is not None
+        assert supernet[1].grouped[0].grad is not None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -178,7 +179,9 @@ def decompose(
         check_weights(plans)
         with shown_progress(len({id(plan.weight) for plan in plans}), quiet) as progress:
             fits = fit_layers(plans, settings, workers, progress)
-    layers = [_layer(plan, fits.get(id(plan.weight))) for plan in plans]
+    # Tensors made under inference mode could never be trained.
+    with torch.inference_mode(False):
+        layers = [_layer(plan, fits.get(id(plan.weight))) for plan in plans]
     _tie(plans, layers)
     # Whatever refers to a convolution, the copy refers to the layer instead.
     replaced = {id(plan.module): layer for plan, layer in zip(plans, layers, strict=True)}
@@ -211,10 +214,10 @@ def _converted(model: nn.Module, convert: Convert) -> nn.Module:
             )
     replaced: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
-        function = next((f for kind, f in convert.items() if isinstance(module, kind)), None)
-        if function is None:
+        make_plain = next((f for kind, f in convert.items() if isinstance(module, kind)), None)
+        if make_plain is None:
             continue
-        made = function(module)
+        made = make_plain(module)
         plain = (
             [each for each in made.modules() if type(each) is nn.Conv2d]
             if isinstance(made, nn.Module)

@@ -163,7 +163,7 @@ def make_plans(model: nn.Module, request: Request) -> tuple[list[Plan], dict[str
         if reason is None and conv in request.called:
             reason = "the model calls it through a function that no copy of the model can change"
         if reason is None:
-            widths = width or _default_width(conv)
+            widths = _default_width(conv) if width is None else check_pair("width", width)
             assert asked is not None
             if request.named:
                 sizes = check_group_sizes(asked, *widths, name=f"group_sizes[{name!r}]")
