@@ -1,27 +1,37 @@
-# `make demo` and `make test` need Python 3.11 or newer, a C++ compiler and the package index; everything else they install.
+# `make demo` and `make test` need Python 3.11 or newer, a C++ compiler and the package index;
+# everything else they install.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cpp csrc/cuda/*.cu csrc/cuda/*.h)
+SOURCES := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: setup demo test lint sanitize benchmark clean
+.PHONY: setup demo test lint sanitize benchmark docs clean
 
 setup: .venv/installed
 
+# Without build isolation: the kernels are built against the torch that they will run with.
 .venv/installed: $(SOURCES)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"make: {sys.executable} is Python {sys.version.split()[0]}, 3.11 or newer is needed: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; got = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) \
+	  and f"make: got Python {got}, accepted is 3.11 or newer: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "setuptools>=77" ninja "torch>=2.10"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[gross,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
 
-demo: setup
+# What an extra names, beside the package that is installed already.
+.venv/demo .venv/test .venv/dev .venv/bench: .venv/%: .venv/installed
+	$(BIN)/python -m pip install --quiet "gross-kernels[$*]"
+	touch $@
+
+demo: .venv/demo
 	$(BIN)/python examples/resnet18.py
 	$(BIN)/python examples/digits.py
 
-test: setup
-	$(BIN)/python -m pytest tests
+# Two processes, each test with one thread. `make test MARKS="not sweep"` adds what compiles longer.
+MARKS ?= not build and not sweep
+test: .venv/test
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal -m "$(MARKS)"
 
-lint: setup
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -44,8 +54,11 @@ build/sanitizer/test.o: tests/native/kernels.cpp $(wildcard csrc/*.h csrc/cpu/*.
 	@mkdir -p $(@D)
 	$(SANITIZE) -c $< -o $@
 
-benchmark: setup
+benchmark: .venv/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv build *.egg-info gross_kernels/*.so
+	rm -rf .venv build site *.egg-info gross_kernels/*.so

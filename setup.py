@@ -5,21 +5,28 @@ a CUDA build of torch are present, whether or not a GPU is.
 ``GROSS_KERNELS_CUDA=0`` leaves the CUDA kernels out, ``GROSS_KERNELS_CUDA=1`` makes a missing
 compiler an error; ``TORCH_CUDA_ARCH_LIST`` names the GPUs. Everything else about the package is in
 pyproject.toml. The libraries use LibTorch's stable ABI (2.10), and no Python: one wheel serves
-every Python 3 and every torch from 2.10 on."""
+every Python 3 and every torch from 2.10 on.
+
+With build isolation pip builds against the newest torch of the package index, which for the CPU
+kernels is as good as any. The CUDA kernels need the torch that nvcc fits: install torch first, then
+this package with ``--no-build-isolation``."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
 FLAGS = [
     "-O3",
-    "-g0",  # Python's own flags ask for what a debugger needs: 105 of 109 MB, and a fifth of the time
+    # Python's own flags ask for what a debugger needs: 105 of 109 MB, and a fifth of the time.
+    "-g0",
     "-std=c++17",
     "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -28,6 +35,15 @@ FLAGS = [
 #: A100 class; H200 class with its own instructions for warp groups (which "9.0" lacks); newer ones
 #: by PTX.
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+
+
+if sys.platform == "darwin":
+    print("gross_kernels: macOS is untried: the portable kernels are built", file=sys.stderr)
+elif sys.platform != "linux":
+    raise SystemExit(
+        f"gross_kernels: got the system {sys.platform!r}, accepted is Linux (on Windows: WSL); "
+        "macOS is untried"
+    )
 
 
 def cuda_home() -> Path | None:
@@ -48,8 +64,15 @@ CUDA_HOME = cuda_home()
 if CUDA_HOME is not None:
     os.environ["CUDA_HOME"] = str(CUDA_HOME)
 
-import torch  # noqa: E402
-from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+try:
+    import torch
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"gross_kernels: {error.name} is needed for a build without isolation, and missing. "
+        "First: pip install 'setuptools>=77' ninja 'torch>=2.10'"
+    ) from error
 
 
 def cpu_library() -> Extension:
@@ -66,7 +89,8 @@ def cuda_library() -> Extension | None:
     wanted = os.environ.get("GROSS_KERNELS_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(
-            f"GROSS_KERNELS_CUDA: got {wanted!r}, accepted are 0 (no CUDA kernels) and 1 (no build without)"
+            f"GROSS_KERNELS_CUDA: got {wanted!r}, accepted are 0 (no CUDA kernels) and 1 (no build "
+            "without)"
         )
     missing = []
     if torch.version.cuda is None:
@@ -77,6 +101,7 @@ def cuda_library() -> Extension | None:
         raise SystemExit(f"GROSS_KERNELS_CUDA=1: the CUDA kernels need {' and '.join(missing)}")
     if wanted == "0" or missing:
         return None
+    check_compiler()
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     record = f'-DGROSS_CUDA_ARCHITECTURES="{architectures.replace(" ", ";")}"'
@@ -102,6 +127,31 @@ def cuda_library() -> Extension | None:
     )
 
 
+def check_compiler() -> None:
+    """Refuse an nvcc of another major version than torch's CUDA, before anything is compiled."""
+    major = nvcc_major()
+    if major is None or major == torch.version.cuda.split(".")[0]:
+        return
+    raise SystemExit(
+        f"gross_kernels: got nvcc of CUDA {major} (CUDA_HOME is {CUDA_HOME}), accepted is "
+        f"{torch.version.cuda}, what torch {torch.__version__} was built for. If this is not your "
+        "torch, pip took it for an isolated build: install with --no-build-isolation. Otherwise "
+        "name another toolkit in CUDA_HOME, or leave the CUDA kernels out: GROSS_KERNELS_CUDA=0"
+    )
+
+
+def nvcc_major() -> str | None:
+    """The major version that nvcc says it has; None where it does not run, which its first file
+    will say better."""
+    command = [str(CUDA_HOME / "bin/nvcc"), "--version"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    release = re.search(r"release (\d+)\.", answer)
+    return release and release[1]
+
+
 def found(folder: str, pattern: str) -> list[str]:
     """Sources in a folder, relative to this file."""
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
@@ -120,9 +170,9 @@ class BuildLibrary(BuildExtension):
         except Exception as error:
             if any(extension.name == "gross_kernels.gross_cuda" for extension in self.extensions):
                 raise SystemExit(
-                    f"{error}\ngross_kernels: the build failed. If the CUDA kernels are the reason (CUDA_HOME is "
-                    f"{CUDA_HOME}, torch was built for CUDA {torch.version.cuda}), name another toolkit in CUDA_HOME "
-                    "or leave them out: GROSS_KERNELS_CUDA=0"
+                    f"{error}\ngross_kernels: the build failed. If the CUDA kernels are the reason "
+                    f"(CUDA_HOME is {CUDA_HOME}, torch was built for CUDA {torch.version.cuda}), "
+                    "name another toolkit in CUDA_HOME or leave them out: GROSS_KERNELS_CUDA=0"
                 ) from error
             raise
 

@@ -249,9 +249,8 @@ def run(
         for active in range(1, len(sizes(shape)) + 1):
             for operation in OPERATIONS:
                 if time.monotonic() > deadline:
-                    progress(
-                        f"out of time: everything from {shape.label}, group size {SIZES[active - 1]} is left out"
-                    )
+                    begin = f"{shape.label}, group size {SIZES[active - 1]}"
+                    progress(f"out of time: everything from {begin} is left out")
                     return
                 with torch.inference_mode():
                     yield measure(shape, active, operation, torch.bfloat16, device, rounds)
@@ -267,7 +266,8 @@ def markdown(entries: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         *(f"- {name}: {value}" for name, value in facts.items()),
         "- bfloat16, channels-last, cold second-level cache, medians of interleaved calls",
         "",
-        "Times as fast: geometric mean / minimum over shapes. Of a copy: median fraction / minimum.",
+        "Times as fast: geometric mean / minimum over shapes. "
+        "Of a copy: median fraction / minimum.",
         "",
         *row(
             "operation",
@@ -315,9 +315,15 @@ def markdown(entries: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     for e in entries:
         ratios = {name: f"{ratio:.2f}" for name, ratio in e["ratios"].items()}
         lines += row(
-            e["shape"], str(e["group size"]), e["operation"], f"{e['milliseconds']['ours']:.3f}", ratios["copy"],
-            ratios.get("Triton", "–"), f"{ratios['cuDNN']} ({e['cuDNN format']})", ratios["expand + sum + cuDNN"],
-        )  # fmt: skip
+            e["shape"],
+            str(e["group size"]),
+            e["operation"],
+            f"{e['milliseconds']['ours']:.3f}",
+            ratios["copy"],
+            ratios.get("Triton", "–"),
+            f"{ratios['cuDNN']} ({e['cuDNN format']})",
+            ratios["expand + sum + cuDNN"],
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -294,7 +294,8 @@ def machine() -> dict[str, Any]:
     else:
         import cpuinfo
 
-        name = f"{cpuinfo.get_cpu_info().get('brand_raw', platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
+        brand = cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
+        name = f"{brand}, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "device": name,
         "device_type": DEVICE.type,

@@ -157,7 +157,8 @@ def _figure(
 
 def _share(entries: Sequence[Entry], best: Best) -> str:
     """Geometric mean of the entries' GFLOP/s over the machine's best."""
-    return f"{statistics.geometric_mean(e['gflops'] / best[e['dtype']]['gflops'] for e in entries):.2f}"
+    shares = (entry["gflops"] / best[entry["dtype"]]["gflops"] for entry in entries)
+    return f"{statistics.geometric_mean(shares):.2f}"
 
 
 def _core_table(entries: Sequence[Entry], best: Best) -> str:
@@ -174,7 +175,10 @@ def _core_table(entries: Sequence[Entry], best: Best) -> str:
         rows.append(
             [str(group[0]["setting"]), str(len({e["subject"] for e in group})), *cells, shares]
         )
-    title = f"Grouped convolution, {_precision(entries)}: times as fast, geometric mean / minimum over shapes"
+    title = (
+        f"Grouped convolution, {_precision(entries)}: times as fast, "
+        "geometric mean / minimum over shapes"
+    )
     header = ["group size", "shapes", *(f"{op} vs {name}" for name, op in columns), SHARE]
     return _markdown(title, header, rows)
 
@@ -288,10 +292,14 @@ def _machine(entry: Entry, best: Best) -> str:
         else "memory freed to the system"
     )
     products = ", ".join(
-        f"{value['gflops']:.0f} GFLOP/s in {dtype} ({value['by']}; median of entries {value['median']:.0f})"
+        f"{value['gflops']:.0f} GFLOP/s in {dtype} "
+        f"({value['by']}; median of entries {value['median']:.0f})"
         for dtype, value in best.items()
     )
-    return f"{entry['device']}; {entry['threads']} threads; torch {entry['torch']}; {memory}; best product {products}"
+    return (
+        f"{entry['device']}; {entry['threads']} threads; torch {entry['torch']}; {memory}; "
+        f"best product {products}"
+    )
 
 
 def _with_quartiles(ratio: dict[str, float]) -> str:

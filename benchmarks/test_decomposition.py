@@ -47,7 +47,8 @@ def test_trained_kernel(
     fits: list[BlockTerm] = benchmark.pedantic(block_term_series, (weight, GROUP_SIZES), rounds=1)
     elapsed = itertools.accumulate(fit.seconds for fit in fits)
     lines = [
-        f"\n{tuple(weight.shape)}: relative errors after equal times; condition numbers; norm of terms over kernel"
+        f"\n{tuple(weight.shape)}: relative errors after equal times; condition numbers; "
+        "norm of terms over kernel"
     ]
     for fit, seconds in zip(fits, elapsed, strict=True):
         s = fit.group_size
@@ -65,7 +66,8 @@ def test_trained_kernel(
         lines.append(
             f"s = {s:3d}: "
             + ", ".join(f"{name} {error:.4f}" for name, error in row.items())
-            + f"; {seconds:.2f} s; {conditions[0]:.0f}, {conditions[1]:.0f}; {term_norm(fit) / weight.norm():.2f}"
+            + f"; {seconds:.2f} s; {conditions[0]:.0f}, {conditions[1]:.0f}; "
+            + f"{term_norm(fit) / weight.norm():.2f}"
         )
     with capsys.disabled():
         print("\n".join(lines))
@@ -91,7 +93,8 @@ def test_vgg16(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) 
     )
     with capsys.disabled():
         print(
-            f"\nVGG-16: {seconds:.0f} s, {time.process_time() - processor:.0f} s of processor time on "
+            f"\nVGG-16: {seconds:.0f} s, "
+            f"{time.process_time() - processor:.0f} s of processor time on "
             f"{torch.get_num_threads()} threads, peak memory {peak / 1e9:.2f} GB"
         )
 

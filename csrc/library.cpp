@@ -69,7 +69,7 @@ Tensor quick_tensor(const std::vector<int64_t>& size, ScalarType type) {
   std::vector<int64_t> stride(size.size(), 1);
   for (size_t d = size.size() - 1; d > 0; d--) stride[d - 1] = stride[d] * size[d];
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       size.size(), size.data(), stride.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), 0, &made));

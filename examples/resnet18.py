@@ -87,8 +87,10 @@ def main() -> None:
     network = network.to(memory_format=torch.channels_last)
     layers = decomposed_layers(network)
     table = Table(
-        title=f"ResNet-18, batch {len(images)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        caption="Medians in ms. Ratio: baseline over ours, forward and backward together, median of the pairs.",
+        title=f"ResNet-18, batch {len(images)}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
+        caption="Medians in ms. Ratio: baseline over ours, forward and backward together, "
+        "median of the pairs.",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,

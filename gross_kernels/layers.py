@@ -249,8 +249,10 @@ class GroSSConv2d(_SeriesModule):
     Ψ(r_i)``, ``Q_n = Σ_{i≤n} q_i``; setting ``group_size`` costs nothing.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype: as ``torch.nn.Conv2d``'s; ``groups`` must be 1.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode:
+            as ``torch.nn.Conv2d``'s.
+        groups: 1; the layer brings its own.
+        device, dtype: of the parameters.
         group_sizes: ascending, each dividing the next, the last dividing the input width, and the
             number of groups dividing the output width; by default all such powers of two.
         width: channels of the bottleneck, ``(width_in, width_out)`` or one int for both; by default

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Proves and measures the GPU kernels, CUDA C++ and Triton, on the GPU at hand: scripts/check_gpu.sh [--sanitize] OUTPUT_DIR
+# Proves and measures the GPU kernels, CUDA C++ and Triton, on the GPU at hand:
+# scripts/check_gpu.sh [--sanitize] OUTPUT_DIR
 #
-# Needs this repository, torch, Triton, nvcc, pytest and pytest-benchmark; no network. Builds for this GPU alone, runs the GPU
-# tests, the primitives of the CUDA kernels first, measures, and leaves in OUTPUT_DIR: environment.txt, tests.txt, tests.xml,
-# gpu.json, gpu.md, gpu.png (where matplotlib is installed), all in at most eight minutes. With --sanitize it runs a few tests
-# under compute-sanitizer instead, for memory and for races, and leaves sanitizer.txt; where the device refuses it, that file
-# says so.
+# Needs this repository, torch, Triton, nvcc, pytest and pytest-benchmark; no network. Builds for
+# this GPU alone, runs the GPU tests, the primitives of the CUDA kernels first, measures, and leaves
+# in OUTPUT_DIR: environment.txt, tests.txt, tests.xml, gpu.json, gpu.md, gpu.png (where matplotlib
+# is installed), all in at most eight minutes. With --sanitize it runs a few tests under
+# compute-sanitizer instead, for memory and for races, and leaves sanitizer.txt; where the device
+# refuses it, that file says so.
 #
 # PYTHON names the interpreter (default: python3).
 set -euo pipefail
@@ -32,7 +34,8 @@ export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
 import importlib.util
 import sys
 
-missing = [name for name in ("torch", "triton", "pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
+needed = ("torch", "triton", "pytest", "pytest_benchmark")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"check_gpu: not installed in {sys.executable}: {', '.join(missing)}")
 import torch
@@ -40,17 +43,21 @@ import torch
 if not torch.cuda.is_available():
     sys.exit(f"check_gpu: no GPU is available to torch {torch.__version__}")
 EOF
-command -v nvcc >/dev/null || [[ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]] || fail "nvcc is not on the PATH"
+toolkit=${CUDA_HOME:-/usr/local/cuda}/bin
+command -v nvcc >/dev/null || [[ -x "$toolkit/nvcc" ]] || fail "nvcc is not on the PATH"
 
+# The other tests' conftest needs packages that a GPU machine may lack.
+pytest=("$python" -m pytest --confcutdir=tests/gpu -q -p no:cacheprovider)
 begin=$SECONDS
 # 9.0a has the instructions for warp groups, 9.0 has not.
-capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')
+capability=$("$python" -c 'import torch
+print("{}.{}".format(*torch.cuda.get_device_capability()))')
 [[ $capability == 9.0 ]] && capability=9.0a
 GROSS_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability "$python" setup.py --quiet build_ext --inplace
 "$python" -m gross_kernels.environment | tee "$output/environment.txt"
 
 if $sanitize; then
-  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  sanitizer=$(command -v compute-sanitizer || echo "$toolkit/compute-sanitizer")
   if [[ ! -x "$sanitizer" ]]; then
     echo "compute-sanitizer is unavailable: not installed" | tee "$output/sanitizer.txt"
     exit 0
@@ -63,18 +70,17 @@ if $sanitize; then
   # Without torch's allocator, which would hide an access beside a tensor but inside its block.
   # racecheck sees shared memory alone, which is where the CUDA kernels exchange everything.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  timeout 240 "$sanitizer" --tool memcheck --error-exitcode 9 \
-    "$python" -m pytest tests/gpu --confcutdir=tests/gpu -q -p no:cacheprovider -k "groups or repeated" \
+  timeout 240 "$sanitizer" --tool memcheck --error-exitcode 9 "${pytest[@]}" tests/gpu \
+    -k "groups or repeated" \
     2>&1 | tee "$output/sanitizer.txt"
-  timeout 240 "$sanitizer" --tool racecheck --error-exitcode 9 \
-    "$python" -m pytest tests/gpu/test_cuda.py --confcutdir=tests/gpu -q -p no:cacheprovider -k "test_values and groups" \
+  timeout 240 "$sanitizer" --tool racecheck --error-exitcode 9 "${pytest[@]}" \
+    tests/gpu/test_cuda.py -k "test_values and groups" \
     2>&1 | tee -a "$output/sanitizer.txt"
   exit 0
 fi
 
-# --confcutdir: the other tests' conftest needs packages that a GPU machine may lack.
 tests=0
-timeout 240 "$python" -m pytest tests/gpu/test_{cuda,backends,triton}.py --confcutdir=tests/gpu -q -p no:cacheprovider \
+timeout 240 "${pytest[@]}" tests/gpu/test_{cuda,backends,triton}.py \
   --junitxml="$output/tests.xml" 2>&1 | tee "$output/tests.txt" || tests=$?
 
 # What is left of eight minutes, less half a minute to write it down.

@@ -1,19 +1,11 @@
 """Every test starts from the same seed, and hypothesis from the same examples: a failure
 repeats."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-
-# Test modules are imported by their path, so what they share has to be found: the float64
-# definition and its cases, and the tools of the Triton kernels' tests.
-sys.path += [
-    str(Path(__file__).parent / folder) for folder in ("definition", "gross_kernels/triton")
-]
 
 # On tensors as small as the tests', threads wait for one another more than they compute: with two
 # of them on a busy machine of two cores, test_operator.py takes 246 s instead of 20 s. Tests of

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gross_kernels import GroSSConv2d, pack
 
+from .copying import unwrapped
 from .extras import from_extra
 from .supernet import check_configuration, decomposed_layers
 from .supernet import configuration as active_configuration
@@ -49,12 +50,13 @@ def export(
     layers = decomposed_layers(supernet)
     if configuration is None:
         configuration = active_configuration(supernet)
-    check_configuration(configuration, [layer.group_sizes for layer in layers.values()])
+    sizes = [layer.group_sizes for layer in layers.values()]
+    configuration = check_configuration(configuration, sizes, active_configuration(supernet))
     memo: dict[int, object] = {
         id(layer): _single(layer, size) if kernels else layer.fold(size)
         for layer, size in zip(layers.values(), configuration, strict=True)
     }
-    exported = copy.deepcopy(supernet, memo).eval().to(memory_format=torch.channels_last)
+    exported = copy.deepcopy(unwrapped(supernet), memo).eval().to(memory_format=torch.channels_last)
     vars(exported).pop("decomposition_report", None)
     if kernels:
         pack(exported)

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from gross_kernels import GroSSConv2d, SeriesConv2d
 
+from .copying import unwrapped
 from .data import Split
 from .supernet import (
     Configuration,
@@ -135,10 +136,11 @@ def evaluate(
             the supernet does not take the images, or a label is not one of its classes.
     """
     accuracy = data if isinstance(data, Accuracy) else Accuracy(data)
-    wanted = [tuple(c) for c in configurations]
+    supernet = unwrapped(supernet)
     layers = list(decomposed_layers(supernet).values())
-    for c in wanted:
-        check_configuration(c, [layer.group_sizes for layer in layers])
+    sizes = [layer.group_sizes for layer in layers]
+    active = configuration(supernet)
+    wanted = [check_configuration(c, sizes, active) for c in configurations]
     if not wanted:
         return []
     with inference(supernet):

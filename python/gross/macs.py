@@ -15,21 +15,22 @@ PyTorch calls modules: a convolution that a model computes by calling a function
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from gross_kernels import GroSSConv2d, SeriesConv2d, use_backend
+from gross_kernels import GroSSConv2d, SeriesConv2d
 from gross_kernels.series import convolution_macs
 
+from .arguments import check_module
+from .copying import plain_name
+from .example import Example, check_call, run_copy
 from .report import size, text
 from .supernet import Configuration, check_configuration, decomposed_layers
 
@@ -41,7 +42,8 @@ COUNTED = (GroSSConv2d, SeriesConv2d, _ConvNd, nn.Linear, _BatchNorm)
 
 @dataclass(frozen=True)
 class LayerMacs:
-    """MACs of one layer for one input, over all its calls: ``fixed + per_group_size · group_size``.
+    """MACs of one layer in one call of the network, over all its own calls: ``fixed +
+    per_group_size · group_size``.
 
     Attributes:
         name: qualified name, the first one of a layer that is registered more than once.
@@ -53,6 +55,9 @@ class LayerMacs:
         per_group_size: MACs of the grouped convolution per input channel of a group.
         group_size: the one that is counted. None for a layer that is not decomposed, which counts
             as fixed.
+        first_call: how many other layers were called before it; None if it was not called.
+        input_pixels, output_pixels: spatial positions over all its calls and all their images; 0
+            for a layer without any.
     """
 
     name: str
@@ -62,6 +67,9 @@ class LayerMacs:
     fixed: int = 0
     per_group_size: int = 0
     group_size: int | None = None
+    first_call: int | None = None
+    input_pixels: int = 0
+    output_pixels: int = 0
 
     @property
     def grouped(self) -> int:
@@ -74,10 +82,11 @@ class LayerMacs:
 
 @dataclass(frozen=True)
 class MacsReport:
-    """MACs of a network for one input, in one configuration. Printable: a table of layers.
+    """MACs of a network for one call, in one configuration. Printable: a table of layers.
 
     Attributes:
-        input_size: shape of the input, without the batch dimension.
+        input_size: shape of the one input, without the batch dimension; None where an example was
+            counted, with all the images that it holds.
         configuration: one group size per decomposed layer in network order; empty for a network
             that is not decomposed.
         group_sizes: the sizes that each decomposed layer can take.
@@ -85,7 +94,7 @@ class MacsReport:
         per_group_size: MACs of each decomposed layer per unit of its group size.
     """
 
-    input_size: tuple[int, ...]
+    input_size: tuple[int, ...] | None
     configuration: Configuration
     group_sizes: tuple[tuple[int, ...], ...]
     fixed: int
@@ -113,14 +122,25 @@ class MacsReport:
             for count in self._counts
         )
 
-    def with_configuration(self, configuration: Sequence[int]) -> MacsReport:
+    def with_configuration(
+        self, configuration: int | Sequence[int] | Mapping[str, int]
+    ) -> MacsReport:
         """The same network in another configuration. Takes microseconds: nothing is run.
 
+        Args:
+            configuration: as :func:`gross.set_configuration` takes it.
+
         Raises:
-            ValueError: if the configuration is not one of the network's.
+            TypeError, ValueError: if the configuration is not one of the network's.
         """
-        check_configuration(configuration, self.group_sizes)
-        return replace(self, configuration=tuple(configuration))
+        # The names are looked up where they are needed alone: searches ask this a million times.
+        names = (
+            [layer.name for layer in self._counts if layer.group_size is not None]
+            if isinstance(configuration, Mapping)
+            else None
+        )
+        checked = check_configuration(configuration, self.group_sizes, self.configuration, names)
+        return replace(self, configuration=checked)
 
     def __rich__(self) -> Table:
         from rich.box import SIMPLE_HEAD
@@ -128,7 +148,9 @@ class MacsReport:
 
         table = Table(
             box=SIMPLE_HEAD,
-            title=f"MACs for one input of {size(self.input_size)}",
+            title="MACs for the example"
+            if self.input_size is None
+            else f"MACs for one input of {size(self.input_size)}",
             show_footer=True,
         )
         table.add_column("layer", "total")
@@ -153,71 +175,67 @@ class MacsReport:
 
 
 def macs(
-    model: nn.Module, input_size: Sequence[int], configuration: Sequence[int] | None = None
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    configuration: int | Sequence[int] | Mapping[str, int] | None = None,
+    *,
+    example: Example | None = None,
 ) -> MacsReport:
-    """Count the multiply–accumulates of ``model`` for one input by the rule above.
+    """Count the multiply–accumulates of ``model`` for one call by the rule above.
 
     The spatial sizes come from one forward pass of a copy of the model on the meta device, which
-    computes nothing and holds no weights. Other configurations then cost microseconds:
+    computes nothing and holds no weights; where the model cannot run there, because it looks at
+    values, from one on its own device. Other configurations then cost microseconds:
     :meth:`MacsReport.with_configuration`.
 
     Args:
         model: any network, decomposed or not.
-        input_size: shape of one input without the batch dimension, such as ``(3, 224, 224)``.
-        configuration: one group size per decomposed layer in network order; by default the active
-            ones.
+        input_size: shape of one input without the batch dimension, such as ``(3, 224, 224)``, for a
+            network that takes one tensor of floating point.
+        configuration: as :func:`gross.set_configuration` takes it; by default the active one.
+        example: what the network is called with, in place of ``input_size``: a tensor, or a list
+            (of images, say), is its one argument, a tuple its positional arguments, a dictionary
+            its named ones. All images in it count.
 
     Returns:
         The report: ``total``, ``grouped``, ``layers``.
 
     Raises:
-        ValueError: for an input size that is not made of positive ints, or a configuration that
-            does not fit. What the model itself raises on an input of this size is passed on with a
-            note.
+        TypeError: for an argument of another type.
+        ValueError: for an input size that is not made of positive ints, a configuration that does
+            not fit, none or both of ``input_size`` and ``example``, or a model that cannot be
+            copied. What the model itself raises on the input is passed on with a note.
     """
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in input_size):
-        raise ValueError(
-            f"input_size: got {input_size}, accepted are positive ints, such as (3, 224, 224)"
-        )
-    shapes = _shapes_of(model).eval()
-    counts: dict[str, LayerMacs] = {}
-    for name, module in shapes.named_modules():
-        if isinstance(module, COUNTED):
-            group_size = module.group_size if isinstance(module, GroSSConv2d) else None
-            counts[name] = LayerMacs(name, type(module).__name__, group_size=group_size)
-            module.register_forward_hook(partial(_add_call, counts, name), with_kwargs=True)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    try:
-        # Tensors that the model's own forward makes follow to the meta device, where the reference
-        # alone always serves.
-        with torch.no_grad(), torch.device("meta"), use_backend("reference"):
-            shapes(torch.empty(1, *input_size, dtype=dtype))
-    except (RuntimeError, ValueError, TypeError) as error:
-        error.add_note(
-            f"while running the model on the meta device for input_size={tuple(input_size)}"
-        )
-        raise
+    check_module("model", model)
+    call = check_call(model, input_size, example)
+    if call is None:
+        raise ValueError("input_size: got None, accepted is the shape of one input, or an example")
     layers = decomposed_layers(model)
-    report = MacsReport(
-        tuple(input_size),
-        tuple(layer.group_size for layer in layers.values()),
-        tuple(layer.group_sizes for layer in layers.values()),
+    active = tuple(layer.group_size for layer in layers.values())
+    sizes = tuple(layer.group_sizes for layer in layers.values())
+    if configuration is not None:
+        active = check_configuration(configuration, sizes, active, list(layers))
+    counts = run_copy(model, call, _counting)
+    return MacsReport(
+        call.input_size,
+        active,
+        sizes,
         sum(count.fixed for count in counts.values()),
         tuple(counts[name].per_group_size for name in layers),
         tuple(counts.values()),
     )
-    return report if configuration is None else report.with_configuration(configuration)
 
 
-def _shapes_of(model: nn.Module) -> nn.Module:
-    """A copy of the model that has the shapes of its parameters and no memory, so that running it
-    costs nothing."""
-    memo: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(model, memo)
+def _counting(model: nn.Module) -> dict[str, LayerMacs]:
+    """Counts by qualified name, which forward hooks fill in while the model runs."""
+    counts: dict[str, LayerMacs] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, COUNTED):
+            name = plain_name(name)
+            group_size = module.group_size if isinstance(module, GroSSConv2d) else None
+            counts[name] = LayerMacs(name, type(module).__name__, group_size=group_size)
+            module.register_forward_hook(partial(_add_call, counts, name), with_kwargs=True)
+    return counts
 
 
 def _add_call(
@@ -230,25 +248,46 @@ def _add_call(
 ) -> None:
     """Forward hook: add one call of ``layer`` to its count."""
     count = counts[name]
-    fixed, per_group_size = _macs_of_call(layer, args[0] if args else kwargs["input"], output)
+    input = args[0] if args else kwargs["input"]
+    fixed, per_group_size = _macs_of_call(layer, input, output)
+    input_pixels, output_pixels = _pixels(layer, input, output)
+    first_call = count.first_call
+    if first_call is None:
+        first_call = sum(other.calls > 0 for other in counts.values())
     counts[name] = replace(
         count,
         output_size=count.output_size or tuple(output.shape[1:]),
         calls=count.calls + 1,
         fixed=count.fixed + fixed,
         per_group_size=count.per_group_size + per_group_size,
+        first_call=first_call,
+        input_pixels=count.input_pixels + input_pixels,
+        output_pixels=count.output_pixels + output_pixels,
     )
 
 
+def _pixels(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int, int]:
+    """Spatial positions of a convolution's input and output, of all images."""
+    if isinstance(layer, nn.Linear | _BatchNorm):
+        return 0, 0
+    assert isinstance(layer, GroSSConv2d | SeriesConv2d | _ConvNd)
+    return input.numel() // layer.in_channels, output.numel() // layer.out_channels
+
+
 def _macs_of_call(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int, int]:
-    """MACs of one call: those that do not depend on the group size, and those per unit of group
-    size."""
+    """MACs of one call for all its images: those that do not depend on the group size, and those
+    per unit of group size."""
     elements = output.numel()
-    if isinstance(layer, GroSSConv2d):
-        per_group_size = convolution_macs(layer.width[1], 1, layer.kernel_size, output.shape[-2:])
-        return layer.macs(input.shape[-2:]) - per_group_size * layer.group_size, per_group_size
-    if isinstance(layer, SeriesConv2d):
-        return layer.macs(input.shape[-2:]), 0
+    if isinstance(layer, GroSSConv2d | SeriesConv2d):
+        image = layer.out_channels * math.prod(output.shape[-2:])
+        images = elements // image if image else 0
+        total = images * layer.macs(input.shape[-2:])
+        if isinstance(layer, SeriesConv2d):
+            return total, 0
+        per_group_size = images * convolution_macs(
+            layer.width[1], 1, layer.kernel_size, output.shape[-2:]
+        )
+        return total - per_group_size * layer.group_size, per_group_size
     if isinstance(layer, _BatchNorm):
         return 2 * elements, 0
     if isinstance(layer, nn.Linear):

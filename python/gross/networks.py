@@ -18,6 +18,7 @@ from torch import nn
 from gross_kernels import GroSSConv2d
 
 from . import weights as weight_files
+from .arguments import check_choice, check_int, check_path
 from .extras import from_extra
 
 #: The group sizes of VGG-16 and ResNet-18 (section 4.3).
@@ -239,6 +240,7 @@ def build(
         num_classes]``.
 
     Raises:
+        TypeError: for an argument of another type.
         ValueError: for an unknown name, or weights that are broken or do not fit.
         FileNotFoundError: if there is no such weight file.
         ImportError: if torchvision is needed and missing.
@@ -246,9 +248,8 @@ def build(
     network = NETWORKS[_check_name(name)]
     if num_classes is None:
         num_classes = network.num_classes
-    elif num_classes < 1:
-        raise ValueError(f"num_classes: got {num_classes}, accepted are ints of at least 1")
-    tensors = None if weights is None else weight_files.read(weights)
+    num_classes = check_int("num_classes", num_classes, least=1)
+    tensors = None if weights is None else weight_files.read(check_path("weights", weights))
     model = network.make(num_classes)
     if tensors is not None:
         weight_files.load(model, tensors, weights)
@@ -277,9 +278,7 @@ def structure(name: str) -> Structure:
 
 
 def _check_name(name: str) -> str:
-    if name not in NETWORKS:
-        raise ValueError(f"name: got {name!r}, accepted are {', '.join(map(repr, NETWORKS))}")
-    return name
+    return check_choice("name", name, NETWORKS)
 
 
 def _features(stages: tuple[tuple[int, ...], ...]) -> nn.Sequential:
@@ -344,7 +343,7 @@ def _resnet18(num_classes: int) -> nn.Module:
 
 
 def _vgg16_narrow(num_classes: int) -> nn.Module:
-    from .decomposition.convert import decompose
+    from .decomposition import decompose
 
     model = decompose(_vgg16(num_classes), **structure("vgg16-narrow"), method="random", quiet=True)
     for layer in model.modules():

@@ -7,15 +7,16 @@ each decomposed layer, the active configuration, and where the supernet is from.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,33 @@ from torch import Tensor, nn
 from gross_kernels import GroSSConv2d
 
 from . import networks, weights
-from .decomposition.convert import DecomposedLayer, Decomposition, decompose
+from .arguments import check_module, check_path, check_type
+from .copying import copy_model, plain_name, unwrapped
+from .decomposition import Decomposition, decompose
+from .decomposition.convert import Convert
 from .supernet import Configuration, configuration, decomposed_layers, set_configuration
 
 #: The description's key in the header of the file.
 KEY = "gross"
 #: Raised when files can no longer be read as they were.
 FORMAT = 1
+#: How deep what a user adds to the description may be nested.
+DEEPEST = 50
+
+
+class LayerStructure(TypedDict):
+    """What makes a decomposed layer: its arguments."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    padding_mode: str
+    bias: bool
+    width: tuple[int, int]
+    group_sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,34 +69,37 @@ class Description:
     """
 
     network: tuple[str, int] | None
-    layers: dict[str, dict[str, Any]]
+    layers: dict[str, LayerStructure]
     configuration: Configuration
     shared: dict[str, str]
     decomposition: Decomposition | None
     provenance: dict[str, Any]
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)})
+        """The description as JSON. Raises TypeError if the provenance holds what JSON cannot."""
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        try:
+            return json.dumps(content, default=_plain)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(
+                f"provenance: got {self.provenance!r}, accepted is what JSON can hold: {error}"
+            ) from error
 
     @classmethod
     def from_json(cls, text: str) -> Description:
-        """The description back from JSON. Raises ValueError if the text is not one of this
-        format."""
-        content = json.loads(text)
+        """The description back from JSON. Raises ValueError if the text is not one of this format,
+        with the entry that is wrong."""
         try:
-            if content["format"] != FORMAT:
-                raise ValueError(f"got format {content['format']!r}, accepted is {FORMAT}")
-            network, report = content["network"], content["decomposition"]
-            return cls(
-                None if network is None else (network[0], network[1]),
-                dict(content["layers"]),
-                tuple(content["configuration"]),
-                dict(content["shared"]),
-                None if report is None else _report(report),
-                dict(content["provenance"]),
-            )
-        except (TypeError, KeyError, IndexError) as error:
-            raise ValueError(f"incomplete description, {type(error).__name__}: {error}") from error
+            content = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("JSON that is nested too deep") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"got {type(content).__name__}, accepted is a description by names")
+        if content.get("format") != FORMAT:
+            raise ValueError(f"got format {content.get('format')!r}, accepted is {FORMAT}")
+        del content["format"]
+        description: Description = _restored(cls, content, "description")
+        return description
 
 
 def save(
@@ -91,20 +115,31 @@ def save(
         provenance: what else the description shall say: anything that JSON can.
 
     Raises:
+        TypeError: for an argument of another type, or a provenance that JSON cannot hold.
         ValueError: if the model has no decomposed layer, or its state is not all tensors with
             values.
         FileNotFoundError: if the folder does not exist.
     """
+    path = check_path("path", path)
+    if provenance is not None:
+        check_type("provenance", provenance, Mapping, "a mapping from names to values")
+    model = unwrapped(check_module("model", model))
     layers = decomposed_layers(model)
     if not layers:
         raise ValueError(
-            f"model: got {type(model).__name__} without decomposed layers, accepted is what gross.decompose returns"
+            f"model: got {type(model).__name__} without decomposed layers, accepted is what "
+            "gross.decompose returns"
         )
-    state = model.state_dict()
+    state = {plain_name(name): value for name, value in model.state_dict().items()}
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta:
             raise ValueError(
                 f"model: got a state {name!r} without values, accepted are tensors on a real device"
+            )
+        if value.layout != torch.strided or value.is_quantized:
+            raise ValueError(
+                f"model: got a state {name!r} that is sparse or quantised, accepted are dense "
+                "tensors"
             )
     first_names: dict[tuple[Any, ...], str] = {}
     stored = {
@@ -125,10 +160,22 @@ def save(
         },
     )
     tensors = {name: state[name] for name, first in stored.items() if name == first}
+    # Views of one memory that are not the same tensor (buffers cut out of another) become tensors
+    # of their own, which is how a file can hold them.
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    tensors = {
+        name: tensor.clone() if owners[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in tensors.items()
+    }
     weights.write_safetensors(path, tensors, {KEY: description.to_json()})
 
 
-def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    convert: Convert | None = None,
+) -> nn.Module:
     """Load a supernet that :func:`save` wrote. Everything is checked before a tensor is loaded.
 
     Args:
@@ -136,32 +183,38 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         model: needed where the supernet is not of one of the paper's networks: the model before its
             decomposition, or a supernet of the same structure. It is left as it is; the result has
             its device and dtypes.
+        convert: what :func:`gross.decompose` was given, where the model is as it was before.
 
     Returns:
         A new supernet in the saved configuration; without ``model`` on the CPU, in the saved
         dtypes, in training mode.
 
     Raises:
+        TypeError: for an argument of another type.
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, is not a saved supernet, or does not fit the model,
             with what is wrong.
     """
+    if model is not None:
+        model = unwrapped(check_module("model", model))
+    if convert is not None:
+        check_type("convert", convert, Mapping, "a mapping from classes of modules to functions")
     description = describe(path)
     try:
         if model is not None:
-            supernet = _restructure(model, description.layers)
+            supernet = _restructure(model, description.layers, convert)
         elif description.network is not None:
             supernet = _restructure(_empty(*description.network), description.layers)
         else:
             raise ValueError(
-                "gross.networks.build does not know its network; needed is model, as it was before or after its "
-                "decomposition"
+                "gross.networks.build does not know its network; needed is model, as it was before "
+                "or after its decomposition"
             )
         tensors = weights.read_safetensors(path)
         tensors |= {name: tensors[first] for name, first in description.shared.items()}
         weights.load(supernet, tensors, "the file", assign=model is None)
         set_configuration(supernet, description.configuration)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     vars(supernet)["decomposition_report"] = description.decomposition
     return supernet
@@ -174,10 +227,11 @@ def describe(path: str | os.PathLike[str]) -> Description:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated or is not a saved supernet.
     """
-    metadata = weights.read_metadata(path)
+    metadata = weights.read_metadata(check_path("path", path))
     if KEY not in metadata:
         raise ValueError(
-            f"{path} holds tensors, but no supernet saved by gross.save: its header has no description"
+            f"{path} holds tensors, but no supernet saved by gross.save: its header has no "
+            "description"
         )
     try:
         return Description.from_json(metadata[KEY])
@@ -185,24 +239,24 @@ def describe(path: str | os.PathLike[str]) -> Description:
         raise ValueError(f"{path} is not a supernet that this version can read: {error}") from error
 
 
-def _structure(layer: GroSSConv2d) -> dict[str, Any]:
-    """What makes a layer, as JSON has it."""
-    padding = layer.padding
+def _structure(layer: GroSSConv2d) -> LayerStructure:
     return {
         "in_channels": layer.in_channels,
         "out_channels": layer.out_channels,
-        "kernel_size": list(layer.kernel_size),
-        "stride": list(layer.stride),
-        "padding": padding if isinstance(padding, str) else list(padding),
-        "dilation": list(layer.dilation),
+        "kernel_size": layer.kernel_size,
+        "stride": layer.stride,
+        "padding": layer.padding,
+        "dilation": layer.dilation,
         "padding_mode": layer.padding_mode,
         "bias": layer.bias is not None,
-        "width": list(layer.width),
-        "group_sizes": list(layer.group_sizes),
+        "width": layer.width,
+        "group_sizes": layer.group_sizes,
     }
 
 
-def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+def _restructure(
+    model: nn.Module, layers: Mapping[str, LayerStructure], convert: Convert | None = None
+) -> nn.Module:
     """A copy of ``model`` with these decomposed layers; those that it has already must have the
     same structure."""
     present = decomposed_layers(model)
@@ -210,13 +264,14 @@ def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> n
     if new:
         model = decompose(
             model,
-            {name: tuple(layer["group_sizes"]) for name, layer in new.items()},
-            width={name: tuple(layer["width"]) for name, layer in new.items()},
+            {name: layer["group_sizes"] for name, layer in new.items()},
+            width={name: layer["width"] for name, layer in new.items()},
+            convert=convert,
             method="random",
             quiet=True,
         )
     else:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     for name, layer in decomposed_layers(model).items():
         if _structure(layer) != layers.get(name):
             raise ValueError(
@@ -262,15 +317,70 @@ def _modules(model: nn.Module) -> list[tuple[str, type[nn.Module], str]]:
     ]
 
 
-def _report(content: Mapping[str, Any]) -> Decomposition:
-    """The report back from JSON, which has lists for tuples."""
-    layers: list[DecomposedLayer] = []
-    for layer in content["layers"]:
-        values: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in layer.items()
-        }
-        layers.append(DecomposedLayer(**values))
-    return Decomposition(**{**content, "layers": tuple(layers)})
+def _restored(kind: Any, value: Any, where: str) -> Any:
+    """A value out of JSON as the type ``kind``, which JSON has not got: dataclasses, typed
+    dictionaries and tuples.
+
+    Raises:
+        ValueError: if the value is no such thing, naming the entry.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        if _depth(value) > DEEPEST:
+            raise ValueError(f"{where}: nested deeper than {DEEPEST}")
+        return value
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        kinds = [each for each in arguments if each is not NoneType]
+        return _restored(str if isinstance(value, str) and str in kinds else kinds[0], value, where)
+    if origin is tuple and isinstance(value, list):
+        kinds = [arguments[0]] * len(value) if Ellipsis in arguments else [*arguments]
+        if len(kinds) != len(value):
+            raise ValueError(f"{where}: got {len(value)} entries, accepted are {len(kinds)}")
+        parts = enumerate(zip(kinds, value, strict=True))
+        return tuple(_restored(each, part, f"{where}[{i}]") for i, (each, part) in parts)
+    if origin is dict and isinstance(value, dict):
+        return {key: _restored(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+    if (dataclasses.is_dataclass(kind) or is_typeddict(kind)) and isinstance(value, dict):
+        kinds_of = get_type_hints(kind)
+        if value.keys() != kinds_of.keys():
+            odd = ", ".join(sorted(value.keys() ^ kinds_of.keys()))
+            raise ValueError(f"{where}: incomplete description, missing or unknown: {odd}")
+        return kind(**{k: _restored(kinds_of[k], v, f"{where}.{k}") for k, v in value.items()})
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: got {type(value).__name__}, accepted is {_name(kind)}")
+    return value
+
+
+def _name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def _depth(value: Any) -> int:
+    """How deep a value out of JSON is nested."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [
+            each
+            for part in inner
+            if not isinstance(part, str | int | float | None)
+            for each in part
+        ]
+    return depth
+
+
+def _plain(value: object) -> object:
+    """What JSON does not know, as what it does: paths, arrays, tensors, numbers of numpy."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not among it")
 
 
 def _version() -> str | None:

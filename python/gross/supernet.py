@@ -3,11 +3,15 @@ in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from gross_kernels import GroSSConv2d
+
+from .arguments import check_int, check_ints, check_module
+from .copying import plain_name, unwrapped
 
 #: One group size per decomposed layer, in network order.
 Configuration = tuple[int, ...]
@@ -17,9 +21,12 @@ def decomposed_layers(model: nn.Module) -> dict[str, GroSSConv2d]:
     """The decomposed layers by qualified name, in network order.
 
     That is the order in which the model registers them; a layer that is registered more than once
-    has its first name."""
+    has its first name. Names are those of the network itself, also where it is compiled or wrapped
+    in ``DistributedDataParallel``."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, GroSSConv2d)
+        plain_name(name): module
+        for name, module in unwrapped(check_module("model", model)).named_modules()
+        if isinstance(module, GroSSConv2d)
     }
 
 
@@ -28,32 +35,67 @@ def configuration(model: nn.Module) -> Configuration:
     return tuple(layer.group_size for layer in decomposed_layers(model).values())
 
 
-def set_configuration(model: nn.Module, configuration: Sequence[int]) -> None:
-    """Set the active group size of each decomposed layer, in network order.
+def set_configuration(
+    model: nn.Module, configuration: int | Sequence[int] | Mapping[str, int]
+) -> None:
+    """Set the active group sizes of the decomposed layers.
+
+    Args:
+        configuration: one group size per layer in network order; or one int for all of them; or
+            group sizes by the layers' names, the layers not named keep theirs.
 
     Raises:
+        TypeError: if it is none of these.
         ValueError: if there is not one group size per decomposed layer, or a layer does not have
-            it; nothing is changed then.
+            it. Nothing is changed then.
     """
     layers = decomposed_layers(model)
-    check_configuration(configuration, [layer.group_sizes for layer in layers.values()])
-    for layer, group_size in zip(layers.values(), configuration, strict=True):
+    sizes = [layer.group_sizes for layer in layers.values()]
+    active = tuple(layer.group_size for layer in layers.values())
+    checked = check_configuration(configuration, sizes, active, list(layers))
+    for layer, group_size in zip(layers.values(), checked, strict=True):
         layer.group_size = group_size
 
 
-def check_configuration(configuration: Sequence[int], group_sizes: Sequence[Sequence[int]]) -> None:
-    """Check that a configuration takes one of each layer's group sizes.
+def check_configuration(
+    configuration: int | Sequence[int] | Mapping[str, int],
+    group_sizes: Sequence[Sequence[int]],
+    active: Configuration,
+    names: Sequence[str] | None = None,
+) -> Configuration:
+    """The configuration that a user means, one of each layer's group sizes, as Python's ints.
+
+    Args:
+        configuration: as :func:`set_configuration` takes it.
+        group_sizes, active, names: of the layers, in network order.
 
     Raises:
+        TypeError: if it is no int, sequence of ints or mapping to ints.
         ValueError: naming the layer's position, what was got and what is accepted.
     """
+    if isinstance(configuration, Mapping):
+        chosen = dict(zip(names or (), active, strict=True))
+        for name, size in configuration.items():
+            if name not in chosen:
+                near = difflib.get_close_matches(str(name), chosen, n=3) or list(chosen)[:3]
+                raise ValueError(
+                    f"configuration: got {name!r}, accepted are names of decomposed layers, such "
+                    f"as {near}"
+                )
+            chosen[name] = check_int(f"configuration[{name!r}]", size)
+        configuration = tuple(chosen.values())
+    elif isinstance(configuration, Sequence) or getattr(configuration, "ndim", 0) > 0:
+        configuration = check_ints("configuration", configuration)
+    else:
+        configuration = (check_int("configuration", configuration),) * len(group_sizes)
     if len(configuration) != len(group_sizes):
         raise ValueError(
-            f"configuration: got {len(configuration)} group sizes, accepted is one per decomposed layer, "
-            f"{len(group_sizes)}"
+            f"configuration: got {len(configuration)} group sizes, accepted is one per decomposed "
+            f"layer, {len(group_sizes)}"
         )
     for i, (size, sizes) in enumerate(zip(configuration, group_sizes, strict=True)):
         if size not in sizes:
             raise ValueError(
                 f"configuration: got {size!r} for decomposed layer {i}, accepted are {tuple(sizes)}"
             )
+    return configuration

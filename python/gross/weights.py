@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_path
+from .copying import plain_name
 from .extras import from_extra
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is broken, or holds something else than tensors.
     """
-    if Path(path).suffix == ".safetensors":
+    path = check_path("weights", path)
+    if path.suffix == ".safetensors":
         return read_safetensors(path)
     _check_is_file(path)
     try:
@@ -63,7 +66,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         isinstance(value, Tensor) for value in content.values()
     ):
         raise ValueError(
-            f"weights: {path} holds no state dict, accepted are tensors by name, bare or in 'state_dict'"
+            f"weights: {path} holds no state dict, accepted are tensors by name, bare or in "
+            "'state_dict'"
         )
     return dict(content)
 
@@ -127,8 +131,8 @@ def write_safetensors(
 def load(
     model: nn.Module, tensors: Mapping[str, Tensor], source: object, *, assign: bool = False
 ) -> None:
-    """Load ``tensors`` into ``model``. All names and shapes are compared first, so that nothing is
-    half-loaded.
+    """Load ``tensors`` into ``model``. All names, shapes and types are compared first, so that
+    nothing is half-loaded.
 
     Args:
         source: where the tensors are from, for the error.
@@ -136,9 +140,12 @@ def load(
             copying into the model's.
 
     Raises:
-        ValueError: if names or shapes differ.
+        ValueError: if names or shapes differ, or a tensor has another type than the model's and
+            they are not both floating point.
     """
-    expected = model.state_dict()
+    state = model.state_dict()
+    names = {plain_name(name): name for name in state}
+    expected = {name: state[own] for name, own in names.items()}
     differences = {
         "missing": [name for name in expected if name not in tensors],
         "not in the model": [name for name in tensors if name not in expected],
@@ -147,11 +154,22 @@ def load(
             for name, tensor in expected.items()
             if name in tensors and tensors[name].shape != tensor.shape
         ],
+        "of another type": [
+            f"{name} {tensors[name].dtype} for {tensor.dtype}"
+            for name, tensor in expected.items()
+            if name in tensors and not _can_be_cast(tensors[name].dtype, tensor.dtype)
+        ],
     }
     found = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
     if found:
         raise ValueError(f"weights: {source} does not fit the model; {'; '.join(found)}")
-    model.load_state_dict(dict(tensors), assign=assign)
+    own_names = {names[name]: tensor for name, tensor in tensors.items()}
+    model.load_state_dict(own_names, assign=assign)
+
+
+def _can_be_cast(stored: torch.dtype, to: torch.dtype) -> bool:
+    """Integers in place of floating point would be taken for weights of any size."""
+    return stored == to or (stored.is_floating_point and to.is_floating_point)
 
 
 def _check_is_file(path: str | os.PathLike[str]) -> None:

@@ -53,10 +53,8 @@ def test_table(written: Path) -> None:
     entries = json.loads((written / "gpu.json").read_text())["entries"]
     text = (written / "gpu.md").read_text()
     entry = entries[0]
-    assert (
-        f"| 32@5 | 1 | forward | {entry['milliseconds']['ours']:.3f} | {entry['ratios']['copy']:.2f} | – |"
-        in text
-    )
+    ours, copy = entry["milliseconds"]["ours"], entry["ratios"]["copy"]
+    assert f"| 32@5 | 1 | forward | {ours:.3f} | {copy:.2f} | – |" in text
     made = [
         e | {"ratios": {"ours": 1.0, "copy": 0.5, "cuDNN": 2.0, "expand + sum + cuDNN": 8.0}}
         for e in entries

@@ -4,44 +4,29 @@ needed."""
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from build_once import ROOT, WARNINGS, compiled
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
-SANITIZERS = ("-Og", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 #: Compiles a source of this folder and returns the program.
 Compile = Callable[..., Path]
 
 
-def build(source: Path, program: Path, *flags: str) -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None or platform.machine() != "x86_64":
+def build(source: Path, *flags: str) -> Path:
+    """The program of a source, whose own folder has the emulator."""
+    if shutil.which("g++") is None or platform.machine() != "x86_64":
         pytest.skip("requires g++ on x86-64, whose stacks the emulator switches")
-    command = [compiler, "-std=c++17", *flags, f"-I{source.parent}", source, "-o", program]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    return program
+    return compiled(source, "-std=c++17", *flags, include=[source.parent])
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    programs: dict[tuple[str, ...], Path] = {}
-
-    def compile_once(name: str, *flags: str) -> Path:
-        key = (name, *flags)
-        if key not in programs:
-            programs[key] = build(
-                HERE / name, folder / f"program{len(programs)}", *WARNINGS, *flags
-            )
-        return programs[key]
-
-    return compile_once
+def program() -> Compile:
+    return lambda name, *flags: build(HERE / name, *WARNINGS, *flags)
 
 
 @pytest.fixture
@@ -55,7 +40,7 @@ def with_fault(tmp_path: Path) -> Callable[..., Path]:
         for file, old, new in changes:
             path = tmp_path / "csrc/cuda" / file
             path.write_text(changed(path.read_text(), old, new))
-        return build(tmp_path / "tests/cuda_on_host" / test, tmp_path / "program", "-O0", "-w")
+        return build(tmp_path / "tests/cuda_on_host" / test, "-O0", "-w")
 
     return plant
 
@@ -67,6 +52,12 @@ def changed(text: str, old: str, new: str) -> str:
     assert solid.count(wanted) == 1, f"stands {solid.count(wanted)} times: {old}"
     first = solid.index(wanted)
     return text[: places[first]] + new + text[places[first + len(wanted) - 1] + 1 :]
+
+
+def faults(all: Iterable[str], first: str, typical: Iterable[str]) -> list[Any]:
+    """One planted fault for every run, one of each kind for ``-m build``, the others for sweeps."""
+    marks = {first: (), **{name: pytest.mark.build for name in typical if name != first}}
+    return [pytest.param(name, marks=marks.get(name, pytest.mark.sweep)) for name in all]
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

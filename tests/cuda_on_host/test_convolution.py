@@ -6,28 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from build_once import SANITIZERS
 
-from .conftest import SANITIZERS, Compile, run
+from .conftest import Compile, faults, run
 
 
-def test_numerics(compiled: Compile) -> None:
+def test_numerics(program: Compile) -> None:
     """Every kernel, dtype and packing, both ways for copies to land, under both sanitizers."""
-    finished = run(compiled("test_convolution.cpp", *SANITIZERS), "numerics")
+    finished = run(program("test_convolution.cpp", *SANITIZERS), "numerics")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
-def test_traffic(compiled: Compile) -> None:
+def test_traffic(program: Compile) -> None:
     """Global memory within 1.3 times what must move at 56×56 and above, 1.6 times at 14×14, for
     group sizes to 32.
 
     29 to 31 are not served in 16 bits: groups that lie across a tile's edge make five products of
     it."""
-    finished = run(compiled("test_convolution.cpp", "-O2", "-Wno-array-bounds"), "traffic")
+    finished = run(program("test_convolution.cpp", "-O2", "-Wno-array-bounds"), "traffic")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
 STEP = "barrier(1 + place.team, team_threads);\n    "
-STORE = "store_previous(step);\n    reader.request(step + t.stages - 1 < last_step, ring.last(place));\n    "
+STORE = (
+    "store_previous(step);\n"
+    "    reader.request(step + t.stages - 1 < last_step, ring.last(place));\n    "
+)
 HALF = (
     "const auto half_of = [&](int step) { return (step & 1) * t.teams * t.staging_bytes; };\n"
     "  const auto store_previous = [&](int step) {"
@@ -210,13 +214,13 @@ ONE_TYPE = (
 )
 
 
-def test_cases_of_faults(compiled: Compile) -> None:
+def test_cases_of_faults(program: Compile) -> None:
     """Without a fault they pass."""
-    finished = run(compiled("test_convolution.cpp", *SANITIZERS), "faults")
+    finished = run(program("test_convolution.cpp", *SANITIZERS), "faults")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
-#: One of each kind: the others, of the same kinds in other places, take minutes.
+#: One of each kind: the others are of the same kinds in other places.
 TYPICAL = {
     "no barrier in a step",
     "a lane misses the barrier",
@@ -231,9 +235,7 @@ TYPICAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS]
-)
+@pytest.mark.parametrize("fault", faults(FAULTS, "no barrier in a step", TYPICAL))
 def test_fault_is_seen(fault: str, with_fault: Callable[..., Path]) -> None:
     file, before, after, report = FAULTS[fault]
     finished = run(with_fault("test_convolution.cpp", (file, before, after), *ONE_TYPE), "faults")

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+from build_once import SANITIZERS
 
-from .conftest import SANITIZERS, Compile, run
+from .conftest import HERE, Compile, build, run
 
 
-def test_emulator(compiled: Compile) -> None:
-    finished = run(compiled("test_emulator.cpp", *SANITIZERS))
+def test_emulator(program: Compile) -> None:
+    finished = run(program("test_emulator.cpp", *SANITIZERS))
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
@@ -16,7 +17,8 @@ def test_emulator(compiled: Compile) -> None:
     ("overflow", "report"),
     [
         (
-            "int local[4]; for (int i = 0; i < 4 + volatile_one; i++) local[i] = i; keep(local[volatile_one]);",
+            "int local[4]; for (int i = 0; i < 4 + volatile_one; i++) local[i] = i;"
+            " keep(local[volatile_one]);",
             "stack-buffer-overflow",
         ),
         (
@@ -27,8 +29,6 @@ def test_emulator(compiled: Compile) -> None:
 )
 def test_address_sanitizer_sees_fibers(tmp_path: Path, overflow: str, report: str) -> None:
     """A fiber's own overflow, after switches between fibers, is reported, and as what it is."""
-    from .conftest import HERE, build
-
     source = tmp_path / "overflow.cpp"
     source.write_text(
         f'#include "{HERE.parents[1]}/csrc/cuda/primitives.h"\n'
@@ -42,7 +42,6 @@ def test_address_sanitizer_sees_fibers(tmp_path: Path, overflow: str, report: st
         "  });\n"
         "}\n"
     )
-    program = build(source, tmp_path / "overflow", "-O0", "-g", "-fsanitize=address", f"-I{HERE}")
-    finished = run(program)
+    finished = run(build(source, "-O0", "-g", "-fsanitize=address", f"-I{HERE}"))
     assert finished.returncode != 0
     assert report in finished.stderr

@@ -6,26 +6,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from build_once import SANITIZERS
 
-from .conftest import SANITIZERS, Compile, run
+from .conftest import Compile, faults, run
 
 
-def test_kernels(compiled: Compile) -> None:
+def test_kernels(program: Compile) -> None:
     """Every kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    finished = run(compiled("test_weight_grad.cpp", *SANITIZERS), "kernels")
+    finished = run(program("test_weight_grad.cpp", *SANITIZERS), "kernels")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
-def test_numerics(compiled: Compile) -> None:
+def test_numerics(program: Compile) -> None:
     """Every dtype, packing and corner, and random cases."""
-    finished = run(compiled("test_weight_grad.cpp", "-O2"), "numerics")
+    finished = run(program("test_weight_grad.cpp", "-O2"), "numerics")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
-def test_traffic(compiled: Compile) -> None:
+def test_traffic(program: Compile) -> None:
     """Bytes of global memory, for group sizes up to 32: within 1.3 times the tensors' at 56×56 and
     above, 1.6 below."""
-    finished = run(compiled("test_weight_grad.cpp", "-O2"), "traffic")
+    finished = run(program("test_weight_grad.cpp", "-O2"), "traffic")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
@@ -115,7 +116,8 @@ FAULTS = {
     ),
     "activations cut to TF32": (
         HEADER,
-        "words[i] = round_tf32(as_float(load_shared_32(address + i % 2 * 32 + i / 2 * half_bytes, true)));",
+        "words[i] ="
+        " round_tf32(as_float(load_shared_32(address + i % 2 * 32 + i / 2 * half_bytes, true)));",
         "words[i] = load_shared_32(address + i % 2 * 32 + i / 2 * half_bytes, true);",
         WRONG,
     ),
@@ -162,7 +164,7 @@ FAULTS = {
 }
 
 
-#: One fault of each kind; the others take minutes.
+#: One of each kind: the others are of the same kinds in other places.
 TYPICAL = {
     "the wrong gradient row",
     "sums over rows still read",
@@ -174,9 +176,7 @@ TYPICAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS]
-)
+@pytest.mark.parametrize("what", faults(FAULTS, "activations cut to TF32", TYPICAL))
 def test_planted_fault(with_fault: Callable[..., Path], what: str) -> None:
     """A test that does not notice these would not notice the real ones either."""
     file, old, new, report = FAULTS[what]

@@ -5,21 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from build_once import SANITIZERS
 
-from .conftest import SANITIZERS, Compile, run
+from .conftest import Compile, faults, run
 
 
-def test_numerics(compiled: Compile) -> None:
+def test_numerics(program: Compile) -> None:
     """Every kernel and dtype, both ways for copies to land, under AddressSanitizer and
     UndefinedBehaviorSanitizer."""
-    finished = run(compiled("test_wide.cpp", *SANITIZERS), "numerics")
+    finished = run(program("test_wide.cpp", *SANITIZERS), "numerics")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
-def test_traffic(compiled: Compile) -> None:
+def test_traffic(program: Compile) -> None:
     """Bytes of global memory within 1.3 times what must move at 56×56 and above, 1.6 times
     below."""
-    finished = run(compiled("test_wide.cpp", "-O2"), "traffic")
+    finished = run(program("test_wide.cpp", "-O2"), "traffic")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
@@ -59,7 +60,7 @@ FAULTS = {
 }
 
 
-#: One fault of each kind; the others take minutes.
+#: One of each kind: the others are of the same kinds in other places.
 TYPICAL = {
     "no barrier in a step",
     "a wait too few",
@@ -68,9 +69,7 @@ TYPICAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(f, marks=() if f in TYPICAL else pytest.mark.sweep) for f in FAULTS]
-)
+@pytest.mark.parametrize("what", faults(FAULTS, "a wait too few", TYPICAL))
 def test_planted_fault(with_fault: Callable[..., Path], what: str) -> None:
     """A test that does not notice these would not notice the real ones either."""
     old, new, report = FAULTS[what]

@@ -1,21 +1,18 @@
-"""Runs without the other tests' conftest, whose packages a GPU machine may lack: finds what the
-tests share."""
+"""Runs without the other tests' conftest, whose packages a GPU machine may lack."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / folder) for folder in ("definition", "gross_kernels/triton", "gpu")]
+HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.path.is_relative_to(TESTS / "gpu"):
+        if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.skip(reason="requires a GPU"))
 
 

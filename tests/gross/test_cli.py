@@ -1,15 +1,24 @@
 """The ``gross`` command: what it prints where, what it writes, and its exit status."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
-import gross
+import gross.__main__
 import pytest
 import torch
 from gross import networks
 from gross.cli import app
+from gross.cli.app import EXAMPLE
 from gross.supernet import decomposed_layers
 from torch import nn
 from typer.testing import CliRunner, Result
+
+ROOT = Path(__file__).parents[2]
 
 
 def gross_command(*arguments: object) -> Result:
@@ -37,16 +46,23 @@ def test_decompose_fits_a_users_weights_and_saves_the_supernet(tmp_path, output)
         1,
     )
     result = gross_command(
-        "decompose", "4-layer", "--output", output, *arguments, "--skip", "features.9"
+        "decompose",
+        "4-layer",
+        "--output",
+        output,
+        *arguments,
+        "--skip",
+        "features.9",
+        "--keep-costlier",
     )
     assert result.exit_code == 0, result.output
     assert result.stdout.split() == ["saved", str(output)]
     assert "left alone" in result.stderr
     supernet = gross.load(output)
     layers = decomposed_layers(supernet)
-    # The first convolution is not skipped where others are: three channels take group size 1 alone.
+    # The first convolution is not skipped where others are, but its three channels are too few.
+    assert "features.0" in result.stderr.partition("would keep 3 of")[2]
     assert {name: layer.group_sizes for name, layer in layers.items()} == {
-        "features.0": (1,),
         "features.3": (1, 32),
         "features.6": (1, 32),
     }
@@ -152,7 +168,11 @@ def test_help_is_worth_reading(command):
             1,
             "no file at absent.pth",
         ),
-        (["decompose", "4-layer", "-o", "OUTPUT", "--group-sizes", "3,9"], 1, "none fits"),
+        (
+            ["decompose", "4-layer", "-o", "OUTPUT", "--group-sizes", "3,9"],
+            1,
+            "none of the group sizes fits",
+        ),
         (["macs", "4-layer", "--configuration", "1,2,3"], 1, "got 3 for decomposed layer 2"),
         (["macs", "torchvision.models:squeezenet1_1"], 2, "--input-size"),
         (["macs", "torchvision.models:squeezenet9"], 2, "no attribute"),
@@ -174,3 +194,66 @@ def test_failures_have_a_status_and_one_reason_on_the_error_stream(
     assert "Traceback" not in result.output
     assert result.stdout == ""
     assert not output.exists()
+
+
+def test_the_networks_that_help_names_are_ones_that_work(output):
+    """Catches an example in the help that fails (MobileNetV2 has nothing to decompose)."""
+    assert EXAMPLE in " ".join(gross_command("decompose", "--help").stdout.split())
+    result = gross_command("decompose", EXAMPLE, "-o", output, "--method", "random", "--json")
+    assert result.exit_code == 0, result.output
+    refused = gross_command("decompose", "torchvision.models:mobilenet_v2", "-o", output)
+    assert refused.exit_code == 1
+    assert "none can be decomposed" in refused.stderr
+
+
+def test_macs_reads_what_decompose_wrote_of_a_users_network(output, tmp_path, monkeypatch):
+    """Catches a file that the command itself wrote and cannot read: the network is not one of the
+    paper's, but the file says which function made it."""
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    made = gross_command("decompose", "mine:net", "-o", output, "--sweeps", "1")
+    assert made.exit_code == 0, made.output
+    size = ("--input-size", "3,16,16", "--json")
+    counted = json.loads(gross_command("macs", output, *size).stdout)
+    assert counted["configuration"] == [4]
+    one = json.loads(gross_command("macs", output, "--configuration", "1", *size).stdout)
+    assert counted["grouped"] == 4 * one["grouped"] == 4 * 12 * 12 * 16 * 9
+    # A file that does not say it, or says something else, is helped by the command line.
+    gross.save(gross.load(output, mine_net()), output)
+    assert "needed is model" in gross_command("macs", output, *size).stderr
+    helped = gross_command("macs", output, "--network", "mine:net", *size)
+    assert json.loads(helped.stdout)["total"] == counted["total"]
+
+
+def mine_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3))
+
+
+def test_without_its_libraries_the_command_says_so_in_one_line_and_exits_with_1(tmp_path):
+    """Catches a traceback where the extra is not installed; and ``python -m gross`` that is no
+    command."""
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(name='typer')\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "gross", "--help"]
+    without, whole = (
+        subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": each}, capture_output=True, text=True
+        )
+        for each in (path, os.pathsep.join(sys.path))
+    )
+    assert (without.returncode, without.stdout) == (1, "")
+    (line,) = without.stderr.splitlines()
+    assert "pip install gross-kernels[gross]" in line
+    assert (whole.returncode, whole.stderr) == (0, "")
+    assert "Usage: gross" in whole.stdout
+
+
+def test_the_command_is_installed_under_its_name():
+    """Catches an entry point that names something else than the function that guards the
+    imports."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["gross"].partition(":")
+    assert getattr(importlib.import_module(module), function) is gross.__main__.main

@@ -93,7 +93,9 @@ def test_a_supernet_equals_the_network_of_independent_bottlenecks_at_every_group
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3)
     )
-    supernet = decompose(model, (1, 2, 8), sweeps=3, quiet=True)
+    supernet = decompose(
+        model, (1, 2, 8), width={"3": 16}, sweeps=3, keep_costlier=True, quiet=True
+    )
     fits = {k: block_term_series(model[k].weight.detach(), (1, 2, 8), sweeps=3) for k in (1, 3)}
     image = torch.randn(2, 3, 12, 12)
     for i, sizes in enumerate([(1, 1), (2, 2), (8, 8)]):

@@ -51,10 +51,15 @@ MOST_WEIGHTS_OF_A_WARP = 25 * 16 * 16 * 2
 MOST_WEIGHTS_OF_A_PROGRAM = 9 * 64 * 32 * 2
 #: Most rows of sums that ``march`` holds.
 MOST_HISTORY = 5
+#: Triton's version, on which it depends what fits into the registers.
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 #: Whether ``march`` may use the instructions of warp groups (tiles of 64 lanes, four warps): Triton
 #: 3.5 and 3.6 fail to compile its rotating sums with them, 3.9 does not. Fewer lanes use those of
 #: single warps.
-WARP_GROUPS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+WARP_GROUPS = VERSION >= (3, 9)
+#: Most lanes of ``march`` in 16 bits on Hopper and newer, where each warp has a part. Triton 3.8
+#: holds so much of the weights' assembly at once that with 64 it spills 56 to 113 numbers.
+MOST_LANES_ON_HOPPER = 32 if VERSION == (3, 8) else 64
 #: Programs for each multiprocessor that the launch aims at: two fit at a time, twice over for
 #: balance.
 PROGRAMS_PER_PROCESSOR = 4
@@ -157,13 +162,9 @@ def correlation(shape: Shape) -> list[Tile]:
         together = min(4 if narrow else 2, power_of_two(parts + 1) // 2)
         # Weights that are held twice, or five rows of sums, leave fewer registers; so does Ampere's
         # way to load them.
-        most = (
-            16
-            if three_pass
-            else 64
-            if narrow and shape.history <= 3 and (shape.hopper or shape.amd)
-            else 32
-        )
+        most = 16 if three_pass else 32
+        if narrow and shape.history <= 3:
+            most = 64 if shape.amd else MOST_LANES_ON_HOPPER if shape.hopper else 32
         if together > 1 and shape.taps * 256 * shape.itemsize <= MOST_WEIGHTS_OF_A_WARP:
             choices = [
                 Tile(True, lanes, together, 16, 16, together, 2)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..copying import unwrapped
 from ..macs import macs
 from ..supernet import Configuration, check_configuration, decomposed_layers
 
@@ -48,8 +49,8 @@ class Cost:
 
     def checked(self, configuration: Sequence[int]) -> float:
         """The cost of a configuration; ValueError if it is not one of the supernet's."""
-        check_configuration(configuration, [tuple(sizes) for sizes in self.per_layer])
-        return self(configuration)
+        sizes = [tuple(costs) for costs in self.per_layer]
+        return self(check_configuration(configuration, sizes, tuple(s[0] for s in sizes)))
 
     @property
     def smallest(self) -> float:
@@ -195,7 +196,7 @@ def dense_network(supernet: nn.Module) -> nn.Module:
             device=weight.device,
             dtype=weight.dtype,
         ).train(layer.training)
-    return copy.deepcopy(supernet, memo)
+    return copy.deepcopy(unwrapped(supernet), memo)
 
 
 def _number(name: str, amount: Amount, cost: Cost) -> float:

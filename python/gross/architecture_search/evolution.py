@@ -56,7 +56,7 @@ class Evolution:
             remaining -= len(wanted)
 
     def _open(self, space: Space, seed: int) -> Study:
-        with from_extra():
+        with from_extra("search"):
             import optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.NSGAIISampler(population_size=self.population, seed=seed)

@@ -20,6 +20,7 @@ from torch import nn
 from ..data import Data
 from ..evaluation import Accuracy, evaluate
 from ..supernet import Configuration, check_configuration, decomposed_layers
+from ..supernet import configuration as active_configuration
 from ..training import Recipe, finetune
 from ..training.run import provenance, replace
 from .journal import Journal, fingerprint, metric_fingerprint
@@ -146,10 +147,10 @@ def study(
     loaded = loaded.override(overrides)
     if not 1 <= partial <= loaded.epochs:
         raise ValueError(f"partial: got {partial} epochs, accepted are 1 to {loaded.epochs}")
-    for c in also:
-        check_configuration(c, sizes)
+    active = active_configuration(supernet)
+    also = [check_configuration(c, sizes, active) for c in also]
     drawn = _draw(sizes, count, seed)
-    configurations = list(dict.fromkeys([*drawn, *map(tuple, also)]))
+    configurations = list(dict.fromkeys([*drawn, *also]))
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = Accuracy(data.validation)

@@ -71,7 +71,7 @@ class Agreement:
 def agreement(found: Sequence[float], true: Sequence[float]) -> Agreement:
     """Table 5's average precisions and the rank correlations. Raises ValueError for fewer than five
     configurations."""
-    with from_extra():
+    with from_extra("search"):
         from scipy.stats import kendalltau, spearmanr
     top = min(TOP, len(true))
     return Agreement(

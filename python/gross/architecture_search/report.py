@@ -258,7 +258,7 @@ def draw_study(axes: Sequence[Axes], study: Study) -> None:
 
 def _draw(path: Path, parts: int, draw: Any) -> None:
     """One figure, written in place of the file at once."""
-    with from_extra():
+    with from_extra("search"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     figure = Figure(figsize=(6 if parts == 1 else 4 * parts, 4.5), layout="constrained")

@@ -1,7 +1,11 @@
 """The ``gross`` command."""
 
-from . import decompose as decompose
-from . import search as search
-from .app import app
+from ..extras import from_extra
+
+# The libraries of the command line are imported in here, and nowhere outside.
+with from_extra():
+    from . import decompose as decompose
+    from . import search as search
+    from .app import app
 
 __all__ = ["app"]

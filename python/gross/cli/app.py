@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import typer
+from rich.console import Console
 from torch import nn
 
 from .. import networks, storage
 from .. import weights as weight_files
-from ..extras import from_extra
 from ..report import TEXT_WIDTH, error_console
 
-with from_extra():
-    import typer
-    from rich.console import Console
-
 app = typer.Typer(
-    help="Decompose a network into every grouped-convolution architecture at once, and see what each of them costs.",
-    epilog="Exit status: 0 done; 1 the work failed, the reason is on the error stream; 2 the command line is wrong.",
+    help="Decompose a network into every grouped-convolution architecture at once, and see what "
+    "each of them costs.",
+    epilog="Exit status: 0 done; 1 the work failed, the reason is on the error stream; 2 the "
+    "command line is wrong.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,13 +48,16 @@ class Ints(tuple[int, ...]):
 
 
 NAMES = ", ".join(networks.NETWORKS)
-CALLABLE = "module:function, a function without arguments that returns a model, such as torchvision.models:mobilenet_v2"
+#: A network that the commands take as it is written here.
+EXAMPLE = "torchvision.models:squeezenet1_1"
+CALLABLE = f"module:function, a function without arguments that returns a model, such as {EXAMPLE}"
 GroupSizes = Annotated[
     Ints | None,
     typer.Option(
         parser=Ints.parse,
         metavar="S,S,...",
-        help="Each layer takes those that fit. By default the paper's for its networks, 1,4,16,32 for others.",
+        help="Each layer takes those that fit and cost fewer MACs than its convolution. By default "
+        "the paper's for its networks, 1,4,16,32 for others.",
         show_default=False,
     ),
 ]
@@ -117,11 +119,19 @@ def build(network: str, num_classes: int | None, weights: Path | None) -> nn.Mod
     return model
 
 
-def target(target: str) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """The network that ``target`` names, and the size of its input if that is known."""
+def target(target: str, network: str | None = None) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """The network that ``target`` names, and the size of its input if that is known.
+
+    A saved supernet is put into what ``network`` names, or else what the file says that it was made
+    of."""
     if Path(target).is_file():
-        saved_as = storage.describe(target).network
-        return storage.load(target), None if saved_as is None else networks.input_size(saved_as[0])
+        description = storage.describe(target)
+        if description.network is not None:
+            return storage.load(target), networks.input_size(description.network[0])
+        origin = network or description.provenance.get("network")
+        if isinstance(origin, str) and ":" in origin:
+            return storage.load(target, build(origin, None, None)), None
+        return storage.load(target), None
     if target in networks.NETWORKS:
         with torch.device("meta"):
             return networks.build(target), networks.input_size(target)

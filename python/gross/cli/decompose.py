@@ -33,6 +33,7 @@ from .app import (
     failures,
     show,
 )
+from .app import target as target_network
 
 
 @app.command("decompose")
@@ -49,8 +50,8 @@ def decompose_command(
         typer.Option(
             "--weights",
             "-w",
-            help="Trained weights, a .pth or .safetensors file. By default those that the network is made with: fresh "
-            "ones for the paper's networks, good for a trial.",
+            help="Trained weights, a .pth or .safetensors file. By default those that the network "
+            "is made with: fresh ones for the paper's networks, good for a trial.",
             show_default=False,
         ),
     ] = None,
@@ -66,18 +67,25 @@ def decompose_command(
         typer.Option(
             parser=Ints.parse,
             metavar="W or IN,OUT",
-            help="Channels of the bottlenecks. By default a convolution's input channels; vgg16-narrow has its own.",
+            help="Channels of the bottlenecks. By default a convolution's input or output "
+            "channels, whichever are fewer; vgg16-narrow has its own.",
             show_default=False,
         ),
     ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            help="A convolution to leave alone, or a module around several; repeatable. Replaces the default, which is "
-            "the first convolution.",
+            help="A convolution to leave alone, or a module around several; repeatable. Replaces "
+            "the default, which is the first convolution.",
             show_default=False,
         ),
     ] = None,
+    keep_costlier: Annotated[
+        bool,
+        typer.Option(
+            "--keep-costlier", help="Keep group sizes that cost more MACs than the convolution."
+        ),
+    ] = False,
     method: Annotated[
         Method, typer.Option(help="als fits the weights, random makes the structure alone.")
     ] = "als",
@@ -88,6 +96,14 @@ def decompose_command(
         float, typer.Option(help="Stop when a sweep lowers the relative error by less.")
     ] = 1e-5,
     seed: Annotated[int, typer.Option(help="Of the fit, and of fresh weights.")] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Layers that are fitted at a time. By default one a core; the result is the same.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the fit runs: cpu, cuda, cuda:1.")] = "cpu",
     input_size: InputSize = None,
     as_json: Json = False,
@@ -96,7 +112,13 @@ def decompose_command(
 
     Example: gross decompose vgg16 --weights vgg16-397923af.pth --output supernet.safetensors
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        on_cuda = torch.device(device).type == "cuda"
+    except RuntimeError as error:
+        raise typer.BadParameter(
+            f"got {device!r}, accepted are cpu, cuda, cuda:1 and the like", param_hint="--device"
+        ) from error
+    if on_cuda and not torch.cuda.is_available():
         raise typer.BadParameter(
             f"got {device!r}, and no CUDA device is available", param_hint="--device"
         )
@@ -113,10 +135,12 @@ def decompose_command(
             group_sizes or _group_sizes(network),
             width=pair("width", width) if width else known.structure["width"] if known else None,
             skip=skip,
+            keep_costlier=keep_costlier,
             method=method,
             sweeps=sweeps,
             tolerance=tolerance,
             seed=seed,
+            workers=workers,
             input_size=input_size or (known.input_size if known else None),
             quiet=as_json,
         )
@@ -146,8 +170,17 @@ def macs_command(
         typer.Option(
             parser=Ints.parse,
             metavar="S,S,...",
-            help="One group size per decomposed layer, in network order. By default a supernet's own; other networks "
-            "are then counted as they are.",
+            help="One group size per decomposed layer, in network order, or one for all of them. "
+            "By default a supernet's own; other networks are then counted as they are.",
+            show_default=False,
+        ),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="What a saved supernet was made of, where that is none of the networks above. By "
+            "default the function that the file names, which is imported and called.",
             show_default=False,
         ),
     ] = None,
@@ -160,7 +193,7 @@ def macs_command(
     Example: gross macs vgg16 --configuration 1,32,32,32,16,1,32,16,32,4,32,16
     """
     with failures():
-        model, known_size = target(target)
+        model, known_size = target_network(target, network)
         counted_size = input_size or known_size
         if counted_size is None:
             raise typer.BadParameter(
@@ -170,7 +203,8 @@ def macs_command(
             model = decompose(
                 model, group_sizes or _group_sizes(target), method="random", quiet=True
             )
-        report = macs(model, counted_size, configuration)
+        chosen = configuration[0] if configuration and len(configuration) == 1 else configuration
+        report = macs(model, counted_size, chosen)
         content = {
             "input_size": report.input_size,
             "configuration": report.configuration,
@@ -253,7 +287,8 @@ def _saved_supernet(description: storage.Description) -> Group:
     ):
         layers.add_row(
             layer,
-            f"{structure['in_channels']}→{structure['out_channels']} {size(structure['kernel_size'])}",
+            f"{structure['in_channels']}→{structure['out_channels']} "
+            f"{size(structure['kernel_size'])}",
             "→".join(map(str, dict.fromkeys(structure["width"]))),
             " ".join(map(str, structure["group_sizes"])),
             str(active),

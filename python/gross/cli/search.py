@@ -44,11 +44,17 @@ from ..supernet import decomposed_layers
 from ..training import Recipe
 from ..training.distributed import launched, shard
 from ..training.recipes import parse
-from .app import CALLABLE, Ints, Json, app, build, failures, show
+from .app import CALLABLE, Ints, Json, app, failures, show, target
 
 Supernet = Annotated[
     Path,
-    typer.Argument(metavar="SUPERNET", help="A supernet that gross saved.", show_default=False),
+    typer.Argument(
+        metavar="SUPERNET",
+        help="A supernet that gross saved.",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -433,8 +439,7 @@ def study_command(
 
 
 def _load(path: Path, model: str | None, device: torch.device) -> nn.Module:
-    net = storage.load(path, None if model is None else build(model, None, None))
-    return net.to(device)
+    return target(str(path), model)[0].to(device)
 
 
 def _device(name: str) -> torch.device:

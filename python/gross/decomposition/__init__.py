@@ -2,7 +2,8 @@
 
 from . import block_term, vbmf
 from .block_term import BlockTerm, block_term_series
-from .convert import DecomposedLayer, Decomposition, decompose
+from .convert import decompose
+from .report import DecomposedLayer, Decomposition
 
 __all__ = [
     "BlockTerm",

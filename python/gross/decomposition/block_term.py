@@ -33,6 +33,15 @@ from torch.nn.functional import pad
 
 from gross_kernels.series import check_group_sizes, expand
 
+from ..arguments import (
+    check_flag,
+    check_int,
+    check_ints,
+    check_number,
+    check_pair,
+    check_tensor,
+    check_type,
+)
 from ..extras import from_extra
 
 #: Largest Gram matrix of the core that is factorised. Beyond it, this many steps of conjugate
@@ -120,8 +129,10 @@ def block_term_series(
 
     The other arguments and what is raised are those of ``block_term``.
     """
+    check_flag("warm_start", warm_start)
     fits: list[BlockTerm] = []
-    for group_size in check_group_sizes(group_sizes, *_widths(weight, width)):
+    sizes = check_ints("group_sizes", group_sizes, least=1)
+    for group_size in check_group_sizes(sizes, *_widths(weight, width)):
         fit = block_term(
             weight,
             group_size,
@@ -182,15 +193,21 @@ def block_term(
         most 300.
 
     Raises:
-        TypeError: if a dtype is not one of those accepted.
+        TypeError: for an argument of another type or dtype.
         ValueError: if the weight is not four-dimensional or not finite, the sizes do not fit, or a
             number is out of range.
         ImportError: if TensorLy is needed and not installed.
     """
     began = time.perf_counter()
     width_in, width_out = _widths(weight, width)
-    check_group_sizes((group_size,), width_in, width_out)
-    dtype = _check(weight, (width_in, width_out), start, sweeps, tolerance, ridge, dtype)
+    group_size = check_int("group_size", group_size, least=1)
+    check_group_sizes((group_size,), width_in, width_out, "group_size")
+    sweeps, seed = check_int("sweeps", sweeps, least=1), check_int("seed", seed)
+    tolerance = check_number("tolerance", tolerance, "a number of at least 0")
+    ridge = check_number("ridge", ridge, "a positive number", open_below=True)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: got {type(progress).__name__}, accepted is a function")
+    dtype = _check(weight, (width_in, width_out), start, dtype)
 
     # The fit is of a kernel of norm 1: errors are residual norms, and no Gram matrix of tiny or
     # huge weights is out of float32's range.
@@ -252,45 +269,32 @@ class _Blocks(NamedTuple):
 
 
 def _widths(weight: Tensor, width: int | tuple[int, int] | None) -> tuple[int, int]:
-    if weight.dim() != 4:
+    if check_tensor("weight", weight).dim() != 4:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, C_in, kh, kw]"
         )
-    widths = (
-        width if isinstance(width, tuple) else (weight.shape[1] if width is None else width,) * 2
-    )
-    if len(widths) != 2 or not all(isinstance(each, int) and each > 0 for each in widths):
-        raise ValueError(f"width: got {width!r}, accepted is a positive int or a pair of them")
-    return widths
+    return check_pair("width", weight.shape[1] if width is None else width)
 
 
 def _check(
     weight: Tensor,
     widths: tuple[int, int],
     start: BlockTerm | None,
-    sweeps: int,
-    tolerance: float,
-    ridge: float,
     dtype: torch.dtype | None,
 ) -> torch.dtype:
-    """Check what ``block_term`` was given; returns the dtype to compute in."""
+    """Check the tensors that ``block_term`` was given; returns the dtype to compute in."""
     if not weight.is_floating_point():
         raise TypeError(f"weight: got {weight.dtype}, accepted are floating point dtypes")
     if dtype is None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
     if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype: got {dtype}, accepted are torch.float32 and torch.float64")
+        raise TypeError(f"dtype: got {dtype!r}, accepted are torch.float32 and torch.float64")
     if not weight.isfinite().all():
         raise ValueError(
             f"weight: {int((~weight.isfinite()).sum())} of {weight.numel()} entries are not finite"
         )
-    if sweeps < 1:
-        raise ValueError(f"sweeps: got {sweeps}, accepted is 1 or more")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance: got {tolerance}, accepted is 0 or more")
-    if not 0 < ridge < math.inf:
-        raise ValueError(f"ridge: got {ridge}, accepted is a positive number")
     if start is not None:
+        check_type("start", start, BlockTerm, "a BlockTerm, or None")
         got = [
             tuple(each.shape) for each in (start.pointwise_in, start.grouped, start.pointwise_out)
         ]
@@ -415,8 +419,17 @@ def _solve_core(by_inner: Tensor, blocks: _Blocks, ridge: float) -> Tensor:
             target.reshape(rows, taps), torch.linalg.cholesky(gram)
         ).reshape(target.shape)
 
+    inner_rows = inner_gram.reshape(groups, s, groups * s)
+    outer_rows = outer_gram.reshape(groups, m, groups * m)
+
     def apply(core: Tensor) -> Tensor:
-        return torch.einsum("hngm,gmkht->hntk", outer_gram, _half(core, inner_gram)) + ridge * core
+        # Tap by tap the second product reads the first where it lies, ``[G·m, K, G, s]``, which is
+        # as large as the kernel: one product for all taps would turn it round first, in twice the
+        # time.
+        half = core.mT.reshape(groups, m * taps, s) @ inner_rows
+        half = half.reshape(groups * m, taps, groups, s)
+        image = [outer_rows @ half[:, k].transpose(0, 1) for k in range(taps)]
+        return torch.stack(image, dim=-1) + ridge * core
 
     core = blocks.core
     residual = target - apply(core)

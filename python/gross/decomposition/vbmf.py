@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import check_ints, check_number, check_tensor
+
 
 def vbmf_group_size(weight: Tensor, group_sizes: Sequence[int]) -> int:
     """The group size nearest to the ``vbmf_rank`` of a kernel ``[C_out, C_in, kh, kw]``; the
@@ -26,6 +28,7 @@ def vbmf_group_size(weight: Tensor, group_sizes: Sequence[int]) -> int:
     Never 0, whatever the rank.
 
     Raises:
+        TypeError: for an argument of another type.
         ValueError: if the kernel is not four-dimensional or not finite, or there are no group
             sizes.
     """
@@ -37,8 +40,9 @@ def energy_group_size(weight: Tensor, group_sizes: Sequence[int], energy: float 
     smaller one on a tie.
 
     Raises:
-        ValueError: as ``vbmf_group_size``, or if ``energy`` is not in (0, 1].
+        TypeError, ValueError: as ``vbmf_group_size``, or if ``energy`` is not in (0, 1].
     """
+    energy = _check_energy(energy)
     return _group_size(weight, group_sizes, lambda matrix: energy_rank(matrix, energy))
 
 
@@ -47,11 +51,11 @@ def energy_rank(matrix: Tensor, energy: float = 0.9) -> int:
     those of all.
 
     Raises:
-        ValueError: if ``energy`` is not in (0, 1].
+        TypeError: for an argument of another type.
+        ValueError: if ``energy`` is not in (0, 1], or the matrix is none.
     """
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy: got {energy}, accepted is a fraction in (0, 1]")
-    shares = torch.linalg.svdvals(matrix.double()).square().cumsum(0)
+    energy = _check_energy(energy)
+    shares = torch.linalg.svdvals(_check_matrix(matrix).double()).square().cumsum(0)
     return int((shares < energy * shares[-1]).sum()) + 1
 
 
@@ -73,8 +77,15 @@ def vbmf_rank(matrix: Tensor, noise_variance: float | None = None) -> int:
 
     Returns:
         How many components are kept, which may be 0.
+
+    Raises:
+        TypeError: for an argument of another type.
+        ValueError: if the variance is not positive, or the matrix is none.
     """
-    rows, columns = sorted(matrix.shape)
+    if noise_variance is not None:
+        accepted = "a positive number"
+        noise_variance = check_number("noise_variance", noise_variance, accepted, open_below=True)
+    rows, columns = sorted(_check_matrix(matrix).shape)
     alpha = rows / columns
     squares = torch.linalg.svdvals(matrix.double()).square()
     if not squares[0] > 0:
@@ -112,8 +123,26 @@ def _noise_variance(squares: Tensor, alpha: float) -> float:
     return grid[best].exp().item()
 
 
+def _check_energy(energy: float) -> float:
+    accepted = "a fraction in (0, 1]"
+    number = check_number("energy", energy, accepted, open_below=True)
+    if number > 1:
+        raise ValueError(f"energy: got {number}, accepted is {accepted}")
+    return number
+
+
+def _check_matrix(matrix: Tensor) -> Tensor:
+    if check_tensor("matrix", matrix).dim() != 2 or 0 in matrix.shape or matrix.is_complex():
+        raise ValueError(
+            f"matrix: got {matrix.dtype} of shape {tuple(matrix.shape)}, accepted is a real matrix "
+            "with entries"
+        )
+    return matrix
+
+
 def _group_size(weight: Tensor, group_sizes: Sequence[int], rank: Callable[[Tensor], int]) -> int:
-    if weight.dim() != 4:
+    group_sizes = check_ints("group_sizes", group_sizes, least=1)
+    if check_tensor("weight", weight).dim() != 4:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, C_in, kh, kw]"
         )

@@ -161,8 +161,8 @@ def finetune(
             supernet, sampling.policy, alpha=sampling.alpha, form=sampling.form, seed=seed
         )
     else:
-        check_configuration(configuration, sizes)
-        configuration = tuple(configuration)
+        active = tuple(layer.group_size for layer in layers.values())
+        configuration = check_configuration(configuration, sizes, active)
         sampler = None
     with ExitStack() as stack:
         if chosen.objective == "response":

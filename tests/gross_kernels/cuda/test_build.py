@@ -46,10 +46,9 @@ def build(
         for name, value in os.environ.items()
         if not name.startswith(("GROSS_", "TORCH_", "CUDA_"))
     }
-    result = subprocess.run(
-        [sys.executable, "-c", READ, json.dumps(cuda), *arguments],
-        env=kept | {"CUDA_HOME": str(tmp_path)} | variables, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    environment = kept | {"CUDA_HOME": str(tmp_path)} | variables
+    command = [sys.executable, "-c", READ, json.dumps(cuda), *arguments]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     return result.returncode, result.stdout, result.stderr
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from build_once import ROOT, compiled
 
 from gross_kernels.backends import cuda
 
-ROOT = Path(__file__).parents[3]
 #: Registers of a multiprocessor, and of a thread at most.
 REGISTERS, MOST_REGISTERS = 65536, 255
 
@@ -118,6 +118,7 @@ def assembly_of(file: Path, architecture: str, kernels: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.build
 def test_matrix_units(library: Path, report: list[Resources]) -> None:
     """Catches kernels without products of the matrix unit: guarded away, their instructions compile
     silently."""
@@ -145,34 +146,24 @@ def functions(text: str) -> Iterator[tuple[str, str]]:
     yield from zip(parts[::2], parts[1::2], strict=True)
 
 
-def compile_wide(tmp_path: Path, *flags: str) -> Path:
+def wide(*flags: str) -> Path:
     """wide.cu for plain 9.0, which has no instructions for warpgroups."""
-    target = tmp_path / "wide.o"
-    command = [
-        tool("nvcc"),
-        "-std=c++17",
-        "-O3",
-        "-arch=sm_90",
-        *flags,
-        "-c",
-        ROOT / "csrc/cuda/wide.cu",
-        "-o",
-        target,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return target
+    options = ("-std=c++17", "-O3", "-arch=sm_90", "-c")
+    return compiled(ROOT / "csrc/cuda/wide.cu", *options, *flags, compiler=tool("nvcc"))
 
 
+@pytest.mark.build
 @pytest.mark.usefixtures("library")
-def test_no_warpgroups_on_plain_hopper(tmp_path: Path) -> None:
+def test_no_warpgroups_on_plain_hopper() -> None:
     """Catches kernels that compute nothing: built for 9.0 alone they must not exist."""
-    assert list(resources_of(compile_wide(tmp_path))) == []
+    assert list(resources_of(wide())) == []
 
 
+@pytest.mark.build
 @pytest.mark.usefixtures("library")
-def test_warpgroups_elsewhere_are_traps(tmp_path: Path) -> None:
+def test_warpgroups_elsewhere_are_traps() -> None:
     """Catches the same beside 9.0a: for other GPUs the kernels must stop whoever launches them."""
-    made = compile_wide(tmp_path, "-DGROSS_CUDA_WARP_GROUPS")
+    made = wide("-DGROSS_CUDA_WARP_GROUPS")
     kernels = [resources.kernel for resources in resources_of(made)]
     assert len(kernels) == 8
     for _, body in functions(assembly_of(made, "sm_90", kernels)):

@@ -31,10 +31,14 @@ POINTERS = {
 
 @dataclass
 class Compiled:
-    """What the compiler made: resources, and counts of the instructions that matter."""
+    """What the compiler made: resources, and counts of the instructions that matter.
+
+    ``stack`` is in bytes of a thread, ``spilled_in_loops`` in reads and writes of it where numbers
+    are computed again and again (:func:`spills_in_loops`)."""
 
     registers: int
     stack: int
+    spilled_in_loops: int
     shared: int
     matrix: int
     wide_loads: int
@@ -80,9 +84,11 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
         def number(name: str) -> int:
             return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
 
+        stack = number("private_segment_fixed_size")
         return Compiled(
             number("vgpr_count"),
-            number("private_segment_fixed_size"),
+            stack,
+            stack,  # Where it is used is not read: none is wanted.
             compiled.metadata.shared,
             text.count("v_mfma"),
             len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
@@ -90,15 +96,17 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
             text,
         )
     text = compiled.asm["ptx"]
-    usage = resource_usage(compiled.asm["cubin"])
+    usage = cuobjdump("-res-usage", compiled.asm["cubin"])
     return Compiled(
         int(re.search(r"REG:(\d+)", usage)[1]),
         int(re.search(r"STACK:(\d+)", usage)[1]),
+        spills_in_loops(cuobjdump("-sass", compiled.asm["cubin"])),
         compiled.metadata.shared,
         len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", text)),
         len(
             re.findall(
-                r"cp\.async\.cg\.shared\.global|ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64",
+                r"cp\.async\.cg\.shared\.global"
+                r"|ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64",
                 text,
             )
         ),
@@ -107,14 +115,39 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
     )
 
 
-def resource_usage(cubin: bytes) -> str:
-    """What ``cuobjdump -res-usage`` says; Triton brings one."""
+def spills_in_loops(sass: str) -> int:
+    """Reads and writes of the stack within the innermost loop around every product and sum of
+    floating-point numbers. Elsewhere they are made once for a tile of many rows, not once a row."""
+    code = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)
+    ]
+    loops = [
+        range(target, address + 1)
+        for address, text in code
+        if (jump := re.search(r"\bBRA\b.*0x([0-9a-f]+)", text))
+        and (target := int(jump[1], 16)) < address
+    ]
+    inner = {
+        min(around, key=len)
+        for address, text in code
+        if re.search(r"MMA|\bF(FMA|ADD|MUL)", text)
+        and (around := [loop for loop in loops if address in loop])
+    }
+    return sum(
+        bool(re.search(r"\b(LDL|STL)\b", text)) and any(address in loop for loop in inner)
+        for address, text in code
+    )
+
+
+def cuobjdump(what: str, cubin: bytes) -> str:
+    """What Triton's own ``cuobjdump`` says."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
         return subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+            [tool, what, file.name], capture_output=True, text=True, check=True
         ).stdout
     finally:
         os.unlink(file.name)

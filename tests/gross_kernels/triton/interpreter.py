@@ -117,6 +117,12 @@ def splat(builder: Any, kind: Any, scalar: Any) -> Any:
     )
 
 
+def bfloat16_constant(builder: Any, value: float) -> Any:
+    """A number of the kernel's text as bfloat16; Triton before 3.9 has this of every type but
+    that."""
+    return Handle(to_bfloat16(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+
 def checked(original: Callable) -> Callable:
     """A load or store that refuses to touch an address outside ``bounds``."""
 
@@ -148,6 +154,7 @@ Builder.cast_impl = cast
 Builder.create_fp_to_fp = lambda builder, source, target, rounding: cast(builder, source, target)
 Builder.create_dot = dot
 Builder.create_splat = splat
+Builder.get_bf16 = bfloat16_constant
 for name in ("create_load", "create_masked_load", "create_store", "create_masked_store"):
     setattr(Builder, name, checked(getattr(Builder, name)))
 
