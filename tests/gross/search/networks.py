@@ -18,7 +18,9 @@ def supernet(layers: int = 4, group_sizes: tuple[int, ...] = (1, 2, 4, 8)) -> nn
         nn.Flatten(),
         nn.Linear(32, 5),
     )
-    net = gross.decompose(model, group_sizes, method="random", quiet=True).eval()
+    net = gross.decompose(
+        model, group_sizes, keep_costlier=True, method="random", quiet=True
+    ).eval()
     with torch.no_grad():
         for layer in decomposed_layers(net).values():
             for term in layer.pointwise_out:

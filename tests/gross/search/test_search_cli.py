@@ -24,7 +24,9 @@ def content(result: Result) -> dict:
 def saved(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("saved") / "supernet.safetensors"
-    net = gross.decompose(gross.networks.build("4-layer"), (1, 8, 32), method="random", quiet=True)
+    net = gross.decompose(
+        gross.networks.build("4-layer"), (1, 8, 32), keep_costlier=True, method="random", quiet=True
+    )
     gross.save(net, path)
     return path
 
