@@ -1,8 +1,8 @@
 """Compiles the CUDA sources for the host, where emulator.h runs them: no GPU and no CUDA toolkit is
 needed.
 
-A default run builds one program with the sanitizers, two with -O2 and a planted fault of each
-test; ``-m build`` adds the other ways and one fault of each kind."""
+A default run builds the emulator and one kernel with the sanitizers, two with -O2, and a fault in
+each; ``-m build`` adds the other ways and one fault of each kind."""
 
 import platform
 import shutil
