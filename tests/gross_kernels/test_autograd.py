@@ -255,7 +255,7 @@ def test_no_python_of_autograd_without_gradients(mode: Callable, fused: bool) ->
     entered: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_qualname == "register_gradient.<locals>.autograd":
+        if event == "call" and frame.f_code.co_qualname == "_register_flat.<locals>.autograd":
             entered.append(event)
 
     with mode(), use_fused(fused):

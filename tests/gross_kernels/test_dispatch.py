@@ -14,6 +14,9 @@ import torch
 
 import gross_kernels
 from gross_kernels import GroSSConv2d, dispatch, explain, series_conv2d, use_backend
+from gross_kernels.call import Call
+from gross_kernels.geometry import Geometry
+from gross_kernels.series import Series
 
 PACKAGE = Path(gross_kernels.__file__).parent
 INPUT = torch.randn(2, 8, 6, 6)
@@ -103,7 +106,7 @@ def test_explain() -> None:
 
 def test_backend_that_does_not_serve_the_call() -> None:
     """Catches a forced backend that is silently replaced by another one."""
-    call = dispatch.Call.of(INPUT.to("meta"), TERMS, 2, (1, 1), (0, 0), (1, 1))
+    call = Call.of(INPUT.to("meta"), Series(TERMS, 2), Geometry())
     with (
         use_backend("cpu"),
         pytest.raises(ValueError, match=r"backend: 'cpu' is forced but does not serve .*'meta'"),
@@ -115,7 +118,7 @@ def test_backend_that_does_not_serve_the_call() -> None:
 def test_first_backend_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a preference that is not followed, and a call that nobody serves but somebody
     gets."""
-    call = dispatch.Call.of(INPUT, TERMS, 2, (1, 1), (0, 0), (1, 1))
+    call = Call.of(INPUT, Series(TERMS, 2), Geometry())
     refuses = SimpleNamespace(supports=lambda call: False)
     monkeypatch.setitem(dispatch.BACKENDS, "refuses", refuses)
     monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("refuses", "reference", "cpu"))
@@ -131,11 +134,11 @@ def test_call_describes_the_arguments() -> None:
     """Catches a description in which input and output, or stride and padding, are exchanged."""
     terms = [torch.empty(12, s, 3, 2, dtype=torch.float32) for s in (2, 6)]
     input = torch.empty(5, 6, 7, 8, dtype=torch.bfloat16, memory_format=torch.channels_last)
-    call = dispatch.Call.of(input, terms, 1, (1, 2), (3, 4), (5, 6), "input_grad")
-    geometry = ((3, 2), (1, 2), (3, 4), (5, 6))
+    geometry = Geometry((1, 2), (3, 4), (5, 6))
+    call = Call.of(input, Series(terms, 1), Geometry(*map(list, geometry)), "input_grad")
     types = ("cpu", torch.bfloat16, torch.float32)
-    assert call == dispatch.Call(
-        *types, 6, 12, (2, 6), *geometry, 1, "input_grad", channels_last=True
+    assert call == Call(
+        *types, 6, 12, (2, 6), (3, 2), geometry, 1, "input_grad", channels_last=True
     )
 
 
