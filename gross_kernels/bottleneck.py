@@ -217,13 +217,14 @@ def _differentiable(
     needs: Sequence[bool],
 ) -> list[Any]:
     """The gradients with a graph of their own, for second derivatives: those of :func:`parts`."""
-    leaves = [[input], *weights.series, [weights.bias], [weights.gates]]
+    bias, gates = ([] if leaf is None else [leaf] for leaf in (weights.bias, weights.gates))
+    leaves = [[input], *weights.series, bias, gates]
     wanted = [
         leaf
         for group, need in zip(leaves, needs, strict=True)
         if need
         for leaf in group
-        if leaf is not None
+        if leaf.requires_grad
     ]
     with torch.enable_grad():
         output, _ = parts(input, weights, geometry, relu)
@@ -232,7 +233,7 @@ def _differentiable(
     )
     results: list[Any] = []
     for i, (group, need) in enumerate(zip(leaves, needs, strict=True)):
-        got = [next(found) for leaf in group if leaf is not None] if need else []
+        got = [next(found) if leaf.requires_grad else None for leaf in group if need]
         results.append(got if i in (1, 2, 3) else got[0] if got else None)
     return results
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -696,22 +695,17 @@ _READ_ONLY = (
 )
 
 
-def _lookup(count: int) -> Callable[[dict[str, Any]], Sequence[Any]]:
-    if count == 1:
-        return lambda parameters: (parameters["0"],)
-    return operator.itemgetter(*map(str, range(count)))
-
-
-#: By the number of terms: its parameters in their order.
-_LOOKUPS = [_lookup(max(1, count)) for count in range(MAX_TERMS + 1)]
+#: By the number of terms: the names of their parameters.
+_NAMES = [tuple(map(str, range(count))) for count in range(MAX_TERMS + 1)]
 
 
 def _terms(series: nn.ParameterList) -> list[Tensor]:
     """The terms, by name: the order of a module's parameters is that in which they were set, and
     prune and parametrize set others. Iterating over an ``nn.ParameterList`` itself takes two
     microseconds a term."""
+    parameters: Any = series._parameters
     try:
-        return list(_LOOKUPS[len(series)](series._parameters))
+        return [parameters[name] for name in _NAMES[len(series)]]
     except KeyError:
         # What is computed at every call is computed by hooks, which a list, never called, does not
         # run by itself.

@@ -204,11 +204,12 @@ def _nested(flat: Sequence[Any], lengths: Lengths) -> list[Any]:
 def register_vmap(
     library: torch.library.Library, operator: torch._ops.OpOverload, folds: bool
 ) -> None:
-    """Make ``operator`` work under ``torch.vmap``: one call where it ``folds``, that is, where its
-    first argument alone is batched and begins with a batch dimension of its own; otherwise a call
-    for each."""
+    """Make ``operator`` work under ``torch.vmap``, and under the older one that
+    ``torch.autograd.grad(is_grads_batched=True)`` is made of: one call where it ``folds``, that is,
+    where its first argument alone is batched and begins with a batch dimension of its own;
+    otherwise a call for each."""
 
-    def rule(info: Any, dims: tuple, *args: Any) -> tuple[Any, Any]:
+    def run(size: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
         first = dims[0]
         if folds and isinstance(first, int) and not _batched(dims[1:]):
             input = args[0].movedim(first, 0)
@@ -216,11 +217,41 @@ def register_vmap(
             return _map(lambda tensor: _unfolded(tensor, input), output)
         each = [
             operator(*[_slice(arg, dim, i) for arg, dim in zip(args, dims, strict=True)])
-            for i in range(info.batch_size)
+            for i in range(size)
         ]
         return _stacked(each)
 
+    def rule(info: Any, dims: tuple, *args: Any) -> tuple[Any, Any]:
+        return run(info.batch_size, dims, args)
+
+    def older_rule(*args: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        sizes: list[int] = []
+        plain, dims = zip(*[_unwrapped(arg, level, sizes) for arg in args], strict=True)
+        return _wrapped(*run(sizes[0], dims, plain), level)
+
     torch.library.register_vmap(operator, rule, lib=library)
+    library.impl(operator, older_rule, "Batched")
+
+
+def _unwrapped(value: Any, level: int, sizes: list[int]) -> tuple[Any, Any]:
+    """An argument of an older vmap without its wrapping, and its batched dimension; ``sizes`` gets
+    how many it is."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        values, dims = zip(*[_unwrapped(each, level, sizes) for each in value], strict=True)
+        return list(values), list(dims)
+    if not isinstance(value, Tensor) or not torch._C._functorch.is_legacy_batchedtensor(value):
+        return value, None
+    plain = torch._remove_batch_dim(value, level, 0, 0)
+    sizes.append(plain.shape[0])
+    return plain, 0
+
+
+def _wrapped(value: Any, dim: Any, level: int) -> Any:
+    if isinstance(value, Tensor):
+        return value if dim is None else torch._add_batch_dim(value, dim, level)
+    return type(value)(_wrapped(each, d, level) for each, d in zip(value, dim, strict=True))
 
 
 def _batched(dims: Any) -> bool:

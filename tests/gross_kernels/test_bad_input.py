@@ -478,7 +478,7 @@ def test_from_other_things_than_bottlenecks() -> None:
             (torch.randn(6, 2, 3, 3), 3, 6),
         ),
         (ValueError, "to_group_size", "0", "divisors", (TERMS[1], 0, 4)),
-        (TypeError, "to_group_size", "2.0", "ints", (TERMS[1], 2.0, 4)),
+        (TypeError, "to_group_size", "2.0", "an int", (TERMS[1], 2.0, 4)),
         (
             ValueError,
             "to_group_size",

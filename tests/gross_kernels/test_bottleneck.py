@@ -567,6 +567,11 @@ def test_first_and_second_derivatives(layer: Layer, keep_inner: bool) -> None:
         tuple(arguments.leaves().values()),
     )
     assert torch.autograd.gradcheck(call, leaves)
+    # The gradients of inactive terms are zeros without a graph, and gradcheck's fast mode (torch
+    # 2.14) pairs all outputs with vectors for those alone that have one.
+    for terms in arguments.series:
+        for term in terms[layer.middle.active :]:
+            term.requires_grad_(False)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
@@ -879,7 +884,7 @@ def test_pack_for_another_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
 def test_pack_for_a_dtype_that_no_input_has(dtype: torch.dtype) -> None:
     """Catches weights that are packed for inputs that the layer refuses."""
-    with pytest.raises(TypeError, match=f"input: got {dtype}"):
+    with pytest.raises(TypeError, match=f"dtype: got {dtype}"):
         made().pack(dtype)
 
 
@@ -1153,13 +1158,15 @@ def test_explain() -> None:
         assert not any(name.startswith("gross::") for name in names)
 
 
-@pytest.mark.parametrize(("value", "way"), [("0", "parts"), ("1", "fused"), (None, "fused")])
+@pytest.mark.parametrize(
+    ("value", "way"), [("0", "parts"), ("1", "fused"), ("", "fused"), (None, "fused")]
+)
 def test_variable(value: str | None, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a GROSS_KERNELS_FUSED that is not read when the package is imported."""
     assert dispatch_with(value, monkeypatch).choose_layer("cpu").name == way
 
 
-@pytest.mark.parametrize("value", ["", "2", "no"])
+@pytest.mark.parametrize("value", ["2", "no", " "])
 def test_variable_with_another_value(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a typing error that is ignored."""
     with pytest.raises(

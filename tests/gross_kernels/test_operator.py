@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gross_kernels import expand, series_conv2d, use_backend
 from gross_kernels.dispatch import BACKENDS
+from gross_kernels.series import Series
 
 #: Random calls for each backend and dtype; Triton's interpreter, some hundred times slower, is
 #: given fewer.
@@ -225,7 +226,7 @@ def test_sixteen_terms(target: Target, active: int, gated: bool) -> None:
     expected = sum(
         scale * term.double() for scale, term in zip(scales[:active], terms, strict=False)
     )
-    result = BACKENDS[target.backend].series_sum(terms, active, gates)
+    result = BACKENDS[target.backend].series_sum(Series(terms, active, gates))
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
 
 
