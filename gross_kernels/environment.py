@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import ops
+from . import __version__, ops
 from .backends import cpu, cuda
 from .functional import explain
 
@@ -26,7 +26,7 @@ def report() -> str:
 def facts() -> list[tuple[str, str]]:
     """What the report says, as pairs of name and value."""
     return [
-        ("gross-kernels", _version("gross-kernels")),
+        ("gross-kernels", __version__),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("triton", _version("triton")),

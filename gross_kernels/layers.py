@@ -80,7 +80,8 @@ class _SeriesModule(nn.Module):
 
         Where ``torch.utils.checkpoint`` computes a call again, in either of its variants, the size
         in force is the one that it was made at, unless the checkpointed function itself sets
-        another. Not seen is a ``torch.compile``d function inside a checkpoint that is not itself
+        another. Two things it cannot see: a size that another thread sets than the one that runs
+        the layer, and a ``torch.compile``d layer inside a checkpoint that is not itself
         compiled."""
         if recomputed() is None:
             return self._group_size
@@ -527,7 +528,7 @@ class GroSSConv2d(_SeriesModule):
         size, ``Q_n · R_n · P_n``: computed when it is read, differentiable, not to be written.
         ``relu`` is not part of it."""
         first, grouped, last, _, active, _ = self._weights(None)
-        width_in, width_out = self.width
+        width_in, _ = self.width
         p, q = (series_sum(terms, active, None).flatten(1) for terms in (first, last))
         r = sum_terms(Series(grouped, int(active)), width_in)
         groups = width_in // r.shape[1]
@@ -683,8 +684,10 @@ class GroSSConv2d(_SeriesModule):
     def _weights(self, gates: Tensor | None) -> Weights:
         first, grouped, last = map(_terms, self._series())
         # As in _series; where it is pruned or parametrised, bias is no parameter but an attribute.
-        parameters = self._parameters
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        try:
+            bias = self._parameters["bias"]
+        except KeyError:
+            bias = self.bias
         return Weights(first, grouped, last, bias, self._in_force(), gates)
 
 

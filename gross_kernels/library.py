@@ -24,6 +24,8 @@ Operator = Callable[..., Any]
 #: How many tensors each of an operator's arguments or outputs is: None for one that is not a list.
 Lengths = list[int | None]
 
+#: Whether gradients are registered by :func:`_register_flat`; found out below.
+PRIVATE = True
 #: What operators compute, in PyTorch's own: what runs where a transform needs to look inside.
 _definitions: dict[Operator, Operator] = {}
 
@@ -31,9 +33,12 @@ _definitions: dict[Operator, Operator] = {}
 def call(operator: Operator, *args: Any) -> Any:
     """``operator(*args)``; where gradients are off, past the Python code of
     :func:`register_gradient`: that it is entered at all takes 5 µs."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return operator(*args)
     if transformed():
+        # Torch's own registration knows of no definition.
+        return (operator if PRIVATE else _definitions[operator])(*args)
+    if torch.is_grad_enabled() or not PRIVATE:
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
@@ -373,7 +378,7 @@ def _try_flat() -> bool:
     except (AttributeError, RuntimeError, TypeError):
         return False
     finally:
-        _definitions.clear()
+        _definitions.pop(operator, None)
         library._destroy()
 
 
@@ -381,5 +386,5 @@ def _weighted(terms: Sequence[Tensor], scale: Tensor, power: int) -> Tensor:
     return scale * torch.stack([term**power for term in terms]).sum(0)
 
 
-#: Whether gradients are registered by :func:`_register_flat`. The variable is for the tests.
+# The variable is for the tests.
 PRIVATE = not os.environ.get("_GROSS_KERNELS_REGISTER_AUTOGRAD") and _try_flat()

@@ -133,7 +133,7 @@ def expand(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, group size, kh, kw]"
         )
-    in_channels = integer("in_channels", in_channels)
+    in_channels = integer("in_channels", in_channels, 1)
     to_group_size = integer("to_group_size", to_group_size)
     out_channels, group_size = weight.shape[:2]
     check_group_sizes((to_group_size,), in_channels, out_channels, "to_group_size")

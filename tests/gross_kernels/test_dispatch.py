@@ -98,10 +98,14 @@ def test_use_backend_as_a_decorator() -> None:
 
 def test_explain() -> None:
     """Catches an explanation that names another backend than the one that runs, or no reason."""
-    assert explain(INPUT, TERMS) == "cpu: first of cpu for cpu tensors that serves this call"
+    name, _, reason = explain(INPUT, TERMS).partition(": ")
+    assert name == dispatch.PREFERENCE["cpu"][0]
+    assert "first of cpu" in reason
     assert explain(INPUT[0], TERMS, 1, stride=2, padding="valid") == explain(INPUT, TERMS)
     with use_backend("reference"):
-        assert explain(INPUT, TERMS) == "reference: forced by GROSS_KERNELS_BACKEND or use_backend"
+        name, _, reason = explain(INPUT, TERMS).partition(": ")
+    assert name == "reference"
+    assert "use_backend" in reason
 
 
 def test_backend_that_does_not_serve_the_call() -> None:
