@@ -85,10 +85,10 @@ def parts(input: Tensor, weights: Weights, geometry: Geometry, relu: bool) -> tu
         output ``[N, width_in, H, W]``.
     """
     active, gates = weights.active, weights.gates
-    first = functional.series_sum(list(weights.pointwise_in), active, gates)
+    first = functional.series_sum(weights.pointwise_in, active, gates)
     inner = F.conv2d(input, first.to(input.dtype))
-    middle = functional.apply(inner, list(weights.grouped), active, gates, geometry)
-    last = functional.series_sum(list(weights.pointwise_out), active, gates)
+    middle = functional.apply(inner, weights.grouped, active, gates, geometry)
+    last = functional.series_sum(weights.pointwise_out, active, gates)
     bias = None if weights.bias is None else weights.bias.to(middle.dtype)
     output = F.conv2d(middle, last.to(middle.dtype), bias)
     return output.relu() if relu else output, inner
@@ -166,13 +166,12 @@ def _bottleneck_pack_shape(like: Tensor, *weights: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    input, *arguments = inputs
-    weights, ctx.geometry, (ctx.relu, _) = _read(arguments)
-    ctx.count = len(weights.grouped)
+    input, first, grouped, last, bias, active, gates, *ctx.geometry, ctx.relu, _ = inputs
+    ctx.count = len(grouped)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    terms = [term for series in weights.series for term in series]
-    ctx.save_for_backward(input, output[1], output[0] if ctx.relu else None, *weights[3:], *terms)
+    kept = output[0] if ctx.relu else None
+    ctx.save_for_backward(input, output[1], kept, bias, active, gates, *first, *grouped, *last)
 
 
 def _bottleneck_grad(
@@ -182,11 +181,12 @@ def _bottleneck_grad(
         return (None,) * len(needs)
     n = ctx.count
     input, inner, output, bias, active, gates, *terms = ctx.saved_tensors
-    weights = Weights(terms[:n], terms[n : 2 * n], terms[2 * n :], bias, active, gates)
+    weights = (terms[:n], terms[n : 2 * n], terms[2 * n :], bias, active, gates)
     need_input, *need_series, need_bias, _, need_gates = needs
     wanted = [need_input, *(any(need) for need in need_series), need_bias, need_gates]
     if torch.is_grad_enabled() or transformed():
-        results = _differentiable(grad, input, weights, ctx.geometry, ctx.relu, wanted)
+        geometry = Geometry(*ctx.geometry)
+        results = _differentiable(grad, input, Weights(*weights), geometry, ctx.relu, wanted)
     else:
         results = torch.ops.gross.bottleneck_backward.default(
             grad, input, inner, output, *weights, *ctx.geometry, ctx.relu, wanted

@@ -25,7 +25,8 @@ def check_input(input: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"input: got device {input.device}, accepted is the terms' device {weight.device}"
         )
-    check_input_dtype(input.dtype, weight.dtype, input.device.type)
+    if input.dtype is not weight.dtype or input.dtype not in DTYPES:
+        check_input_dtype(input.dtype, weight.dtype, input.device.type)
 
 
 def check_input_dtype(

@@ -74,6 +74,9 @@ def _refusal(name: str, call: Call) -> str:
     return "" if says is None else f"; {name} {says(call)}"
 
 
+_FUSED = Choice("fused", "there is a kernel for the whole layer on the CPU")
+
+
 def choose_layer(device: str) -> Choice:
     """How a layer runs on ``device``: "fused", in one pass, or "parts", as three convolutions."""
     if not _fused:
@@ -82,7 +85,7 @@ def choose_layer(device: str) -> Choice:
         return Choice("parts", f"the {_forced} backend is forced, which has no fused kernel")
     if device != "cpu":
         return Choice("parts", f"there is no fused kernel for {device} tensors")
-    return Choice("fused", "there is a kernel for the whole layer on the CPU")
+    return _FUSED
 
 
 def serving(operation: str, input: Tensor, series: Series, geometry: Geometry) -> ModuleType:

@@ -32,7 +32,9 @@ def series_conv2d(
 
     The convolution runs at the group size of the last active term. Nothing expanded or summed is
     written to memory. Differentiable (twice) in input, terms and gates; terms beyond ``active`` get
-    zero gradients.
+    zero gradients. Forward mode and ``torch.func``'s transforms work, too: under them, this function
+    and the layers run by their definition in PyTorch's own operators, which is slower; ``vmap`` over
+    the input alone folds into the batch and stays fast.
 
     Args:
         input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``, contiguous or channels-last; the output has
@@ -103,7 +105,11 @@ def _checked(
 
 
 def apply(
-    input: Tensor, terms: list[Tensor], active: Tensor, gates: Tensor | None, geometry: Geometry
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    gates: Tensor | None,
+    geometry: Geometry,
 ) -> Tensor:
     """Run the operator, or the backend that is forced in its place, on checked four-dimensional
     arguments."""
@@ -116,7 +122,7 @@ def apply(
     return call(torch.ops.gross.series_conv2d.default, input, terms, active, gates, *geometry)
 
 
-def series_sum(terms: list[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
+def series_sum(terms: Sequence[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
     """``Σ_{i≤n} gate_i t_i`` (equation 5 for P and Q), by the operator or by the backend that is
     forced."""
     if dispatch.forced_backend() == "reference":

@@ -23,7 +23,8 @@ class Geometry(NamedTuple):
     @property
     def numbers(self) -> tuple[int, ...]:
         """All six of them."""
-        return (*self.stride, *self.padding, *self.dilation)
+        stride, padding, dilation = self
+        return (*stride, *padding, *dilation)
 
     def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
         """Rows and columns of a convolution's output."""
@@ -38,9 +39,10 @@ class Geometry(NamedTuple):
         Raises:
             ValueError: if it is.
         """
+        _, padding, dilation = self
         for axis in (0, 1):
-            size = input_size[axis] + 2 * self.padding[axis]
-            extent = self.dilation[axis] * (kernel_size[axis] - 1) + 1
+            size = input_size[axis] + 2 * padding[axis]
+            extent = dilation[axis] * (kernel_size[axis] - 1) + 1
             if size < extent:
                 raise ValueError(
                     f"kernel_size: got {kernel_size[axis]} (dilated: {extent}) along "

@@ -69,6 +69,9 @@ class _SeriesModule(nn.Module):
         self.group_sizes = (
             powers_of_two(*width) if group_sizes is None else check_group_sizes(group_sizes, *width)
         )
+        #: What was set when, by the clock, and within the backward pass of which node.
+        self._sizes: deque[tuple[int, Tensor]] = deque(maxlen=REMEMBERED)
+        self._set_by: int | None = None
         self._group_size = 0
         self.group_size = self.group_sizes[-1]
         self._forget_sizes()
@@ -99,7 +102,7 @@ class _SeriesModule(nn.Module):
             self._active = torch.tensor(
                 self.group_sizes.index(size) + 1, dtype=torch.int64, device="cpu"
             )
-        if hasattr(self, "_sizes") and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             self._sizes.append((clock(), self._active))
             self._set_by = recomputed()
 
@@ -118,9 +121,9 @@ class _SeriesModule(nn.Module):
         )
 
     def _forget_sizes(self) -> None:
-        """Begin the record of sizes: by the clock, when each was set."""
+        """Begin the record of sizes."""
         self._sizes = deque([(-1, self._active)], maxlen=REMEMBERED)
-        self._set_by: int | None = None
+        self._set_by = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy, maybe in another process, whose clock is another.
@@ -293,7 +296,7 @@ class SeriesConv2d(_SeriesModule):
         """Convolve at the active group size; ``gates`` ``[N]`` scale the terms."""
         if isinstance(input, fx.Proxy):
             return self._traced(input, gates)
-        terms = _terms(self.terms)
+        terms = _terms(self.terms, _NAMES[len(self.group_sizes)])
         check_input(input, terms[0])
         check_gates(gates, terms)
         check_input_channels(input, self.in_channels)
@@ -642,7 +645,7 @@ class GroSSConv2d(_SeriesModule):
         last = nn.Conv2d(width_out, self.out_channels, 1, bias=self.bias is not None, **made)
         with torch.no_grad():
             active = torch.tensor(count, device="cpu")
-            p, r, q = map(_terms, self._series())
+            p, r, q, *_ = self._weights(None)
             first.weight.copy_(series_sum(p, active, None))
             middle.weight.copy_(sum_terms(Series(r, count), width_in))
             last.weight.copy_(series_sum(q, active, None))
@@ -676,19 +679,22 @@ class GroSSConv2d(_SeriesModule):
         return f"{text}, relu=True" if self.relu else text
 
     def _series(self) -> tuple[nn.ParameterList, ...]:
+        return self.pointwise_in, self.grouped, self.pointwise_out
+
+    def _weights(self, gates: Tensor | None) -> Weights:
         # nn.Module.__getattr__ would take 1.7 µs, which is a sixth of the smallest packed layer's
         # time.
         modules: Any = self._modules
-        return modules["pointwise_in"], modules["grouped"], modules["pointwise_out"]
-
-    def _weights(self, gates: Tensor | None) -> Weights:
-        first, grouped, last = map(_terms, self._series())
-        # As in _series; where it is pruned or parametrised, bias is no parameter but an attribute.
-        try:
-            bias = self._parameters["bias"]
-        except KeyError:
-            bias = self.bias
-        return Weights(first, grouped, last, bias, self._in_force(), gates)
+        parameters: Any = self._parameters
+        names = _NAMES[len(self.group_sizes)]
+        return Weights(
+            _terms(modules["pointwise_in"], names),
+            _terms(modules["grouped"], names),
+            _terms(modules["pointwise_out"], names),
+            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
+            self._in_force(),
+            gates,
+        )
 
 
 _READ_ONLY = (
@@ -702,13 +708,13 @@ _READ_ONLY = (
 _NAMES = [tuple(map(str, range(count))) for count in range(MAX_TERMS + 1)]
 
 
-def _terms(series: nn.ParameterList) -> list[Tensor]:
+def _terms(series: nn.ParameterList, names: tuple[str, ...]) -> list[Tensor]:
     """The terms, by name: the order of a module's parameters is that in which they were set, and
     prune and parametrize set others. Iterating over an ``nn.ParameterList`` itself takes two
     microseconds a term."""
     parameters: Any = series._parameters
     try:
-        return [parameters[name] for name in _NAMES[len(series)]]
+        return [parameters[name] for name in names]
     except KeyError:
         # What is computed at every call is computed by hooks, which a list, never called, does not
         # run by itself.

@@ -13,6 +13,8 @@ from .bottleneck import Weights
 from .geometry import Geometry
 from .library import transformed
 
+_run = torch.ops.gross.bottleneck_packed.default
+
 
 class Packed:
     """Summed weights in the fused kernel's order, and what they were made from.
@@ -80,8 +82,9 @@ class Packed:
         self, input: Tensor, kernel_size: Sequence[int], geometry: Geometry, relu: bool
     ) -> Tensor:
         """The layer's output."""
-        shape = (*self.channels, *kernel_size, *geometry.numbers)
-        return torch.ops.gross.bottleneck_packed.default(input, self.weights, shape, relu)
+        stride, padding, dilation = geometry
+        shape = (*self.channels, *kernel_size, *stride, *padding, *dilation)
+        return _run(input, self.weights, shape, relu)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles of a layer are not packed: their parameters are others."""

@@ -18,7 +18,6 @@ from gross_kernels import (
     expand,
     explain,
     functional,
-    pack,
     series_conv2d,
     use_backend,
     use_fused,
@@ -630,7 +629,12 @@ def entries() -> dict[str, Callable]:
         found[name] = entry
         if isinstance(entry, type):
             layer = entry(4, 4, 3).eval()
-            own = {n for kind in entry.__mro__ if kind.__module__.startswith("gross_") for n in vars(kind)}
+            own = {
+                n
+                for kind in entry.__mro__
+                if kind.__module__.startswith("gross_")
+                for n in vars(kind)
+            }
             for method in own:
                 if not method.startswith("_") and callable(getattr(entry, method)):
                     found[f"{name}.{method}"] = getattr(layer, method)
@@ -683,7 +687,9 @@ def test_wrong_values_of_every_argument(name: str) -> None:
 def test_integers_of_numpy(kind: type[nn.Module]) -> None:
     """Catches integers that nn.Conv2d takes and the layers refuse, or keep as they are."""
     three, four = np.int64(3), np.int32(4)
-    layer = kind(four, four, three, stride=np.int64(1), padding=(np.int64(1), 1), group_sizes=[four])
+    layer = kind(
+        four, four, three, stride=np.int64(1), padding=(np.int64(1), 1), group_sizes=[four]
+    )
     numbers = (layer.in_channels, layer.out_channels, *layer.kernel_size, *layer.group_sizes)
     assert all(type(number) is int for number in (*numbers, *layer.padding, *layer.stride))
     layer.group_size = four

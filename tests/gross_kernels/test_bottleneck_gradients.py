@@ -140,6 +140,27 @@ def test_no_gradient_of_inner_and_none_of_what_needs_none() -> None:
     )
 
 
+def test_second_derivatives_of_a_layer_half_frozen() -> None:
+    """Catches frozen terms that forbid a graph of the gradients of the others."""
+    layer = SMALL["gated"]
+    arguments = layer.arguments(torch.float64).map(Tensor.requires_grad_)
+    for terms in arguments.series:
+        terms[0].requires_grad_(False)
+    leaves = [leaf for leaf in arguments.leaves().values() if leaf.requires_grad]
+    output, _ = layer.call(arguments)
+    first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)
+    arguments = arguments.map(lambda tensor: tensor.detach().requires_grad_())
+    output, _ = layer.call(arguments)
+    every = list(arguments.leaves().values())
+    frozen = {id(terms[0]) for terms in arguments.series}
+    chosen = [leaf for leaf in every if id(leaf) not in frozen]
+    first = torch.autograd.grad(output.square().sum(), chosen, create_graph=True)
+    expected = torch.autograd.grad(sum(g.sin().sum() for g in first), chosen)
+    for result, value in zip(second, expected, strict=True):
+        torch.testing.assert_close(result, value)
+
+
 # torch.library ------------------------------------------------------------------------------------
 
 CHECKED = {

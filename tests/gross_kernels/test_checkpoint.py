@@ -43,7 +43,9 @@ def configure(network: nn.Module, size: int) -> None:
 INPUT = torch.randn(2, 8, 6, 5, requires_grad=True)
 
 
-def step(network: nn.Module, run: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> list[Tensor]:
+def step(
+    network: nn.Module, run: Callable[[Tensor], Tensor], sizes: tuple[int, ...]
+) -> list[Tensor]:
     """Gradients of a step that runs several sizes before its one backward pass."""
     network.zero_grad()
     INPUT.grad = None
@@ -192,7 +194,11 @@ def test_copies(copied: Callable, network: nn.Sequential) -> None:
     other = copied(network)
     expected = step(other, other, (1, 8))
     assert all(
-        map(torch.equal, step(other, lambda x: checkpoint(other, x, use_reentrant=False), (1, 8)), expected)
+        map(
+            torch.equal,
+            step(other, lambda x: checkpoint(other, x, use_reentrant=False), (1, 8)),
+            expected,
+        )
     )
 
 
@@ -214,7 +220,10 @@ def test_another_thread(network: nn.Sequential) -> None:
 def test_size_set_in_inference_mode() -> None:
     """Catches a size whose tensor no later training step can save: an evaluation between two
     epochs."""
-    for layer in (GroSSConv2d(8, 8, 3, group_sizes=SIZES), SeriesConv2d(8, 8, 3, group_sizes=SIZES)):
+    for layer in (
+        GroSSConv2d(8, 8, 3, group_sizes=SIZES),
+        SeriesConv2d(8, 8, 3, group_sizes=SIZES),
+    ):
         layer.group_size = 4
         expected = torch.autograd.grad(layer(INPUT).sum(), list(layer.parameters()))
         with torch.inference_mode():

@@ -209,9 +209,7 @@ def test_autocast(kind: type[nn.Module], wrap: Callable) -> None:
             result = call(input)
         assert result.dtype == torch.bfloat16
         assert torch.equal(result, expected)
-        gradients = [
-            torch.autograd.grad(output, parameters, grad) for output in (result, expected)
-        ]
+        gradients = [torch.autograd.grad(output, parameters, grad) for output in (result, expected)]
         assert all(gradient.dtype == torch.float32 for gradient in gradients[0])
         assert all(map(torch.equal, *gradients))
 

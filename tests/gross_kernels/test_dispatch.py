@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +157,27 @@ def test_backends_have_the_same_functions() -> None:
     assert {name for names in dispatch.PREFERENCE.values() for name in names} <= set(
         dispatch.BACKENDS
     )
+
+
+def test_every_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a machine of two kinds of GPUs, of which the first that is asked judges the other."""
+    backend = pytest.importorskip("gross_kernels.backends.triton", exc_type=ImportError)
+    of = {0: (7, 5), 1: (9, 0), None: (8, 0)}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of.__getitem__)
+    backend._served.cache_clear()
+    try:
+        for _ in range(2):
+            assert [
+                backend.supports(
+                    replace(
+                        Call.of(INPUT, Series(TERMS, 2), Geometry()), device="cuda", index=index
+                    )
+                )
+                for index in of
+            ] == [False, True, True]
+    finally:
+        backend._served.cache_clear()
 
 
 # In a process of its own ------------------------------------------------------------------------

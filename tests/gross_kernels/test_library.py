@@ -59,7 +59,6 @@ def test_probe_sees_other_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a probe that takes a wrong gradient for a right one."""
     flat = library._flat
 
-
     def doubled(values: list, lengths: list) -> list:
         return [v * 2 if isinstance(v, torch.Tensor) else v for v in flat(values, lengths)]
 

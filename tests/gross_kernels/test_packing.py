@@ -393,3 +393,24 @@ def test_compiled_in_evaluation_mode(packed: bool, mode: Callable) -> None:
     agree()
     layer.train().eval()
     agree()
+
+
+@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "change", [lambda bias: bias.add_(1), lambda bias: bias.data.add_(1)], ids=["itself", "data"]
+)
+def test_compiled_calls_do_without(change: Callable, mode: Callable) -> None:
+    """Catches a compiled graph that answers from packed weights after a parameter has changed,
+    which it could not see."""
+    layer, input = made().pack(), torch.randn(2, 20, 6, 5)
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with mode():
+        before = call(input)
+        assert torch.equal(before, layer(input))
+    with torch.no_grad():
+        change(layer.bias)
+        expected = copy.deepcopy(layer)(input)
+    with mode():
+        assert torch.equal(call(input), expected)
+    assert not torch.equal(before, expected)

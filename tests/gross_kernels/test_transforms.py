@@ -1,6 +1,6 @@
-"""Transforms that nn.Conv2d takes: forward mode, torch.func, vmap, the older vmap of torch.autograd,
-torch.fx; and the layer's merged kernel. Everything is compared with the same layer written in
-PyTorch's own operators."""
+"""Transforms that nn.Conv2d takes: forward mode, torch.func, vmap, the older vmap of
+torch.autograd, torch.fx; and the layer's merged kernel. Everything is compared with the same layer
+written in PyTorch's own operators."""
 
 import copy
 from collections.abc import Callable
@@ -75,7 +75,9 @@ def forward_mode(call: Function, parameters: Parameters, input: Tensor) -> Tenso
         return forward_ad.unpack_dual(output).tangent
 
 
-def forward_mode_of_a_gradient(call: Function, parameters: Parameters, input: Tensor) -> list[Tensor]:
+def forward_mode_of_a_gradient(
+    call: Function, parameters: Parameters, input: Tensor
+) -> list[Tensor]:
     """The graph is older than the level."""
     input = input.clone().requires_grad_()
     output = call(parameters, input)
@@ -90,18 +92,24 @@ def batched_gradients(call: Function, parameters: Parameters, input: Tensor) -> 
     output = call(leaves, input)
     slopes = torch.stack([torch.ones_like(output), output.detach(), output.detach().exp()])
     wanted = [input, *leaves.values()]
-    found = torch.autograd.grad(output, wanted, slopes, is_grads_batched=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        output, wanted, slopes, is_grads_batched=True, materialize_grads=True
+    )
     # Of what is not used at all, the zeros are not batched.
     return [g.expand(3, *leaf.shape) for g, leaf in zip(found, wanted, strict=True)]
 
 
 def stacked(parameters: Parameters) -> Parameters:
-    return {name: torch.stack([value, 2 * value, value.cos()]) for name, value in parameters.items()}
+    return {
+        name: torch.stack([value, 2 * value, value.cos()]) for name, value in parameters.items()
+    }
 
 
 TRANSFORMS: dict[str, Callable[[Function, Parameters, Tensor], object]] = {
     "jvp": lambda c, p, x: jvp(partial(c, p), (x,), (x.cos(),)),
-    "jvp of parameters": lambda c, p, x: jvp(lambda p: c(p, x), (p,), ({n: v.cos() for n, v in p.items()},)),
+    "jvp of parameters": lambda c, p, x: jvp(
+        lambda p: c(p, x), (p,), ({n: v.cos() for n, v in p.items()},)
+    ),
     "jvp without gradients": torch.no_grad()(lambda c, p, x: jvp(partial(c, p), (x,), (x.cos(),))),
     "jacfwd": lambda c, p, x: jacfwd(partial(c, p))(x[:1]),
     "jacrev": lambda c, p, x: jacrev(partial(c, p))(x[:1]),
@@ -117,7 +125,9 @@ TRANSFORMS: dict[str, Callable[[Function, Parameters, Tensor], object]] = {
     "gradients of each image": lambda c, p, x: vmap(grad(partial(loss, c)), (None, 0))(p, x),
     "ensemble": lambda c, p, x: vmap(c, (0, None))(stacked(p), x),
     "ensemble of inputs": lambda c, p, x: vmap(c)(stacked(p), torch.stack([x, -x, x.cos()])),
-    "gradients of an ensemble": lambda c, p, x: vmap(grad(partial(loss, c)), (0, None))(stacked(p), x),
+    "gradients of an ensemble": lambda c, p, x: vmap(grad(partial(loss, c)), (0, None))(
+        stacked(p), x
+    ),
     "jacobian": lambda c, p, x: jacobian(partial(c, p), x[:1], vectorize=True),
     "jacobian, forward mode": lambda c, p, x: jacobian(
         partial(c, p), x[:1], vectorize=True, strategy="forward-mode"
@@ -338,7 +348,13 @@ def test_fusion_with_batch_norm() -> None:
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
     weight, bias = torch.nn.utils.fusion.fuse_conv_bn_weights(
-        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        layer.weight,
+        layer.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
     )
     input = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(F.conv2d(input, weight, bias, 1, 1), norm(layer(input)))
