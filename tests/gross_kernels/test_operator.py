@@ -427,9 +427,9 @@ def test_infinite_input(target: Target, channels: int, channels_last: bool) -> N
     )
     input, terms, gates, _ = target.arguments(case)
     forward = BACKENDS[target.backend].forward
-    clean = forward(input, terms, 2, gates, *case.geometry)
+    clean = forward(input, Series(terms, 2, gates), case.geometry)
     input[0, 5, 4, 4] = torch.inf
-    output = forward(input, terms, 2, gates, *case.geometry)
+    output = forward(input, Series(terms, 2, gates), case.geometry)
     reached = torch.zeros_like(output, dtype=torch.bool)
     reached[0, slice(None) if target.backend == "triton" else slice(4, 8), 3:6, 3:6] = True
     assert torch.equal(output[~reached], clean[~reached])
