@@ -32,9 +32,9 @@ def series_conv2d(
 
     The convolution runs at the group size of the last active term. Nothing expanded or summed is
     written to memory. Differentiable (twice) in input, terms and gates; terms beyond ``active`` get
-    zero gradients. Forward mode and ``torch.func``'s transforms work, too: under them, this function
-    and the layers run by their definition in PyTorch's own operators, which is slower; ``vmap`` over
-    the input alone folds into the batch and stays fast.
+    zero gradients. Forward mode and ``torch.func``'s transforms work, too: under them, this
+    function and the layers run by their definition in PyTorch's own operators, which is slower;
+    ``vmap`` over the input alone folds into the batch and stays fast.
 
     Args:
         input: ``[N, C_in, H, W]`` or ``[C_in, H, W]``, contiguous or channels-last; the output has

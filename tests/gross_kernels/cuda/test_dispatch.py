@@ -48,8 +48,8 @@ def test_what_matters_is_served(
     channels = size * 64
     for dtype, terms in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
         call = replace(
-            TYPICAL, dtype=dtype, terms_dtype=terms, in_channels=channels, out_channels=channels, group_sizes=(size,),
-            active=1, geometry=Geometry((stride, stride), (1, 1)), operation=operation,
+            TYPICAL, dtype=dtype, terms_dtype=terms, in_channels=channels, out_channels=channels,
+            group_sizes=(size,), active=1, geometry=Geometry((stride, stride), (1, 1)), operation=operation,
         )  # fmt: skip
         assert cuda.refusal(call) is None
 
@@ -61,8 +61,8 @@ def test_what_matters_is_served(
 def test_tf32_is_served(size: int, stride: int, operation: str) -> None:
     """Catches the same in TF32, whose pixels take twice the room."""
     call = replace(
-        TYPICAL, dtype=torch.float32, in_channels=64, out_channels=64, group_sizes=(size,), active=1,
-        geometry=Geometry((stride, stride), (1, 1)), operation=operation, float32="tf32",
+        TYPICAL, dtype=torch.float32, in_channels=64, out_channels=64, group_sizes=(size,),
+        active=1, geometry=Geometry((stride, stride), (1, 1)), operation=operation, float32="tf32",
     )  # fmt: skip
     assert cuda.refusal(call) is None
 
@@ -122,8 +122,8 @@ def test_shared_memory(device: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("architectures", "capabilities"),
-    [("8.0;9.0a;10.0+PTX", {80, 86, 89, 90, 100, 103, 120}), ("9.0a", {90}), ("9.0", {90}), ("8.6", {86, 89}),
-     ("10.0a", {100}), ("8.0+PTX 9.0a", {80, 86, 89, 90, 100, 103, 120})],
+    [("8.0;9.0a;10.0+PTX", {80, 86, 89, 90, 100, 103, 120}), ("9.0a", {90}), ("9.0", {90}),
+     ("8.6", {86, 89}), ("10.0a", {100}), ("8.0+PTX 9.0a", {80, 86, 89, 90, 100, 103, 120})],
 )  # fmt: skip
 def test_built_for(architectures: str, capabilities: set[int]) -> None:
     """Catches code for one GPU that is launched on another, and a GPU that could run it but is

@@ -144,8 +144,10 @@ def test_float32_where_there_is_no_such_product(
 
 def call(**changes: object) -> dispatch.Call:
     values = {"device": "cuda", "dtype": torch.bfloat16, "terms_dtype": torch.float32} | changes
-    return dispatch.Call(**values, in_channels=64, out_channels=64, group_sizes=(1, 4), kernel_size=(3, 3),
-                         geometry=Geometry(padding=(1, 1)), active=2)  # fmt: skip
+    return dispatch.Call(
+        **values, in_channels=64, out_channels=64, group_sizes=(1, 4), kernel_size=(3, 3),
+        geometry=Geometry(padding=(1, 1)), active=2,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
