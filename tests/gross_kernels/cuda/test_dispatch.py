@@ -49,7 +49,8 @@ def test_what_matters_is_served(
     for dtype, terms in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
         call = replace(
             TYPICAL, dtype=dtype, terms_dtype=terms, in_channels=channels, out_channels=channels,
-            group_sizes=(size,), active=1, geometry=Geometry((stride, stride), (1, 1)), operation=operation,
+            group_sizes=(size,), active=1, geometry=Geometry((stride, stride), (1, 1)),
+            operation=operation,
         )  # fmt: skip
         assert cuda.refusal(call) is None
 
