@@ -24,7 +24,8 @@ from torch import Tensor
 from gross_kernels import explain, ops
 from gross_kernels.backends import reference
 from gross_kernels.dispatch import BACKENDS, serving
-from gross_kernels.series import convolution_macs, output_size, restrict, sum_terms
+from gross_kernels.geometry import Geometry
+from gross_kernels.series import Series, convolution_macs, restrict, sum_terms
 
 from .measure import Call, check_close, machine, median, time_call
 
@@ -100,8 +101,8 @@ def calls(
     shape: Shape, active: int, operation: str, dtype: torch.dtype, device: str
 ) -> dict[str, Call]:
     """Ours, its definition, and what it is compared with."""
-    geometry = ((shape.stride,) * 2, (1, 1), (1, 1))
-    size = output_size((shape.size,) * 2, (3, 3), *geometry)
+    geometry = Geometry((shape.stride,) * 2, (1, 1))
+    size = geometry.output_size((shape.size,) * 2, (3, 3))
     shapes = (
         (shape.batch, shape.channels, shape.size, shape.size),
         (shape.batch, shape.channels, *size),
@@ -111,7 +112,8 @@ def calls(
         for each in shapes
     )
     terms = [torch.randn(shape.channels, s, 3, 3, device=device, dtype=dtype) for s in sizes(shape)]
-    weight = sum_terms(terms, shape.channels, active)
+    series = Series(terms, active)
+    weight = sum_terms(series, shape.channels)
     needs = (operation == "input gradient", operation == "weight gradient", False)
     count = torch.tensor(active)
 
@@ -130,7 +132,7 @@ def calls(
         return torch.ops.aten.convolution_backward(grad, *arguments, needs)
 
     def materialised() -> Any:
-        result = cudnn(sum_terms(terms, shape.channels, active))
+        result = cudnn(sum_terms(series, shape.channels))
         if operation == "weight gradient":
             return [restrict(result[1], term.shape[1], shape.channels) for term in terms[:active]]
         return result
@@ -143,7 +145,7 @@ def calls(
         )
 
     def definition() -> Any:
-        arguments = (input, terms, active, None, *geometry)
+        arguments = (input, series, geometry)
         if operation == "forward":
             return reference.forward(*arguments)
         if operation == "input gradient":
@@ -151,11 +153,11 @@ def calls(
         return reference.weight_grad(grad, *arguments)[0]
 
     def triton() -> Any:
-        arguments = (input, terms, active, None, *geometry)
+        arguments = (input, series, geometry)
         function = getattr(BACKENDS["triton"], OPERATIONS[operation])
         return function(*arguments) if operation == "forward" else function(grad, *arguments)
 
-    chosen = serving(OPERATIONS[operation], input, terms, active, *geometry)
+    chosen = serving(OPERATIONS[operation], input, series, geometry)
     # As many bytes read and written together as input and output have.
     half = torch.empty((input.nbytes + grad.nbytes) // 2, device=device, dtype=torch.uint8)
     target = torch.empty_like(half)
@@ -197,7 +199,8 @@ def measure(
         names[name]: median([b / a for a, b in zip(seconds["ours"], seconds[name], strict=True)])
         for name in each
     }
-    size = output_size((shape.size,) * 2, (3, 3), (shape.stride,) * 2, (1, 1), (1, 1))
+    geometry = Geometry((shape.stride,) * 2, (1, 1))
+    size = geometry.output_size((shape.size,) * 2, (3, 3))
     return {
         "shape": shape.label,
         "batch": shape.batch,

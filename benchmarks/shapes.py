@@ -14,7 +14,7 @@ from gross.supernet import decomposed_layers
 from torch import Tensor, nn
 
 from gross_kernels import GroSSConv2d
-from gross_kernels.series import output_size
+from gross_kernels.geometry import Geometry
 
 #: The networks by name, each with the plain network that it is a decomposition of.
 NETWORKS = {
@@ -74,7 +74,8 @@ class Shape:
     @property
     def output_size(self) -> tuple[int, ...]:
         """(H, W) of the output."""
-        return output_size(self.input_size, self.kernel_size, self.stride, self.padding, (1, 1))
+        geometry = Geometry(self.stride, self.padding)
+        return geometry.output_size(self.input_size, self.kernel_size)
 
     def batch(self, device: torch.device) -> int:
         """Images per call: on a GPU 128 of 224×224 or 256 of 32×32; on a CPU what

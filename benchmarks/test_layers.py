@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gross_kernels.backends import reference
-from gross_kernels.series import convolution_macs, restrict, sum_terms
+from gross_kernels.geometry import Geometry
+from gross_kernels.series import Series, convolution_macs, restrict, sum_terms
 
 from .measure import DEVICE, PRECISIONS, Call, check_close, stopwatch
 from .shapes import Shape, cores
@@ -77,7 +78,7 @@ def test_grouped_convolution(
     ]
     active = series.index(group_size) + 1
     with torch.inference_mode():
-        weight = sum_terms(terms, core.in_channels, active)
+        weight = sum_terms(Series(terms, active), core.in_channels)
         formats = FORMATS if memory_format == "channels_last" else (memory_format,)
         baselines = {
             "library": {
@@ -147,7 +148,9 @@ def materialised(
     weight: Tensor,
 ) -> Call:
     def forward() -> Tensor:
-        return library(operation, core, input, grad, sum_terms(terms, core.in_channels, active))()
+        return library(
+            operation, core, input, grad, sum_terms(Series(terms, active), core.in_channels)
+        )()
 
     def weight_gradient() -> list[Tensor]:
         _, whole, _ = library(operation, core, input, grad, weight)()
@@ -160,7 +163,7 @@ def materialised(
 def definition(
     operation: str, core: Shape, input: Tensor, grad: Tensor, terms: list[Tensor], active: int
 ) -> Call:
-    arguments = (input, terms, active, None, core.stride, core.padding, UNDILATED)
+    arguments = (input, Series(terms, active), Geometry(core.stride, core.padding))
     if operation == "forward":
         return partial(reference.forward, *arguments)
     gradient = reference.input_grad if operation == "input gradient" else reference.weight_grad

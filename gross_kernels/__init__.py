@@ -7,9 +7,12 @@ from .functional import explain, series_conv2d
 from .layers import GroSSConv2d, SeriesConv2d, pack
 from .series import expand
 
+__version__ = "0.1.0"
+
 __all__ = [
     "GroSSConv2d",
     "SeriesConv2d",
+    "__version__",
     "expand",
     "explain",
     "pack",

@@ -13,7 +13,7 @@ into the kernel's order beforehand, by ``bottleneck_pack``; what it returns serv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,59 +21,77 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import functional, ops
-from .ops import memory_format
-from .series import convolution_macs, output_size
+from .call import memory_format
+from .geometry import Geometry
+from .library import register_autocast, register_gradient, register_vmap, transformed
+from .series import convolution_macs
 
-_WEIGHTS = "Tensor[] pointwise_in, Tensor[] grouped, Tensor[] pointwise_out, Tensor? bias, Tensor active, Tensor? gates"
+_WEIGHTS = (
+    "Tensor[] pointwise_in, Tensor[] grouped, Tensor[] pointwise_out, Tensor? bias, "
+    "Tensor active, Tensor? gates"
+)
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, bool relu"
 
 _library = torch.library.Library("gross", "FRAGMENT")
 for _schema in (
-    f"bottleneck(Tensor input, {_WEIGHTS}, {_GEOMETRY}, bool keep_inner) -> (Tensor output, Tensor inner)",
-    f"bottleneck_backward(Tensor grad, Tensor input, Tensor inner, Tensor? output, {_WEIGHTS}, {_GEOMETRY}, "
-    "bool[6] needs) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor, Tensor)",
+    f"bottleneck(Tensor input, {_WEIGHTS}, {_GEOMETRY}, bool keep_inner) "
+    "-> (Tensor output, Tensor inner)",
+    f"bottleneck_backward(Tensor grad, Tensor input, Tensor inner, Tensor? output, {_WEIGHTS}, "
+    f"{_GEOMETRY}, bool[6] needs) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor, Tensor)",
     "bottleneck_packed(Tensor input, Tensor packed, int[] shape, bool relu) -> Tensor",
     f"bottleneck_pack(Tensor like, {_WEIGHTS}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides))
 
-Series = Sequence[Tensor]
-Pair = Sequence[int]
+Terms = Sequence[Tensor]
 
 
-def parts(
-    input: Tensor,
-    pointwise_in: Series,
-    grouped: Series,
-    pointwise_out: Series,
-    bias: Tensor | None,
-    active: Tensor,
-    gates: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    relu: bool,
-) -> Tensor:
+class Weights(NamedTuple):
+    """A whole layer's three series, how many terms of each are summed, and their gates; the bias.
+    The operators take it flat, as ``*weights``.
+
+    Attributes:
+        pointwise_in, grouped, pointwise_out: terms as in :class:`GroSSConv2d`.
+        bias: ``[C_out]`` or None.
+        active: n, a 0-dimensional int64 tensor on the host.
+        gates: ``[N]``, one scale for the i-th terms of all three series, or None for ones.
+    """
+
+    pointwise_in: Terms
+    grouped: Terms
+    pointwise_out: Terms
+    bias: Tensor | None
+    active: Tensor
+    gates: Tensor | None
+
+    @property
+    def series(self) -> tuple[Terms, Terms, Terms]:
+        """The terms alone."""
+        return self.pointwise_in, self.grouped, self.pointwise_out
+
+
+def _read(arguments: Sequence[Any]) -> tuple[Weights, Geometry, Sequence[Any]]:
+    """An operator's arguments from the weights on: weights, geometry, and the others."""
+    return Weights(*arguments[:6]), Geometry(*arguments[6:9]), arguments[9:]
+
+
+def parts(input: Tensor, weights: Weights, geometry: Geometry, relu: bool) -> tuple[Tensor, Tensor]:
     """The layer as three convolutions, differentiable: the operator's definition, and what runs
     where it has no kernel.
 
-    Shapes: input ``[N, C_in, H, W]``, output ``[N, C_out, H', W']``; the weights as in
-    :class:`GroSSConv2d`."""
-    inner = F.conv2d(
-        input, functional.series_sum(list(pointwise_in), active, gates).to(input.dtype)
-    )
-    inner = functional.apply(
-        inner,
-        list(grouped),
-        active,
-        gates,
-        (stride[0], stride[1]),
-        (padding[0], padding[1]),
-        (dilation[0], dilation[1]),
-    )
-    weight = functional.series_sum(list(pointwise_out), active, gates).to(inner.dtype)
-    output = F.conv2d(inner, weight, None if bias is None else bias.to(inner.dtype))
-    return output.relu() if relu else output
+    Returns:
+        output ``[N, C_out, H', W']`` of ``input`` ``[N, C_in, H, W]``, and the first pointwise's
+        output ``[N, width_in, H, W]``.
+    """
+    active, gates = weights.active, weights.gates
+    first = functional.series_sum(weights.pointwise_in, active, gates)
+    inner = F.conv2d(input, first.to(input.dtype))
+    middle = functional.apply(inner, weights.grouped, active, gates, geometry)
+    last = functional.series_sum(weights.pointwise_out, active, gates)
+    bias = None if weights.bias is None else weights.bias.to(middle.dtype)
+    output = F.conv2d(middle, last.to(middle.dtype), bias)
+    return output.relu() if relu else output, inner
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -87,48 +105,25 @@ def _image(input: Tensor, channels: int, size: Sequence[int]) -> Tensor:
 
 
 @torch.library.register_fake("gross::bottleneck", lib=_library)
-def _bottleneck_shape(
-    input: Tensor,
-    pointwise_in: Series,
-    grouped: Series,
-    pointwise_out: Series,
-    bias: Tensor | None,
-    active: Tensor,
-    gates: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    relu: bool,
-    keep_inner: bool,
-) -> tuple[Tensor, Tensor]:
-    size = output_size(input.shape[2:], grouped[0].shape[2:], stride, padding, dilation)
+def _bottleneck_shape(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weights, geometry, (_, keep_inner) = _read(arguments)
+    size = geometry.output_size(input.shape[2:], weights.grouped[0].shape[2:])
     inner = (
-        _image(input, pointwise_in[0].shape[0], input.shape[2:])
+        _image(input, weights.pointwise_in[0].shape[0], input.shape[2:])
         if keep_inner
         else input.new_empty(0)
     )
-    return _image(input, pointwise_out[0].shape[0], size), inner
+    return _image(input, weights.pointwise_out[0].shape[0], size), inner
 
 
 @torch.library.register_fake("gross::bottleneck_backward", lib=_library)
 def _bottleneck_backward_shape(
-    grad: Tensor,
-    input: Tensor,
-    inner: Tensor,
-    output: Tensor | None,
-    pointwise_in: Series,
-    grouped: Series,
-    pointwise_out: Series,
-    bias: Tensor | None,
-    active: Tensor,
-    gates: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    relu: bool,
-    needs: Sequence[bool],
+    grad: Tensor, input: Tensor, inner: Tensor, output: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-    def like(terms: Series, needed: bool) -> list[Tensor]:
+    weights, _, (_, needs) = _read(arguments)
+    bias, gates = weights.bias, weights.gates
+
+    def like(terms: Terms, needed: bool) -> list[Tensor]:
         return (
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in terms]
             if needed
@@ -137,15 +132,15 @@ def _bottleneck_backward_shape(
 
     return (
         _image(input, input.shape[1], input.shape[2:]) if needs[0] else input.new_empty(0),
-        like(pointwise_in, needs[1]),
-        like(grouped, needs[2]),
-        like(pointwise_out, needs[3]),
+        like(weights.pointwise_in, needs[1]),
+        like(weights.grouped, needs[2]),
+        like(weights.pointwise_out, needs[3]),
         torch.empty_like(bias) if needs[4] and bias is not None else input.new_empty(0),
         torch.empty_like(gates) if needs[5] and gates is not None else input.new_empty(0),
     )
 
 
-def _pairs(shape: Sequence[int]) -> list[Pair]:
+def _pairs(shape: Sequence[int]) -> list[Sequence[int]]:
     """``shape`` of ``gross::bottleneck_packed`` in pairs: width; group size and C_out; kernel size,
     stride, padding and dilation."""
     return [shape[i : i + 2] for i in range(0, 12, 2)]
@@ -155,8 +150,9 @@ def _pairs(shape: Sequence[int]) -> list[Pair]:
 def _bottleneck_packed_shape(
     input: Tensor, packed: Tensor, shape: Sequence[int], relu: bool
 ) -> Tensor:
-    _, (_, out_channels), *geometry = _pairs(shape)
-    return _image(input, out_channels, output_size(input.shape[2:], *geometry))
+    _, (_, out_channels), kernel_size, *geometry = _pairs(shape)
+    size = Geometry(*geometry).output_size(input.shape[2:], kernel_size)
+    return _image(input, out_channels, size)
 
 
 @torch.library.register_fake("gross::bottleneck_pack", lib=_library)
@@ -170,14 +166,12 @@ def _bottleneck_pack_shape(like: Tensor, *weights: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    input, first, grouped, last, bias, active, gates, *geometry, _ = inputs
-    ctx.geometry, ctx.count = geometry, len(grouped)
-    relu = geometry[-1]
+    input, first, grouped, last, bias, active, gates, *ctx.geometry, ctx.relu, _ = inputs
+    ctx.count = len(grouped)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        input, output[1], output[0] if relu else None, bias, active, gates, *first, *grouped, *last
-    )
+    kept = output[0] if ctx.relu else None
+    ctx.save_for_backward(input, output[1], kept, bias, active, gates, *first, *grouped, *last)
 
 
 def _bottleneck_grad(
@@ -187,14 +181,15 @@ def _bottleneck_grad(
         return (None,) * len(needs)
     n = ctx.count
     input, inner, output, bias, active, gates, *terms = ctx.saved_tensors
-    series = (terms[:n], terms[n : 2 * n], terms[2 * n :])
+    weights = (terms[:n], terms[n : 2 * n], terms[2 * n :], bias, active, gates)
     need_input, *need_series, need_bias, _, need_gates = needs
     wanted = [need_input, *(any(need) for need in need_series), need_bias, need_gates]
-    if torch.is_grad_enabled():
-        results = _differentiable(grad, input, series, bias, active, gates, ctx.geometry, wanted)
+    if torch.is_grad_enabled() or transformed():
+        geometry = Geometry(*ctx.geometry)
+        results = _differentiable(grad, input, Weights(*weights), geometry, ctx.relu, wanted)
     else:
         results = torch.ops.gross.bottleneck_backward.default(
-            grad, input, inner, output, *series, bias, active, gates, *ctx.geometry, wanted
+            grad, input, inner, output, *weights, *ctx.geometry, ctx.relu, wanted
         )
     *grads, grad_gates = [
         result if need else None for result, need in zip(results, wanted, strict=True)
@@ -202,70 +197,64 @@ def _bottleneck_grad(
     return (*grads, None, grad_gates)
 
 
-ops.register_gradient(_library, torch.ops.gross.bottleneck.default, _save, _bottleneck_grad)
+def _definition(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weights, geometry, (relu, keep_inner) = _read(arguments)
+    output, inner = parts(input, weights, geometry, relu)
+    return output, inner.detach() if keep_inner else input.new_empty(0)
+
+
+register_gradient(
+    _library, torch.ops.gross.bottleneck.default, _definition, _save, _bottleneck_grad
+)
 
 
 def _differentiable(
     grad: Tensor,
     input: Tensor,
-    series: tuple[Series, Series, Series],
-    bias: Tensor | None,
-    active: Tensor,
-    gates: Tensor | None,
-    geometry: Sequence[Any],
+    weights: Weights,
+    geometry: Geometry,
+    relu: bool,
     needs: Sequence[bool],
 ) -> list[Any]:
     """The gradients with a graph of their own, for second derivatives: those of :func:`parts`."""
-    leaves = [[input], *series, [bias], [gates]]
+    bias, gates = ([] if leaf is None else [leaf] for leaf in (weights.bias, weights.gates))
+    leaves = [[input], *weights.series, bias, gates]
     wanted = [
         leaf
         for group, need in zip(leaves, needs, strict=True)
         if need
         for leaf in group
-        if leaf is not None
+        if leaf.requires_grad
     ]
-    first, grouped, last = series
-    output = parts(input, first, grouped, last, bias, active, gates, *geometry)
+    with torch.enable_grad():
+        output, _ = parts(input, weights, geometry, relu)
     found = iter(
         torch.autograd.grad(output, wanted, grad, create_graph=True, materialize_grads=True)
     )
     results: list[Any] = []
     for i, (group, need) in enumerate(zip(leaves, needs, strict=True)):
-        got = [next(found) for leaf in group if leaf is not None] if need else []
+        got = [next(found) if leaf.requires_grad else None for leaf in group if need]
         results.append(got if i in (1, 2, 3) else got[0] if got else None)
     return results
 
 
 def _backward(
-    grad: Tensor,
-    input: Tensor,
-    inner: Tensor,
-    output: Tensor | None,
-    pointwise_in: Series,
-    grouped: Series,
-    pointwise_out: Series,
-    bias: Tensor | None,
-    active: Tensor,
-    gates: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    relu: bool,
-    needs: Sequence[bool],
+    grad: Tensor, input: Tensor, inner: Tensor, output: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
     """By parts: with dr = Qᵀdy, dp = Rᵀdr: dx = Pᵀdp, dP = dp xᵀ, dR = corr(p, dr), dQ = dy rᵀ, and
     every gate's share of the three; p (unless kept) and r are computed again. On the CPU one C++
     kernel does it all."""
+    weights, geometry, (relu, needs) = _read(arguments)
+    pointwise_in, grouped, pointwise_out, bias, active, gates = weights
     need_input, need_first, need_grouped, need_last, need_bias, need_gates = needs
     need_gates = need_gates and gates is not None
-    geometry = (stride, padding, dilation)
     count = int(active)
     grad = grad.contiguous(memory_format=memory_format(input))
     if relu and output is not None:
         grad = grad.masked_fill(output <= 0, 0)
     first = torch.ops.gross.series_sum(pointwise_in, active, gates).to(input.dtype)
     last = torch.ops.gross.series_sum(pointwise_out, active, gates).to(input.dtype)
-    size = output_size(input.shape[2:], grouped[0].shape[2:], *geometry)
+    size = geometry.output_size(input.shape[2:], grouped[0].shape[2:])
     grad_input, grad_bias, grad_gates = (input.new_empty(0) for _ in range(3))
     grads_first: list[Tensor] = []
     grads_grouped: list[Tensor] = []
@@ -315,9 +304,6 @@ def _backward(
     return grad_input, grads_first, grads_grouped, grads_last, grad_bias, grad_gates
 
 
-_UNIT = ((1, 1), (0, 0), (1, 1))
-
-
 def _pointwise(input: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(input, weight).contiguous(memory_format=memory_format(input))
 
@@ -349,7 +335,7 @@ def _pointwise_backward(
     return of_input if need_input else empty, of_weight if need_weight else empty
 
 
-def _term_grads(total: Tensor, terms: Series, active: int, gates: Tensor | None) -> list[Tensor]:
+def _term_grads(total: Tensor, terms: Terms, active: int, gates: Tensor | None) -> list[Tensor]:
     """The gradients of a plain sum's terms, from the sum's: copies, scaled by the gates; zeros
     beyond ``active``."""
     grads = []
@@ -365,55 +351,32 @@ def _term_grads(total: Tensor, terms: Series, active: int, gates: Tensor | None)
     return grads
 
 
-def _gate_shares(total: Tensor, terms: Series, active: int) -> Tensor:
+def _gate_shares(total: Tensor, terms: Terms, active: int) -> Tensor:
     """⟨gradient of the sum, term⟩ for every term, zero beyond ``active``: a gate's gradient from
     one series."""
     shares = [(total.double() * term.double()).sum() for term in terms[:active]]
     return torch.stack(shares + [shares[0].new_zeros(())] * (len(terms) - active))
 
 
-# Autocast, implementations, FLOP counts ---------------------------------------------------------
+# Autocast, vmap, implementations, FLOP counts ----------------------------------------------------
 
 
 # The input alone is cast: the weights are summed in float32 and cast once.
 for _name in ("bottleneck", "bottleneck_packed"):
-    ops.register_autocast(_library, _name)
+    register_autocast(_library, _name)
+    register_vmap(_library, getattr(torch.ops.gross, _name).default, folds=True)
+register_vmap(_library, torch.ops.gross.bottleneck_backward.default, folds=False)
 
 
-def _by_parts(
-    input: Tensor,
-    pointwise_in: Series,
-    grouped: Series,
-    pointwise_out: Series,
-    bias: Tensor | None,
-    active: Tensor,
-    gates: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    relu: bool,
-    keep_inner: bool,
-) -> tuple[Tensor, Tensor]:
-    """The operator where it has no kernel of its own. ``inner`` is computed twice if it is to be
-    kept."""
-    output = parts(
-        input,
-        pointwise_in,
-        grouped,
-        pointwise_out,
-        bias,
-        active,
-        gates,
-        stride,
-        padding,
-        dilation,
-        relu,
-    ).contiguous(memory_format=memory_format(input))
-    inner = input.new_empty(0)
-    if keep_inner:
-        weight = functional.series_sum(list(pointwise_in), active, gates).to(input.dtype)
-        inner = F.conv2d(input, weight).contiguous(memory_format=memory_format(input))
-    return output, inner
+def _by_parts(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator where it has no kernel of its own."""
+    weights, geometry, (relu, keep_inner) = _read(arguments)
+    output, inner = parts(input, weights, geometry, relu)
+    layout = memory_format(input)
+    return (
+        output.contiguous(memory_format=layout),
+        inner.contiguous(memory_format=layout) if keep_inner else input.new_empty(0),
+    )
 
 
 _library.impl("bottleneck", _by_parts, "CUDA")
@@ -426,48 +389,36 @@ if ops.load_error is not None:
 
 
 def _flops(
-    input: Tensor, width: Pair, out_channels: int, group_size: int, kernel: Pair, *geometry: Pair
+    input: Tensor,
+    width: Sequence[int],
+    out_channels: int,
+    group_size: int,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
 ) -> tuple[int, int, int]:
     """FLOP of the three convolutions, two per multiply–accumulate."""
-    size = output_size(input.shape[2:], kernel, *geometry)
+    size = geometry.output_size(input.shape[2:], kernel_size)
     images = 2 * input.shape[0]
     return (
         images * convolution_macs(width[0], input.shape[1], (1, 1), input.shape[2:]),
-        images * convolution_macs(width[1], group_size, kernel, size),
+        images * convolution_macs(width[1], group_size, kernel_size, size),
         images * convolution_macs(out_channels, width[1], (1, 1), size),
     )
 
 
-def _series_flops(
-    input: Tensor,
-    pointwise_in: Series,
-    grouped: Series,
-    pointwise_out: Series,
-    active: Tensor,
-    geometry: Sequence[Pair],
-) -> tuple[int, int, int]:
+def _series_flops(input: Tensor, weights: Weights, geometry: Geometry) -> tuple[int, int, int]:
     """The same at the active group size."""
-    width = (pointwise_in[0].shape[0], grouped[0].shape[0])
-    group_size = grouped[int(active) - 1].shape[1]
-    return _flops(
-        input, width, pointwise_out[0].shape[0], group_size, grouped[0].shape[2:], *geometry
-    )
+    first, grouped, last = weights.series
+    width_out, group_size, *kernel_size = grouped[int(weights.active) - 1].shape
+    width = (first[0].shape[0], width_out)
+    return _flops(input, width, last[0].shape[0], group_size, kernel_size, geometry)
 
 
 @register_flop_formula(torch.ops.gross.bottleneck, get_raw=True)
-def _bottleneck_flops(
-    input: Tensor,
-    pointwise_in: Series,
-    grouped: Series,
-    pointwise_out: Series,
-    bias: Tensor | None,
-    active: Tensor,
-    gates: Tensor | None,
-    *geometry: Any,
-    **_: Any,
-) -> int:
+def _bottleneck_flops(input: Tensor, *arguments: Any, **_: Any) -> int:
     """The three convolutions'."""
-    return sum(_series_flops(input, pointwise_in, grouped, pointwise_out, active, geometry[:3]))
+    weights, geometry, _rest = _read(arguments)
+    return sum(_series_flops(input, weights, geometry))
 
 
 @register_flop_formula(torch.ops.gross.bottleneck_packed, get_raw=True)
@@ -475,30 +426,19 @@ def _bottleneck_packed_flops(
     input: Tensor, packed: Tensor, shape: Sequence[int], relu: bool, **_: Any
 ) -> int:
     """The same."""
-    width, (group_size, out_channels), *geometry = _pairs(shape)
-    return sum(_flops(input, width, out_channels, group_size, *geometry))
+    width, (group_size, out_channels), kernel_size, *geometry = _pairs(shape)
+    return sum(_flops(input, width, out_channels, group_size, kernel_size, Geometry(*geometry)))
 
 
 @register_flop_formula(torch.ops.gross.bottleneck_backward, get_raw=True)
 def _bottleneck_backward_flops(
-    grad: Tensor,
-    input: Tensor,
-    inner: Tensor,
-    output: Tensor | None,
-    pointwise_in: Series,
-    grouped: Series,
-    pointwise_out: Series,
-    bias: Tensor | None,
-    active: Tensor,
-    gates: Tensor | None,
-    *rest: Any,
-    **_: Any,
+    grad: Tensor, input: Tensor, inner: Tensor, output: Tensor | None, *arguments: Any, **_: Any
 ) -> int:
     """The forward's count for the gradient of each input and of each weight, as far as needed, and
     for what is computed again of the inner tensors."""
-    geometry, needs = rest[:3], rest[-1]
-    need_input, need_first, need_grouped, need_last, _, need_gates = needs
-    flops = _series_flops(input, pointwise_in, grouped, pointwise_out, active, geometry)
+    weights, geometry, (_relu, needs) = _read(arguments)
+    need_input, need_first, need_grouped, need_last, _bias, need_gates = needs
+    flops = _series_flops(input, weights, geometry)
     need_inner = need_input or need_first or need_gates
     again = not inner.numel() and (need_grouped or need_last or need_gates)
     return (

@@ -10,18 +10,19 @@ say whether a layer may run in one pass."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .backends import cpu, cuda, reference
-from .backends.precision import float32_precision
+from .call import Call, float32_of, is_channels_last
+from .checks import check_flag
+from .geometry import Geometry
+from .series import Series
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
 
@@ -33,77 +34,6 @@ if find_spec("triton") is not None:
 
     BACKENDS["triton"] = triton
     PREFERENCE["cuda"] = ("cuda", "triton", "reference")
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a backend looks at to say whether it serves a call.
-
-    Attributes:
-        device, index: type of the device, and which one of it.
-        dtype, terms_dtype: of the input and of the terms.
-        in_channels, out_channels, group_sizes, kernel_size: of all terms.
-        stride, padding, dilation: the geometry.
-        active: how many leading terms are summed.
-        operation: "forward", "input_grad", "weight_grad" or "series_sum".
-        channels_last: whether the input is dense channels-last memory, and only that.
-        float32: how float32 may be multiplied, see :mod:`~gross_kernels.backends.precision`; "" for
-            other dtypes.
-    """
-
-    device: str
-    dtype: torch.dtype
-    terms_dtype: torch.dtype
-    in_channels: int
-    out_channels: int
-    group_sizes: tuple[int, ...]
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    active: int
-    operation: str = "forward"
-    channels_last: bool = False
-    float32: str = ""
-    index: int | None = None
-
-    @classmethod
-    def of(
-        cls,
-        input: Tensor,
-        terms: Sequence[Tensor],
-        active: int,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        operation: str = "forward",
-    ) -> Call:
-        """Describe a call of the operator by its arguments."""
-        return cls(
-            input.device.type,
-            input.dtype,
-            terms[0].dtype,
-            input.shape[1],
-            terms[0].shape[0],
-            tuple(term.shape[1] for term in terms),
-            tuple(terms[0].shape[2:]),
-            tuple(stride),
-            tuple(padding),
-            tuple(dilation),
-            active,
-            operation,
-            _is_channels_last(input),
-            _float32(input),
-            input.device.index,
-        )
-
-
-def _is_channels_last(input: Tensor) -> bool:
-    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-
-
-def _float32(input: Tensor) -> str:
-    return float32_precision() if input.dtype is torch.float32 else ""
 
 
 class Choice(NamedTuple):
@@ -144,6 +74,9 @@ def _refusal(name: str, call: Call) -> str:
     return "" if says is None else f"; {name} {says(call)}"
 
 
+_FUSED = Choice("fused", "there is a kernel for the whole layer on the CPU")
+
+
 def choose_layer(device: str) -> Choice:
     """How a layer runs on ``device``: "fused", in one pass, or "parts", as three convolutions."""
     if not _fused:
@@ -152,22 +85,15 @@ def choose_layer(device: str) -> Choice:
         return Choice("parts", f"the {_forced} backend is forced, which has no fused kernel")
     if device != "cpu":
         return Choice("parts", f"there is no fused kernel for {device} tensors")
-    return Choice("fused", "there is a kernel for the whole layer on the CPU")
+    return _FUSED
 
 
-def serving(
-    operation: str,
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> ModuleType:
+def serving(operation: str, input: Tensor, series: Series, geometry: Geometry) -> ModuleType:
     """The backend that :func:`choose` chooses for a call of the operator; what it said of a kind of
     calls is kept, for asking takes a third of the time that a launch may take."""
     if _forced is not None:
-        return choose(Call.of(input, terms, active, stride, padding, dilation, operation)).backend
+        return choose(Call.of(input, series, geometry, operation)).backend
+    terms = series.terms
     key = (
         operation,
         input.device,
@@ -175,23 +101,20 @@ def serving(
         terms[0].dtype,
         input.shape[1],
         tuple([term.shape for term in terms]),
-        active,
-        _is_channels_last(input),
-        _float32(input),
-        *stride,
-        *padding,
-        *dilation,
+        series.active,
+        is_channels_last(input),
+        float32_of(input.dtype),
+        geometry.numbers,
     )
     backend = _serving.get(key)
     if backend is None:
-        call = Call.of(input, terms, active, stride, padding, dilation, operation)
-        backend = _serving[key] = choose(call).backend
+        backend = _serving[key] = choose(Call.of(input, series, geometry, operation)).backend
     return backend
 
 
 def check_backend(name: str) -> str:
     """Return ``name`` if it is a backend's, else raise ValueError."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, accepted are {', '.join(map(repr, BACKENDS))}")
     return name
 
@@ -226,10 +149,14 @@ def use_backend(name: str) -> Iterator[None]:
 def use_fused(fused: bool) -> Iterator[None]:
     """Run whole layers in one pass where there is a kernel for it (the default), or always as three
     convolutions, process-wide, while the context lasts. ``GROSS_KERNELS_FUSED`` (0 or 1) sets it
-    from outside."""
+    from outside.
+
+    Raises:
+        TypeError: if ``fused`` is no bool.
+    """
     global _fused
     before = _fused
-    _fused = fused
+    _fused = check_flag("fused", fused)
     try:
         yield
     finally:
@@ -237,7 +164,7 @@ def use_fused(fused: bool) -> Iterator[None]:
 
 
 def _fused_from_environment() -> bool:
-    value = os.environ.get("GROSS_KERNELS_FUSED", "1")
+    value = os.environ.get("GROSS_KERNELS_FUSED") or "1"
     if value not in ("0", "1"):
         raise ValueError(f"GROSS_KERNELS_FUSED: got {value!r}, accepted are 0 and 1")
     return value == "1"

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import ops
+from . import __version__, ops
 from .backends import cpu, cuda
 from .functional import explain
 
@@ -26,7 +26,7 @@ def report() -> str:
 def facts() -> list[tuple[str, str]]:
     """What the report says, as pairs of name and value."""
     return [
-        ("gross-kernels", _version("gross-kernels")),
+        ("gross-kernels", __version__),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("triton", _version("triton")),
@@ -51,7 +51,8 @@ def _cpu_library() -> str:
         return f"not loaded: {ops.load_error}"
     library = ctypes.CDLL(str(cpu.LIBRARY))
     library.gross_cpu_build.restype = library.gross_cpu_isa.restype = ctypes.c_char_p
-    return f"running as {library.gross_cpu_isa().decode()}, built with {library.gross_cpu_build().decode()}"
+    isa, build = library.gross_cpu_isa().decode(), library.gross_cpu_build().decode()
+    return f"running as {isa}, built with {build}"
 
 
 def _cuda_library() -> str:
@@ -60,7 +61,8 @@ def _cuda_library() -> str:
     if not cuda.available():
         return "not built" if torch.version.cuda else "not loaded: torch is no CUDA build"
     of_torch, toolkit, architectures = torch.ops.gross_cuda.build()
-    return f"built with torch {of_torch}, CUDA {toolkit // 1000}.{toolkit % 1000 // 10}, for {architectures}"
+    cuda_version = f"{toolkit // 1000}.{toolkit % 1000 // 10}"
+    return f"built with torch {of_torch}, CUDA {cuda_version}, for {architectures}"
 
 
 def _typical_call(device: str) -> str:

@@ -5,36 +5,46 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import bottleneck, dispatch
-from .functional import (
-    apply,
-    check_fits,
+from .bottleneck import Weights
+from .call import memory_format
+from .checks import (
+    check_device,
+    check_dtype,
+    check_flag,
     check_gates,
+    check_group_size,
     check_input,
-    check_padding_mode,
-    explicit_padding,
-    pair,
-    series_sum,
+    check_input_channels,
+    check_input_dtype,
+    check_one_of,
 )
-from .ops import call, memory_format
+from .functional import apply, explicit_padding, series_sum
+from .geometry import Geometry, check_padding, integer, pair, same_padding
+from .library import call, clock, recomputed
+from .packing import Packed
 from .series import (
+    MAX_TERMS,
+    Series,
     check_group_sizes,
     convolution_macs,
-    output_size,
     powers_of_two,
     residuals,
-    same_padding,
     sum_terms,
 )
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+#: How many changes of a layer's size lie between a forward pass and its recomputation at most.
+REMEMBERED = 256
 
 
 class _SeriesModule(nn.Module):
@@ -44,49 +54,87 @@ class _SeriesModule(nn.Module):
     def __init__(
         self,
         kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int],
-        padding: int | tuple[int, int] | str,
-        dilation: int | tuple[int, int],
+        geometry: tuple[Any, Any, Any],
         padding_mode: str,
         width: tuple[int, int],
         group_sizes: Sequence[int] | None,
     ) -> None:
         super().__init__()
         self.kernel_size = pair("kernel_size", kernel_size)
+        stride, padding, dilation = geometry
         self.stride = pair("stride", stride)
         self.dilation = pair("dilation", dilation)
-        if isinstance(padding, str):
-            check_padding_mode(padding, self.stride)
-            self.padding: tuple[int, int] | str = padding
-        else:
-            self.padding = pair("padding", padding, least=0)
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(
-                f"padding_mode: got {padding_mode!r}, accepted are {', '.join(map(repr, PADDING_MODES))}"
-            )
-        self.padding_mode = padding_mode
+        self.padding = check_padding(padding, self.stride)
+        self.padding_mode = check_one_of("padding_mode", padding_mode, PADDING_MODES)
         self.group_sizes = (
             powers_of_two(*width) if group_sizes is None else check_group_sizes(group_sizes, *width)
         )
+        #: What was set when, by the clock, and within the backward pass of which node.
+        self._sizes: deque[tuple[int, Tensor]] = deque(maxlen=REMEMBERED)
+        self._set_by: int | None = None
+        self._group_size = 0
         self.group_size = self.group_sizes[-1]
+        self._forget_sizes()
 
     @property
     def group_size(self) -> int:
         """The active group size, one of ``group_sizes``; settable, and free to change between
-        calls."""
-        return self._group_size
+        calls.
+
+        Where ``torch.utils.checkpoint`` computes a call again, in either of its variants, the size
+        in force is the one that it was made at, unless the checkpointed function itself sets
+        another. Two things it cannot see: a size that another thread sets than the one that runs
+        the layer, and a ``torch.compile``d layer inside a checkpoint that is not itself
+        compiled."""
+        if recomputed() is None:
+            return self._group_size
+        return self.group_sizes[int(self._in_force()) - 1]
 
     @group_size.setter
     def group_size(self, value: int) -> None:
-        if value not in self.group_sizes:
-            raise ValueError(f"group_size: got {value!r}, accepted are {self.group_sizes}")
-        index = self.group_sizes.index(value)
-        if getattr(self, "_group_size", None) != value:
+        size = check_group_size(value, self.group_sizes)
+        if size != self._group_size:
             self._size_changed()
-        self._group_size = self.group_sizes[index]
+        self._group_size = size
         # A new tensor each time: the old one may be saved for a backward pass. Not a buffer: it
-        # stays on the host.
-        self._active = torch.tensor(index + 1, dtype=torch.int64, device="cpu")
+        # stays on the host. Nor an inference tensor, which no backward pass could use.
+        with torch.inference_mode(False):
+            self._active = torch.tensor(
+                self.group_sizes.index(size) + 1, dtype=torch.int64, device="cpu"
+            )
+        if not torch.compiler.is_compiling():
+            self._sizes.append((clock(), self._active))
+            self._set_by = recomputed()
+
+    def _in_force(self) -> Tensor:
+        """``active`` for this call: of the size that is set or, where a backward pass makes the
+        call again, of the size that was set when it was made."""
+        at = recomputed()
+        if at is None or at == self._set_by:
+            return self._active
+        for since, active in reversed(self._sizes):
+            if since < at:
+                return active
+        raise RuntimeError(
+            f"group_size: got more than {REMEMBERED} sizes between a checkpointed call and its "
+            "backward pass, accepted are fewer: the size of the call is no longer known"
+        )
+
+    def _forget_sizes(self) -> None:
+        """Begin the record of sizes."""
+        self._sizes = deque([(-1, self._active)], maxlen=REMEMBERED)
+        self._set_by = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy, maybe in another process, whose clock is another.
+        super().__setstate__(state)
+        self._forget_sizes()
+
+    def _replicate_for_data_parallel(self) -> Self:
+        # A replica lives for one call, in a thread of its own, whose clock is another.
+        replica: Any = super()._replicate_for_data_parallel()
+        replica._forget_sizes()
+        return replica
 
     def release_inactive(self) -> None:
         """Set the gradients of the terms beyond the active one to None.
@@ -94,9 +142,13 @@ class _SeriesModule(nn.Module):
         They are zeros after a backward pass, and a zero gradient still moves a weight through
         momentum and weight decay. Call it between ``backward()`` and ``optimizer.step()``, with
         ``group_size`` set to the largest size used in the step."""
-        for terms in self._series():
-            for term in terms[int(self._active) :]:
-                term.grad = None
+        active = int(self._active)
+        for series in self._series():
+            for name, parameter in series.named_parameters():
+                # "3"; "3_orig" where it is pruned, "parametrizations.3.original" if parametrised.
+                number = re.search(r"\d+", name)
+                if number is not None and int(number[0]) >= active:
+                    parameter.grad = None
 
     def _series(self) -> tuple[nn.ParameterList, ...]:
         raise NotImplementedError
@@ -119,23 +171,36 @@ class _SeriesModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._note_parameters()
 
-    def _convolve(self, input: Tensor, terms: list[Tensor], gates: Tensor | None) -> Tensor:
-        """The grouped convolution of a four-dimensional input, padded by ``padding_mode`` already
-        unless that is zeros."""
-        padding = self.padding if self.padding_mode == "zeros" else (0, 0)
-        input, padding = explicit_padding(input, self.kernel_size, padding, self.dilation)
-        check_fits(input, self.kernel_size, padding, self.dilation)
-        return apply(input, terms, self._active, gates, self.stride, padding, self.dilation)
+    def _traced(self, input: Any, gates: Any) -> fx.Proxy:
+        """One call of this module in the graph of ``torch.fx``, whatever its tracer takes for a
+        leaf."""
+        path = input.tracer.path_of_module(self)
+        if not path:
+            raise TypeError(
+                f"input: got {type(input).__name__} for a layer that is itself traced, accepted is "
+                "a module that holds it, such as torch.nn.Sequential(layer)"
+            )
+        arguments = (input,) if gates is None else (input, gates)
+        return input.tracer.create_proxy("call_module", path, arguments, {})
 
-    def _prepare(self, input: Tensor) -> Tensor:
-        """The input with a batch dimension, padded unless the mode is zeros, and channels-last
-        where the weights are: ``nn.Conv2d``'s output then is, too."""
+    def _padded(self, input: Tensor) -> tuple[Tensor, Geometry]:
+        """The input with a batch dimension, channels-last where the weights are (``nn.Conv2d``'s
+        output then is, too), and with what of its padding is not left to the convolution."""
         if input.dim() == 3:
             input = input.unsqueeze(0)
+        padding = self.padding
         if self.padding_mode != "zeros":
+            # The first pointwise of a whole layer has no bias, so padding before it, in any mode,
+            # is padding after it.
             (top, bottom), (left, right) = self._padding_per_side()
             input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
-        return input.contiguous(memory_format=torch.channels_last) if self._channels_last else input
+            padding = (0, 0)
+        if self._channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        input, padding = explicit_padding(input, self.kernel_size, padding, self.dilation)
+        geometry = Geometry(self.stride, padding, self.dilation)
+        geometry.check_fits(input.shape[-2:], self.kernel_size)
+        return input, geometry
 
     def _padding_per_side(self) -> tuple[tuple[int, int], ...]:
         if self.padding == "same":
@@ -151,12 +216,22 @@ class _SeriesModule(nn.Module):
                 pair("input_size", input_size), self._padding_per_side(), strict=True
             )
         ]
-        h, w = output_size(padded, self.kernel_size, self.stride, (0, 0), self.dilation)
+        geometry = Geometry(self.stride, (0, 0), self.dilation)
+        h, w = geometry.output_size(padded, self.kernel_size)
         if h < 1 or w < 1:
             raise ValueError(
-                f"input_size: got {input_size}, accepted are sizes that the dilated kernel fits into"
+                f"input_size: got {input_size}, accepted are sizes that the dilated kernel fits "
+                "into"
             )
         return h, w
+
+    def _size(self, group_size: int | None) -> int:
+        """A group size of the layer, by default the active one."""
+        return (
+            self.group_size
+            if group_size is None
+            else check_group_size(group_size, self.group_sizes)
+        )
 
     def _geometry_repr(self) -> str:
         text = f"kernel_size={self.kernel_size}, stride={self.stride}"
@@ -202,11 +277,12 @@ class SeriesConv2d(_SeriesModule):
         *,
         group_sizes: Sequence[int] | None = None,
     ) -> None:
-        width = (_channels("in_channels", in_channels), _channels("out_channels", out_channels))
-        super().__init__(kernel_size, stride, padding, dilation, padding_mode, width, group_sizes)
+        width = _channels(in_channels, out_channels)
+        made = check_device(device), check_dtype(dtype)
+        super().__init__(kernel_size, (stride, padding, dilation), padding_mode, width, group_sizes)
         self.in_channels, self.out_channels = width
         self.terms = _parameters(
-            [(out_channels, s, *self.kernel_size) for s in self.group_sizes], device, dtype
+            [(self.out_channels, s, *self.kernel_size) for s in self.group_sizes], *made
         )
         self._note_parameters()
         self.reset_parameters()
@@ -218,17 +294,20 @@ class SeriesConv2d(_SeriesModule):
 
     def forward(self, input: Tensor, gates: Tensor | None = None) -> Tensor:
         """Convolve at the active group size; ``gates`` ``[N]`` scale the terms."""
-        terms = _terms(self.terms)
+        if isinstance(input, fx.Proxy):
+            return self._traced(input, gates)
+        terms = _terms(self.terms, _NAMES[len(self.group_sizes)])
         check_input(input, terms[0])
         check_gates(gates, terms)
-        _check_channels(input, self.in_channels)
-        output = self._convolve(self._prepare(input), terms, gates)
+        check_input_channels(input, self.in_channels)
+        padded, geometry = self._padded(input)
+        output = apply(padded, terms, self._in_force(), gates, geometry)
         return output if input.dim() == 4 else output.squeeze(0)
 
     def macs(self, input_size: int | Sequence[int], group_size: int | None = None) -> int:
         """Multiply–accumulates for one image of ``input_size`` (H, W) at a group size (default: the
         active one)."""
-        size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
+        size = self._size(group_size)
         return convolution_macs(
             self.out_channels, size, self.kernel_size, self._output_size(input_size)
         )
@@ -294,32 +373,34 @@ class GroSSConv2d(_SeriesModule):
         width: int | tuple[int, int] | None = None,
         relu: bool = False,
     ) -> None:
-        if groups != 1:
+        if integer("groups", groups) != 1:
             raise ValueError(
-                f"groups: got {groups}, accepted is 1: the layer brings its own groups, see group_sizes"
+                f"groups: got {groups}, accepted is 1: the layer brings its own groups, see "
+                "group_sizes"
             )
-        _channels("in_channels", in_channels)
-        _channels("out_channels", out_channels)
+        in_channels, out_channels = _channels(in_channels, out_channels)
         width = pair("width", in_channels if width is None else width)
-        self._packed: _Packed | None
-        super().__init__(kernel_size, stride, padding, dilation, padding_mode, width, group_sizes)
+        made = check_device(device), check_dtype(dtype)
+        check_flag("bias", bias)
+        check_flag("relu", relu)
+        self._packed: Packed | None
+        super().__init__(kernel_size, (stride, padding, dilation), padding_mode, width, group_sizes)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.width = width
         self.relu = relu
         width_in, width_out = width
         count = len(self.group_sizes)
-        self.pointwise_in = _parameters([(width_in, in_channels, 1, 1)] * count, device, dtype)
+        self.pointwise_in = _parameters([(width_in, in_channels, 1, 1)] * count, *made)
         self.grouped = _parameters(
-            [(width_out, s, *self.kernel_size) for s in self.group_sizes], device, dtype
+            [(width_out, s, *self.kernel_size) for s in self.group_sizes], *made
         )
-        self.pointwise_out = _parameters([(out_channels, width_out, 1, 1)] * count, device, dtype)
+        self.pointwise_out = _parameters([(out_channels, width_out, 1, 1)] * count, *made)
         if bias:
-            self.bias: nn.Parameter | None = nn.Parameter(
-                torch.empty(out_channels, device=device, dtype=dtype)
-            )
+            self.bias: nn.Parameter | None
+            (self.bias,) = _parameters([(out_channels,)], *made)
         else:
-            self.register_parameter("bias", None)
+            super().register_parameter("bias", None)
         self._note_parameters()
         self.reset_parameters()
 
@@ -359,15 +440,20 @@ class GroSSConv2d(_SeriesModule):
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: got {type(conv).__name__}, accepted is a torch.nn.Conv2d")
+        if not isinstance(bottlenecks, Mapping):
+            raise TypeError(
+                f"bottlenecks: got {type(bottlenecks).__name__}, accepted is a dictionary of group "
+                "sizes"
+            )
         if not bottlenecks:
             raise ValueError("bottlenecks: got none, accepted is at least one")
         for size, weights in bottlenecks.items():
-            shapes = [
-                tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__ for w in weights
-            ]
+            given = weights if isinstance(weights, Sequence) else [weights]
+            shapes = [tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__ for w in given]
             if [len(shape) for shape in shapes if isinstance(shape, tuple)] != [4, 4, 4]:
                 raise ValueError(
-                    f"bottlenecks[{size}]: got {shapes}, accepted are P, R, Q, Tensors of 4 dimensions"
+                    f"bottlenecks[{size}]: got {shapes}, accepted are P, R, Q, Tensors of 4 "
+                    "dimensions"
                 )
         group_sizes = tuple(sorted(bottlenecks))
         width_in, width_out = (weight.shape[0] for weight in bottlenecks[group_sizes[0]][:2])
@@ -416,40 +502,55 @@ class GroSSConv2d(_SeriesModule):
         Raises:
             RuntimeError: if a parameter has changed since :meth:`pack`.
         """
-        first, grouped, last = map(_terms, self._series())
-        check_input(input, grouped[0])
-        check_gates(gates, grouped)
-        _check_channels(input, self.in_channels)
-        # The first pointwise has no bias, so padding before it, in any mode, is padding after it.
-        padding = self.padding if self.padding_mode == "zeros" else (0, 0)
-        prepared, padding = explicit_padding(
-            self._prepare(input), self.kernel_size, padding, self.dilation
-        )
-        check_fits(prepared, self.kernel_size, padding, self.dilation)
+        if isinstance(input, fx.Proxy):
+            return self._traced(input, gates)
+        weights = self._weights(gates)
+        check_input(input, weights.grouped[0])
+        check_gates(gates, weights.grouped)
+        check_input_channels(input, self.in_channels)
+        padded, geometry = self._padded(input)
         packed = self._packed
-        if (
-            packed is not None
-            and gates is None
-            and packed.serves(prepared, _sources(first, grouped, last, self.bias))
-        ):
-            shape = (*packed.channels, *self.kernel_size, *self.stride, *padding, *self.dilation)
-            output = torch.ops.gross.bottleneck_packed.default(
-                prepared, packed.weights, shape, self.relu
+        if packed is not None and packed.serves(padded, weights):
+            output = packed(padded, self.kernel_size, geometry, self.relu)
+        elif dispatch.choose_layer(input.device.type).name == "fused":
+            output, _ = call(
+                torch.ops.gross.bottleneck.default,
+                padded,
+                *weights,
+                *geometry,
+                self.relu,
+                self._keeps_inner(),
             )
         else:
-            weights = (first, grouped, last, self.bias, self._active, gates)
-            geometry = (self.stride, padding, self.dilation, self.relu)
-            if dispatch.choose_layer(input.device.type).name == "fused":
-                output, _ = call(
-                    torch.ops.gross.bottleneck.default,
-                    prepared,
-                    *weights,
-                    *geometry,
-                    self._keeps_inner(),
-                )
-            else:
-                output = bottleneck.parts(prepared, *weights, *geometry)
+            output, _ = bottleneck.parts(padded, weights, geometry, self.relu)
         return output if input.dim() == 4 else output.squeeze(0)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel ``[C_out, C_in, kh, kw]`` that the layer amounts to at the active group
+        size, ``Q_n · R_n · P_n``: computed when it is read, differentiable, not to be written.
+        ``relu`` is not part of it."""
+        first, grouped, last, _, active, _ = self._weights(None)
+        width_in, _ = self.width
+        p, q = (series_sum(terms, active, None).flatten(1) for terms in (first, last))
+        r = sum_terms(Series(grouped, int(active)), width_in)
+        groups = width_in // r.shape[1]
+        return torch.einsum(
+            "ogm,gmkhw,gkc->ochw",
+            q.unflatten(1, (groups, -1)),
+            r.unflatten(0, (groups, -1)),
+            p.unflatten(0, (groups, -1)),
+        )
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise AttributeError(_READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # What nn.Module does with `layer.weight = nn.Parameter(…)`.
+        if name == "weight":
+            raise AttributeError(_READ_ONLY)
+        super().register_parameter(name, param)
 
     def _keeps_inner(self) -> bool:
         # Reading the first pointwise's output back is cheaper than computing it again from 128
@@ -459,8 +560,13 @@ class GroSSConv2d(_SeriesModule):
     def explain(self, device: torch.device | str = "cpu") -> str:
         """One sentence: whether the layer runs in one pass on ``device`` or as three convolutions,
         and why. "packed" is said of a packed layer; its packed weights serve calls without
-        gradients."""
-        choice = dispatch.choose_layer(torch.device(device).type)
+        gradients.
+
+        Raises:
+            TypeError, RuntimeError: if ``device`` names none.
+        """
+        found = check_device(device) or torch.get_default_device()
+        choice = dispatch.choose_layer(found.type)
         packed = ", packed" if choice.name == "fused" and self._packed is not None else ""
         return f"{choice.name}{packed}: {choice.reason}"
 
@@ -471,7 +577,11 @@ class GroSSConv2d(_SeriesModule):
         Summing and ordering them at every call costs more than the convolution itself where maps
         are small and channels many. ``train()``, loading, moving or casting the layer and setting
         another group size drop them; they are not part of ``state_dict``. Calls with gates, with an
-        input of another dtype or with gradients enabled do without.
+        input of another dtype, with gradients enabled or compiled by ``torch.compile`` do without.
+
+        A parameter that changes in place afterwards, as by an optimiser's step or ``add_``, makes
+        the next call raise RuntimeError. What torch does not count it cannot see: after
+        ``parameter.data.add_()`` the old weights answer.
 
         Args:
             dtype: the inputs' dtype; by default the parameters'.
@@ -480,21 +590,21 @@ class GroSSConv2d(_SeriesModule):
             The layer itself.
 
         Raises:
-            RuntimeError: if the layer is in training mode.
+            TypeError: for a dtype that no input of the layer has.
+            RuntimeError: if the layer is in training mode, or its parameters are pruned or
+                parametrised.
         """
         if self.training:
             raise RuntimeError(
-                "pack: got a layer in training mode, accepted is one in evaluation mode: call eval() first"
+                "pack: got a layer in training mode, accepted is one in evaluation mode: call "
+                "eval() first"
             )
-        like = (
-            self.grouped[0].new_empty(0)
-            if dtype is None
-            else self.grouped[0].new_empty(0, dtype=dtype)
-        )
-        check_input(like.expand(1, 1, 1, 0), self.grouped[0])
-        self._packed = (
-            _Packed(self, like) if dispatch.choose_layer(like.device.type).name == "fused" else None
-        )
+        weights = self._weights(None)
+        first = weights.grouped[0]
+        if dtype is not None:
+            check_input_dtype(dtype, first.dtype, first.device.type, "dtype")
+        fused = dispatch.choose_layer(first.device.type).name == "fused"
+        self._packed = Packed(weights, first.new_empty(0, dtype=dtype)) if fused else None
         return self
 
     def train(self, mode: bool = True) -> GroSSConv2d:
@@ -512,8 +622,8 @@ class GroSSConv2d(_SeriesModule):
     def fold(self, group_size: int | None = None) -> nn.Sequential:
         """The layer at one group size (default: the active one) as three plain ``nn.Conv2d`` with
         copies of the summed weights."""
-        size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
-        active = torch.tensor(self.group_sizes.index(size) + 1, device="cpu")
+        size = self._size(group_size)
+        count = self.group_sizes.index(size) + 1
         width_in, width_out = self.width
         made: Any = {"device": self.grouped[0].device, "dtype": self.grouped[0].dtype}
         geometry: Any = {
@@ -534,9 +644,11 @@ class GroSSConv2d(_SeriesModule):
         )
         last = nn.Conv2d(width_out, self.out_channels, 1, bias=self.bias is not None, **made)
         with torch.no_grad():
-            first.weight.copy_(series_sum(list(self.pointwise_in), active, None))
-            middle.weight.copy_(sum_terms(list(self.grouped), width_in, int(active)))
-            last.weight.copy_(series_sum(list(self.pointwise_out), active, None))
+            active = torch.tensor(count, device="cpu")
+            p, r, q, *_ = self._weights(None)
+            first.weight.copy_(series_sum(p, active, None))
+            middle.weight.copy_(sum_terms(Series(r, count), width_in))
+            last.weight.copy_(series_sum(q, active, None))
             if self.bias is not None and last.bias is not None:
                 last.bias.copy_(self.bias)
         return nn.Sequential(first, middle, last, *([nn.ReLU()] if self.relu else [])).train(
@@ -549,7 +661,7 @@ class GroSSConv2d(_SeriesModule):
 
         The first pointwise counts at the input's resolution, the grouped and the last pointwise at
         the output's; a bias counts one per output element."""
-        size = _one_of(self.group_size if group_size is None else group_size, self.group_sizes)
+        size = self._size(group_size)
         output = self._output_size(input_size)
         width_in, width_out = self.width
         return (
@@ -567,84 +679,48 @@ class GroSSConv2d(_SeriesModule):
         return f"{text}, relu=True" if self.relu else text
 
     def _series(self) -> tuple[nn.ParameterList, ...]:
+        return self.pointwise_in, self.grouped, self.pointwise_out
+
+    def _weights(self, gates: Tensor | None) -> Weights:
         # nn.Module.__getattr__ would take 1.7 µs, which is a sixth of the smallest packed layer's
         # time.
         modules: Any = self._modules
-        return modules["pointwise_in"], modules["grouped"], modules["pointwise_out"]
+        parameters: Any = self._parameters
+        names = _NAMES[len(self.group_sizes)]
+        return Weights(
+            _terms(modules["pointwise_in"], names),
+            _terms(modules["grouped"], names),
+            _terms(modules["pointwise_out"], names),
+            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
+            self._in_force(),
+            gates,
+        )
 
 
-class _Packed:
-    """Summed weights in the fused kernel's order, and what they were made from.
-
-    Attributes:
-        weights, channels: the operator's ``packed``, and the first numbers of its ``shape``.
-        sources, state: the parameters, kept so that no other object takes their identities, and
-            what they were like.
-    """
-
-    def __init__(self, layer: GroSSConv2d, like: Tensor) -> None:
-        self.dtype = like.dtype
-        self.channels = (*layer.width, layer.group_size, layer.out_channels)
-        first, grouped, last = map(_terms, layer._series())
-        self.sources = _sources(first, grouped, last, layer.bias)
-        if any(source.is_inference() for source in self.sources):
-            raise RuntimeError(
-                "pack: got parameters made in inference mode, accepted are those whose changes torch counts"
-            )
-        self.state = _state(self.sources)
-        with torch.no_grad():
-            self.weights = torch.ops.gross.bottleneck_pack(
-                like, first, grouped, last, layer.bias, layer._active, None
-            )
-
-    def serves(self, input: Tensor, sources: list[Tensor]) -> bool:
-        """Whether the packed weights can be used for this call.
-
-        Raises:
-            RuntimeError: if a parameter has changed since they were made.
-        """
-        # They are on the CPU, and so then is the input.
-        if torch.is_grad_enabled() or dispatch.choose_layer("cpu").name != "fused":
-            return False
-        if _activation_dtype(input) != self.dtype:
-            return False
-        if torch.compiler.is_compiling():
-            return True
-        if _state(sources) != self.state:
-            raise RuntimeError(
-                "pack: a parameter has changed since the layer was packed; call pack() again, or train() to drop the "
-                "packed weights"
-            )
-        return True
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles of a layer are not packed: their parameters are others."""
-        return type(None), ()
+_READ_ONLY = (
+    "weight: got a value to set, accepted is reading it: it is the product of the layer's terms; "
+    "set those (pointwise_in, grouped, pointwise_out), build the layer by from_bottlenecks, or "
+    "decompose a convolution with the new weight"
+)
 
 
-def _state(parameters: list[Tensor]) -> list[tuple[int, int, int]]:
-    """Which parameters they are, where their numbers are, and how often they have been written."""
-    return [(id(parameter), parameter.data_ptr(), parameter._version) for parameter in parameters]
+#: By the number of terms: the names of their parameters.
+_NAMES = [tuple(map(str, range(count))) for count in range(MAX_TERMS + 1)]
 
 
-def _activation_dtype(input: Tensor) -> torch.dtype:
-    """The dtype that a kernel on the CPU computes in: autocast casts the input."""
-    if torch.is_autocast_enabled("cpu") and input.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
-    return input.dtype
-
-
-def _terms(series: nn.ParameterList) -> list[Tensor]:
-    """The terms as a list. Iterating over an ``nn.ParameterList`` itself takes two microseconds a
-    term."""
-    parameters = series._parameters
-    return list(parameters.values()) if len(parameters) == len(series) else list(series)  # type: ignore[arg-type]
-
-
-def _sources(
-    first: list[Tensor], grouped: list[Tensor], last: list[Tensor], bias: Tensor | None
-) -> list[Tensor]:
-    return [*first, *grouped, *last] if bias is None else [*first, *grouped, *last, bias]
+def _terms(series: nn.ParameterList, names: tuple[str, ...]) -> list[Tensor]:
+    """The terms, by name: the order of a module's parameters is that in which they were set, and
+    prune and parametrize set others. Iterating over an ``nn.ParameterList`` itself takes two
+    microseconds a term."""
+    parameters: Any = series._parameters
+    try:
+        return [parameters[name] for name in names]
+    except KeyError:
+        # What is computed at every call is computed by hooks, which a list, never called, does not
+        # run by itself.
+        for hook in series._forward_pre_hooks.values():
+            hook(series, ())
+        return list(series)
 
 
 def pack(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -654,7 +730,12 @@ def pack(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Args:
         network: a module in evaluation mode.
         dtype: the activations' dtype; by default each layer's own.
+
+    Raises:
+        TypeError, RuntimeError: as :meth:`GroSSConv2d.pack`.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network: got {type(network).__name__}, accepted is a torch.nn.Module")
     for module in network.modules():
         if isinstance(module, GroSSConv2d):
             module.pack(dtype)
@@ -685,22 +766,5 @@ def _assign(parameters: Iterable[Tensor], values: Iterable[Any]) -> None:
         parameter.copy_(value)
 
 
-def _channels(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, accepted is an int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, accepted are ints of at least 1")
-    return value
-
-
-def _one_of(value: int, group_sizes: tuple[int, ...]) -> int:
-    if value not in group_sizes:
-        raise ValueError(f"group_size: got {value!r}, accepted are {group_sizes}")
-    return value
-
-
-def _check_channels(input: Tensor, in_channels: int) -> None:
-    if input.shape[-3] != in_channels:
-        raise ValueError(
-            f"input: got {input.shape[-3]} channels in shape {tuple(input.shape)}, accepted are {in_channels}"
-        )
+def _channels(in_channels: int, out_channels: int) -> tuple[int, int]:
+    return integer("in_channels", in_channels, 1), integer("out_channels", out_channels, 1)

@@ -8,8 +8,7 @@ network would be a graph of its own under ``torch.compile``. The operators are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,15 +16,19 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .backends import cpu
-from .series import convolution_macs, output_size
+from .backends import cpu, reference
+from .call import memory_format
+from .geometry import Geometry, Pair
+from .library import call, register_autocast, register_gradient, register_vmap
+from .series import Series, convolution_macs
 
 _library = torch.library.Library("gross", "DEF")
 for _schema in (
     "series_conv2d(Tensor input, Tensor[] terms, Tensor active, Tensor? gates, "
     "int[2] stride, int[2] padding, int[2] dilation) -> Tensor",
-    "series_conv2d_backward(Tensor grad, Tensor input, Tensor[] terms, Tensor active, Tensor? gates, "
-    "int[2] stride, int[2] padding, int[2] dilation, bool[3] needs) -> (Tensor, Tensor[], Tensor)",
+    "series_conv2d_backward(Tensor grad, Tensor input, Tensor[] terms, Tensor active, "
+    "Tensor? gates, int[2] stride, int[2] padding, int[2] dilation, bool[3] needs) "
+    "-> (Tensor, Tensor[], Tensor)",
     "series_sum(Tensor[] terms, Tensor active, Tensor? gates) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe, torch.Tag.needs_exact_strides))
@@ -34,34 +37,14 @@ for _schema in (
 load_error = cpu.load()
 
 
-def memory_format(input: Tensor) -> torch.memory_format:
-    """Memory format of a convolution's output: the input's own, judged from its strides as ATen's
-    operators do."""
-    sizes, strides = input.shape, input.stride()
-    least = 0
-    if strides[1] == 0:
-        return torch.contiguous_format
-    for d in (1, 3, 2, 0):
-        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
-            return torch.contiguous_format
-        least = strides[d] * sizes[d] if sizes[d] > 1 else strides[d]
-    return torch.channels_last
-
-
 # Shapes -----------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("gross::series_conv2d", lib=_library)
 def _series_conv2d_shape(
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: Tensor,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input: Tensor, terms: Sequence[Tensor], active: Tensor, gates: Tensor | None, *geometry: Pair
 ) -> Tensor:
-    size = output_size(input.shape[2:], terms[0].shape[2:], stride, padding, dilation)
+    size = Geometry(*geometry).output_size(input.shape[2:], terms[0].shape[2:])
     shape = (input.shape[0], terms[0].shape[0], *size)
     return torch.empty(
         shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input)
@@ -75,19 +58,17 @@ def _series_conv2d_backward_shape(
     terms: Sequence[Tensor],
     active: Tensor,
     gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    needs: Sequence[bool],
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
+    need_input, need_terms, need_gates = rest[-1]
     return (
         torch.empty_like(input, memory_format=memory_format(input))
-        if needs[0]
+        if need_input
         else input.new_empty(0),
         [torch.empty_like(term, memory_format=torch.contiguous_format) for term in terms]
-        if needs[1]
+        if need_terms
         else [],
-        torch.empty_like(gates) if needs[2] and gates is not None else terms[0].new_empty(0),
+        torch.empty_like(gates) if need_gates and gates is not None else terms[0].new_empty(0),
     )
 
 
@@ -99,118 +80,34 @@ def _series_sum_shape(terms: Sequence[Tensor], active: Tensor, gates: Tensor | N
 # Gradients --------------------------------------------------------------------------------------
 
 
-def call(operator: Callable[..., Any], *args: Any) -> Any:
-    """``operator(*args)``; where gradients are off, past the Python code of
-    :func:`register_gradient`: that it is entered at all takes 5 µs."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+# What each operator computes, in PyTorch's own: what runs where a transform looks inside.
 
 
-def register_gradient(
-    library: torch.library.Library,
-    operator: torch._ops.OpOverload,
-    save: Callable[[Any, tuple, Any], None],
-    gradient: Callable[..., Sequence[Any]],
-) -> None:
-    """Make ``operator`` differentiable, as ``torch.library.register_autograd`` does, whose lists of
-    tensors go through torch.utils._pytree: 100 µs for a layer's forward and backward.
-
-    Args:
-        library: what registers the implementation.
-        operator: its arguments are positional and without defaults, those that are tensors or lists
-            of tensors first.
-        save: ``save(ctx, args, output)`` keeps what the backward pass wants.
-        gradient: ``gradient(ctx, needs, *grads)`` returns the gradients of those first arguments.
-            What is a list of tensors is a list in ``needs`` and ``grads``, and a list or None among
-            the returned gradients.
-    """
-    schema = operator._schema
-    inputs = [a.type.kind() == "ListType" for a in schema.arguments if "Tensor" in str(a.type)]
-    outputs = [a.type.kind() == "ListType" for a in schema.returns]
-    name = operator.name().replace("::", "_")
-
-    def below(keyset: torch._C.DispatchKeySet, args: tuple) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    # `flat` are the tensors of `args` once more: a function's graph is made of the tensors among
-    # its own arguments.
-    def forward(
-        ctx: Any, keyset: torch._C.DispatchKeySet, args: tuple, lengths: list, *flat: Any
-    ) -> Any:
-        output = below(keyset, args)
-        save(ctx, args, output)
-        ctx.inputs = lengths[0]
-        if len(outputs) == 1:
-            ctx.outputs = [None]
-            return output
-        ctx.outputs = _lengths(output, outputs)
-        lengths.append(ctx.outputs)
-        return tuple(_flat(output, ctx.outputs))
-
-    def backward(ctx: Any, *grads: Any) -> tuple:
-        needs = _nested(ctx.needs_input_grad[3:], ctx.inputs)
-        return (
-            None,
-            None,
-            None,
-            *_flat(gradient(ctx, needs, *_nested(grads, ctx.outputs)), ctx.inputs),
-        )
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(name, (torch.autograd.Function,), methods)
-
-    def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled():
-            lengths = _lengths(args, inputs)
-            flat = _flat(args, lengths)
-            if any(tensor is not None and tensor.requires_grad for tensor in flat):
-                both = [lengths]
-                output = function.apply(keyset, args, both, *flat)
-                return tuple(_nested(output, both[1])) if len(both) == 2 else output
-        return below(keyset, args)
-
-    library.impl(operator, autograd, "Autograd", with_keyset=True)
+def _convolution(
+    input: Tensor, terms: Sequence[Tensor], active: Tensor, gates: Tensor | None, *geometry: Pair
+) -> Tensor:
+    return reference.forward(input, Series(terms, int(active), gates), Geometry(*geometry))
 
 
-#: How many tensors each of an operator's arguments or outputs is: None for one that is not a list.
-Lengths = list[int | None]
+def _gradients(
+    grad: Tensor,
+    input: Tensor,
+    terms: Sequence[Tensor],
+    active: Tensor,
+    gates: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    *geometry, needs = rest
+    series = Series(terms, int(active), gates)
+    return _by_backends(grad, input, series, Geometry(*geometry), needs, [reference] * 2)
 
 
-def _lengths(values: Sequence[Any], lists: Sequence[bool]) -> Lengths:
-    return [len(value) if is_list else None for value, is_list in zip(values, lists, strict=False)]
-
-
-def _flat(values: Sequence[Any], lengths: Lengths) -> list[Any]:
-    """The values, and what is in the lists among them, one by one; None stands for a list of
-    Nones."""
-    flat: list[Any] = []
-    for value, length in zip(values, lengths, strict=False):
-        if length is None:
-            flat.append(value)
-        else:
-            flat += [None] * length if value is None else value
-    return flat
-
-
-def _nested(flat: Sequence[Any], lengths: Lengths) -> list[Any]:
-    """The inverse of :func:`_flat`."""
-    values: list[Any] = []
-    at = 0
-    for length in lengths:
-        if length is None:
-            values.append(flat[at])
-            at += 1
-        else:
-            values.append(list(flat[at : at + length]))
-            at += length
-    return values
+def _sum(terms: Sequence[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
+    return reference.series_sum(Series(terms, int(active), gates))
 
 
 def _save(ctx: Any, inputs: tuple, output: Any) -> None:
-    input, terms, active, gates, ctx.stride, ctx.padding, ctx.dilation = inputs
+    input, terms, active, gates, *ctx.geometry = inputs
     ctx.save_for_backward(input, active, gates, *terms)
 
 
@@ -218,15 +115,13 @@ def _series_conv2d_grad(ctx: Any, needs: Sequence[Any], grad: Tensor) -> tuple:
     input, active, gates, *terms = ctx.saved_tensors
     need_input, need_terms, need_gates = needs[0], any(needs[1]), needs[3]
     grad_input, grad_terms, grad_gates = call(
-        torch.ops.gross.series_conv2d_backward,
+        torch.ops.gross.series_conv2d_backward.default,
         grad,
         input,
         terms,
         active,
         gates,
-        ctx.stride,
-        ctx.padding,
-        ctx.dilation,
+        *ctx.geometry,
         [need_input, need_terms, need_gates],
     )
     return (
@@ -237,11 +132,13 @@ def _series_conv2d_grad(ctx: Any, needs: Sequence[Any], grad: Tensor) -> tuple:
     )
 
 
-register_gradient(_library, torch.ops.gross.series_conv2d.default, _save, _series_conv2d_grad)
+register_gradient(
+    _library, torch.ops.gross.series_conv2d.default, _convolution, _save, _series_conv2d_grad
+)
 
 
 def _save_backward(ctx: Any, inputs: tuple, output: Any) -> None:
-    grad, input, terms, active, gates, ctx.stride, ctx.padding, ctx.dilation, ctx.needs = inputs
+    grad, input, terms, active, gates, *ctx.geometry, ctx.needs = inputs
     ctx.count = len(terms)
     ctx.save_for_backward(grad, input, active, gates, *terms)
 
@@ -256,7 +153,7 @@ def _series_conv2d_backward_grad(
     enter linearly, so everything is the operator and its backward again, with the terms r and with
     v_i = γ_i b_i + c_i r_i."""
     grad, input, active, gates, *terms = ctx.saved_tensors
-    geometry = (ctx.stride, ctx.padding, ctx.dilation)
+    geometry = ctx.geometry
     op, backward = torch.ops.gross.series_conv2d, torch.ops.gross.series_conv2d_backward
     grad_grad: Tensor | None = None
     grad_input: Tensor | None = None
@@ -307,6 +204,7 @@ def _series_conv2d_backward_grad(
 register_gradient(
     _library,
     torch.ops.gross.series_conv2d_backward.default,
+    _gradients,
     _save_backward,
     _series_conv2d_backward_grad,
 )
@@ -346,46 +244,25 @@ def _series_sum_grad(ctx: Any, needs: Sequence[Any], grad: Tensor) -> tuple:
     return grad_terms, None, grad_gates
 
 
-register_gradient(_library, torch.ops.gross.series_sum.default, _save_sum, _series_sum_grad)
+register_gradient(_library, torch.ops.gross.series_sum.default, _sum, _save_sum, _series_sum_grad)
 
 
-# Autocast ---------------------------------------------------------------------------------------
-
-
-def register_autocast(library: torch.library.Library, name: str) -> None:
-    """Autocast casts the input alone: the kernel sums float32 terms in float32 and casts the sum
-    once, where casting every term first would cost N launches and four times the weight error."""
-    operator = getattr(torch.ops.gross, name)
-    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        library.impl(name, partial(_cast_input, device, operator), key)
-
-
-def _cast_input(device: str, operator: Callable[..., Any], input: Tensor, *rest: Any) -> Any:
-    if input.device.type == device and input.is_floating_point() and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device))
-    with torch.amp.autocast(device, enabled=False):
-        return operator(input, *rest)
-
+# Autocast and vmap ------------------------------------------------------------------------------
 
 register_autocast(_library, "series_conv2d")
+register_vmap(_library, torch.ops.gross.series_conv2d.default, folds=True)
+register_vmap(_library, torch.ops.gross.series_conv2d_backward.default, folds=False)
+register_vmap(_library, torch.ops.gross.series_sum.default, folds=False)
 
 
 # Implementations --------------------------------------------------------------------------------
 
 
 def _cuda_forward(
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: Tensor,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input: Tensor, terms: Sequence[Tensor], active: Tensor, gates: Tensor | None, *geometry: Pair
 ) -> Tensor:
-    geometry = (stride, padding, dilation)
-    count = _host_int(active, terms)
-    backend = dispatch.serving("forward", input, terms, count, *geometry)
-    return backend.forward(input, terms, count, gates, *geometry)
+    series, where = Series(terms, _host_int(active, terms), gates), Geometry(*geometry)
+    return dispatch.serving("forward", input, series, where).forward(input, series, where)
 
 
 def _cuda_backward(
@@ -394,34 +271,43 @@ def _cuda_backward(
     terms: Sequence[Tensor],
     active: Tensor,
     gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    needs: Sequence[bool],
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    geometry = (stride, padding, dilation)
-    count = _host_int(active, terms)
-    args = (grad, input, terms, count, gates, *geometry)
+    *geometry, needs = rest
+    series, where = Series(terms, _host_int(active, terms), gates), Geometry(*geometry)
+    operations = ("input_grad", needs[0]), ("weight_grad", needs[1] or needs[2])
+    backends = [
+        dispatch.serving(operation, input, series, where) if needed else None
+        for operation, needed in operations
+    ]
+    return _by_backends(grad, input, series, where, needs, backends)
+
+
+def _by_backends(
+    grad: Tensor,
+    input: Tensor,
+    series: Series,
+    geometry: Geometry,
+    needs: Sequence[bool],
+    backends: Sequence[Any],
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The backward operator by two backends: of the input's gradient, and of the others'."""
     grad_input, grad_terms, grad_gates = input.new_empty(0), [], None
     if needs[0]:
-        grad_input = dispatch.serving("input_grad", input, terms, count, *geometry).input_grad(
-            *args
-        )
+        grad_input = backends[0].input_grad(grad, input, series, geometry)
     if needs[1] or needs[2]:
-        backend = dispatch.serving("weight_grad", input, terms, count, *geometry)
-        grad_terms, grad_gates = backend.weight_grad(*args)
+        grad_terms, grad_gates = backends[1].weight_grad(grad, input, series, geometry)
     return (
         grad_input,
         grad_terms if needs[1] else [],
-        grad_gates if needs[2] and grad_gates is not None else terms[0].new_empty(0),
+        grad_gates if needs[2] and grad_gates is not None else series.terms[0].new_empty(0),
     )
 
 
 def _cuda_sum(terms: Sequence[Tensor], active: Tensor, gates: Tensor | None) -> Tensor:
     # Described as a pointwise convolution of the first term with all of them.
-    count = _host_int(active, terms)
-    backend = dispatch.serving("series_sum", terms[0], terms, count, (1, 1), (0, 0), (1, 1))
-    return backend.series_sum(terms, count, gates)
+    series = Series(terms, _host_int(active, terms), gates)
+    return dispatch.serving("series_sum", terms[0], series, Geometry()).series_sum(series)
 
 
 def _host_int(active: Tensor, terms: Sequence[Tensor]) -> int:
@@ -442,9 +328,10 @@ _library.impl("series_sum", _cuda_sum, "CUDA")
 def missing(*args: Any) -> Any:
     """Raise RuntimeError: stands in for the compiled CPU kernels where they could not be loaded."""
     raise RuntimeError(
-        f"gross_kernels: the compiled CPU kernels could not be loaded from {cpu.LIBRARY}: {load_error}\n"
-        "Build them with `pip install -e .` (a C++ compiler is needed), or use the slow definition: "
-        "GROSS_KERNELS_BACKEND=reference. `python -m gross_kernels.environment` says what is installed."
+        f"gross_kernels: the compiled CPU kernels could not be loaded from {cpu.LIBRARY}: "
+        f"{load_error}\nBuild them with `pip install -e .` (a C++ compiler is needed), or use the "
+        "slow definition: GROSS_KERNELS_BACKEND=reference. `python -m gross_kernels.environment` "
+        "says what is installed."
     )
 
 
@@ -456,16 +343,9 @@ if load_error is not None:
 # FLOP counts ------------------------------------------------------------------------------------
 
 
-def _flops(
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> int:
+def _flops(input: Tensor, terms: Sequence[Tensor], active: Tensor, geometry: Geometry) -> int:
     kernel = terms[0].shape[2:]
-    size = output_size(input.shape[2:], kernel, stride, padding, dilation)
+    size = geometry.output_size(input.shape[2:], kernel)
     group_size = terms[int(active) - 1].shape[1]
     return 2 * input.shape[0] * convolution_macs(terms[0].shape[0], group_size, kernel, size)
 
@@ -476,14 +356,12 @@ def _series_conv2d_flops(
     terms: Sequence[Tensor],
     active: Tensor,
     gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    *geometry: Pair,
     **_: Any,
 ) -> int:
     """Two FLOP per multiply–accumulate at the active group size, as torch counts a
     convolution's."""
-    return _flops(input, terms, active, stride, padding, dilation)
+    return _flops(input, terms, active, Geometry(*geometry))
 
 
 @register_flop_formula(torch.ops.gross.series_conv2d_backward, get_raw=True)
@@ -493,17 +371,14 @@ def _series_conv2d_backward_flops(
     terms: Sequence[Tensor],
     active: Tensor,
     gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    needs: Sequence[bool],
+    *rest: Any,
     **_: Any,
 ) -> int:
     """The forward's count for the gradient of the input and for that of the weight, as far as
     needed."""
-    return (bool(needs[0]) + bool(needs[1] or needs[2])) * _flops(
-        input, terms, active, stride, padding, dilation
-    )
+    *geometry, needs = rest
+    times = bool(needs[0]) + bool(needs[1] or needs[2])
+    return times * _flops(input, terms, active, Geometry(*geometry))
 
 
 @register_flop_formula(torch.ops.gross.series_sum)

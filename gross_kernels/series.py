@@ -8,12 +8,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .geometry import integer
+
 #: How many terms one series can have.
 MAX_TERMS = 16
+
+
+class Series(NamedTuple):
+    """The residual weights of one grouped convolution, and which of them are summed how.
+
+    Attributes:
+        terms: ``[C_out, s_i, kh, kw]``, ascending group sizes; of one shape in a plain sum.
+        active: n, how many leading terms are summed.
+        gates: one scale per term, ``[N]``, or None for ones.
+    """
+
+    terms: Sequence[Tensor]
+    active: int
+    gates: Tensor | None = None
+
+    @property
+    def leading(self) -> Sequence[Tensor]:
+        """The terms that are summed."""
+        return self.terms[: self.active]
 
 
 def block_starts(
@@ -53,25 +75,23 @@ def check_group_sizes(
     sizes = tuple(group_sizes)
     if not 1 <= len(sizes) <= MAX_TERMS:
         raise ValueError(f"{name}: got {len(sizes)} group sizes, accepted are 1 to {MAX_TERMS}")
+    sizes = tuple([integer(name, s, accepted="a sequence of ints") for s in sizes])
     for s in sizes:
-        if isinstance(s, bool) or not isinstance(s, int):
-            raise TypeError(
-                f"{name}: got group size {s!r} of type {type(s).__name__} in {sizes}, accepted are ints"
-            )
         if s < 1 or in_channels < 1 or in_channels % s:
             raise ValueError(
-                f"{name}: got group size {s} in {sizes}, accepted are divisors of the input width {in_channels}"
+                f"{name}: got group size {s} in {sizes}, accepted are divisors of the input width "
+                f"{in_channels}"
             )
         if out_channels % (in_channels // s):
             raise ValueError(
-                f"{name}: got group size {s} in {sizes}, which makes {in_channels // s} groups; accepted are sizes "
-                f"whose number of groups divides the output width {out_channels}"
+                f"{name}: got group size {s} in {sizes}, which makes {in_channels // s} groups; "
+                f"accepted are sizes whose number of groups divides the output width {out_channels}"
             )
     for smaller, larger in itertools.pairwise(sizes):
         if larger <= smaller or larger % smaller:
             raise ValueError(
-                f"{name}: got group size {smaller} before {larger} in {sizes}, accepted are ascending sizes of which "
-                "each divides the next"
+                f"{name}: got group size {smaller} before {larger} in {sizes}, accepted are "
+                "ascending sizes of which each divides the next"
             )
     return sizes
 
@@ -113,8 +133,8 @@ def expand(weight: Tensor, to_group_size: int, in_channels: int) -> Tensor:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, accepted is [C_out, group size, kh, kw]"
         )
-    if not isinstance(in_channels, int):
-        raise TypeError(f"in_channels: got {in_channels!r}, accepted is an int")
+    in_channels = integer("in_channels", in_channels, 1)
+    to_group_size = integer("to_group_size", to_group_size)
     out_channels, group_size = weight.shape[:2]
     check_group_sizes((to_group_size,), in_channels, out_channels, "to_group_size")
     if group_size == to_group_size:
@@ -147,24 +167,20 @@ def _block_columns(
     return (starts[:, None] + torch.arange(group_size, device=device))[:, :, None, None]
 
 
-def sum_terms(
-    terms: Sequence[Tensor], in_channels: int, active: int, gates: Tensor | None = None
-) -> Tensor:
+def sum_terms(series: Series, in_channels: int) -> Tensor:
     """``R_n = Σ_{i≤n} gate_i Ψ(r_i)`` (equation 5) in the terms' dtype.
 
     Args:
-        terms: ``[C_out, s_i, kh, kw]``, ascending group sizes.
+        series: the terms, how many of them, and their gates.
         in_channels: channels of the convolution's input.
-        active: n, how many leading terms are summed.
-        gates: one scale per term, ``[N]``, or None for ones.
 
     Returns:
         ``[C_out, s_n, kh, kw]``. Differentiable.
     """
-    to = terms[active - 1].shape[1]
-    expanded = [expand(term, to, in_channels) for term in terms[:active]]
-    if gates is not None:
-        expanded = [weight * gates[i].to(weight.dtype) for i, weight in enumerate(expanded)]
+    to = series.leading[-1].shape[1]
+    expanded = [expand(term, to, in_channels) for term in series.leading]
+    if series.gates is not None:
+        expanded = [weight * series.gates[i].to(weight.dtype) for i, weight in enumerate(expanded)]
     return torch.stack(expanded).sum(0)
 
 
@@ -178,29 +194,6 @@ def residuals(weights: Sequence[Tensor], in_channels: int) -> list[Tensor]:
         weight - expand(smaller, weight.shape[1], in_channels)
         for smaller, weight in zip(weights[:-1], rest, strict=True)
     ]
-
-
-def same_padding(
-    kernel_size: Sequence[int], dilation: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    """(before, after) padding of each spatial dimension under which a convolution of stride 1 keeps
-    the size; an odd total puts the larger half after, as ``torch.nn.Conv2d`` does."""
-    totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-    return tuple((total // 2, total - total // 2) for total in totals)
-
-
-def output_size(
-    input_size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, ...]:
-    """Spatial size of a convolution's output; ``padding`` is what is added on each side."""
-    return tuple(
-        (i + 2 * p - d * (k - 1) - 1) // s + 1
-        for i, k, s, p, d in zip(input_size, kernel_size, stride, padding, dilation, strict=True)
-    )
 
 
 def convolution_macs(

@@ -134,10 +134,12 @@ for name in "$@"; do
 done
 
 library=source/gross_kernels/gross_cpu.so
-if [[ -f $folder/oldest/$library && -f $folder/newest/$library ]]; then
+if [[ " $* " == *" oldest "* && " $* " == *" newest "* ]]; then
   echo "check_versions: the newest torch's library in the oldest"
   cp "$folder/newest/$library" "$folder/oldest/$library"
   run_tests oldest tests/gross_kernels/test_operator.py
 fi
-rm -rf "$folder"/{oldest,newest}
+for name in "$@"; do
+  rm -rf "${folder:?}/$name"
+done
 echo "check_versions: passed: $*"

@@ -1,2 +1,2 @@
-"""One module per backend, each with ``forward``, ``input_grad``, ``weight_grad``, ``series_sum``
-and ``supports(call)``."""
+"""One module per backend, each with ``forward(input, series, geometry)``, ``input_grad(grad, input,
+series, geometry)``, ``weight_grad`` of the same, ``series_sum(series)`` and ``supports(call)``."""

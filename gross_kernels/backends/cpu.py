@@ -5,17 +5,14 @@ functions here call those."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..series import MAX_TERMS
-
-if TYPE_CHECKING:
-    from ..dispatch import Call
+from ..call import Call
+from ..geometry import Geometry
+from ..series import MAX_TERMS, Series
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LIBRARY = Path(__file__).parent.parent / "gross_cpu.so"
@@ -35,63 +32,32 @@ def supports(call: Call) -> bool:
     return call.device == "cpu" and call.dtype in DTYPES and len(call.group_sizes) <= MAX_TERMS
 
 
-def forward(
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def forward(input: Tensor, series: Series, geometry: Geometry) -> Tensor:
     """``gross::series_conv2d`` on the CPU."""
-    return torch.ops.gross.series_conv2d(
-        input, terms, torch.tensor(active), gates, stride, padding, dilation
-    )
+    return torch.ops.gross.series_conv2d(input, *_flat(series), *geometry)
 
 
-def input_grad(
-    grad: Tensor,
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def input_grad(grad: Tensor, input: Tensor, series: Series, geometry: Geometry) -> Tensor:
     """``gross::series_conv2d_backward`` on the CPU, for the input alone."""
-    return torch.ops.gross.series_conv2d_backward(
-        grad,
-        input,
-        terms,
-        torch.tensor(active),
-        gates,
-        stride,
-        padding,
-        dilation,
-        [True, False, False],
-    )[0]
+    needs = [True, False, False]
+    return torch.ops.gross.series_conv2d_backward(grad, input, *_flat(series), *geometry, needs)[0]
 
 
 def weight_grad(
-    grad: Tensor,
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    grad: Tensor, input: Tensor, series: Series, geometry: Geometry
 ) -> tuple[list[Tensor], Tensor | None]:
     """``gross::series_conv2d_backward`` on the CPU, for the terms and the gates."""
-    needs = [False, True, gates is not None]
+    needs = [False, True, series.gates is not None]
     _, grad_terms, grad_gates = torch.ops.gross.series_conv2d_backward(
-        grad, input, terms, torch.tensor(active), gates, stride, padding, dilation, needs
+        grad, input, *_flat(series), *geometry, needs
     )
-    return grad_terms, None if gates is None else grad_gates
+    return grad_terms, None if series.gates is None else grad_gates
 
 
-def series_sum(terms: Sequence[Tensor], active: int, gates: Tensor | None) -> Tensor:
+def series_sum(series: Series) -> Tensor:
     """``gross::series_sum`` on the CPU."""
-    return torch.ops.gross.series_sum(terms, torch.tensor(active), gates)
+    return torch.ops.gross.series_sum(*_flat(series))
+
+
+def _flat(series: Series) -> tuple:
+    return series.terms, torch.tensor(series.active, device="cpu"), series.gates

@@ -8,18 +8,16 @@ than its input's is copied: it is the exception, and only one of the two tensors
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..series import MAX_TERMS
-
-if TYPE_CHECKING:
-    from ..dispatch import Call
+from ..call import Call
+from ..geometry import Geometry
+from ..series import MAX_TERMS, Series
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = Path(__file__).parent.parent / "gross_cuda.so"
@@ -57,9 +55,10 @@ def refusal(call: Call) -> str | None:
         return "serves CUDA tensors alone"
     if load_error is not None:
         raise RuntimeError(
-            f"gross_kernels: the compiled CUDA kernels could not be loaded from {LIBRARY}: {load_error}\n"
-            "Build them again with `pip install -e .`, leave them out with GROSS_KERNELS_CUDA=0, or use another "
-            "backend: GROSS_KERNELS_BACKEND=triton. `python -m gross_kernels.environment` says what is installed."
+            f"gross_kernels: the compiled CUDA kernels could not be loaded from {LIBRARY}: "
+            f"{load_error}\nBuild them again with `pip install -e .`, leave them out with "
+            "GROSS_KERNELS_CUDA=0, or use another backend: GROSS_KERNELS_BACKEND=triton. "
+            "`python -m gross_kernels.environment` says what is installed."
         )
     if not available():
         return "was not built: no CUDA compiler was found, or GROSS_KERNELS_CUDA=0"
@@ -70,23 +69,30 @@ def refusal(call: Call) -> str | None:
     ):
         return "serves float32, bfloat16 and float16"
     if call.operation != "series_sum":
-        if (call.kernel_size, call.padding, call.dilation) != ((3, 3), (1, 1), (1, 1)):
+        stride, padding, dilation = call.geometry
+        if (call.kernel_size, padding, dilation) != ((3, 3), (1, 1), (1, 1)):
             return "serves 3×3 kernels with padding 1 and dilation 1"
-        if call.stride not in ((1, 1), (2, 2)):
+        if stride not in ((1, 1), (2, 2)):
             return "serves strides 1 and 2"
         if not call.channels_last:
             return "serves dense channels-last memory"
         if call.dtype == torch.float32 and call.float32 != "tf32":
-            return "multiplies float32 as TF32, which torch.backends.cudnn.conv.fp32_precision does not allow"
+            return (
+                "multiplies float32 as TF32, which torch.backends.cudnn.conv.fp32_precision does "
+                "not allow"
+            )
     architectures, device = _operators().build()[2], properties(call.index or 0)
     if not runs_on(device[0], architectures):
         return f"was built for {architectures}, not for compute capability {device[0] / 10}"
     if call.operation == "series_sum":
         return None
     size = call.group_sizes[call.active - 1]
-    shape = (call.in_channels, call.out_channels, size, call.stride[0])
+    shape = (call.in_channels, call.out_channels, size, call.geometry.stride[0])
     if not _operators().supports(call.operation, call.dtype, call.terms_dtype, *shape, device):
-        return f"has no {call.operation} kernel for groups of {size} in {shape[0]} → {shape[1]} channels on this device"
+        return (
+            f"has no {call.operation} kernel for groups of {size} in {shape[0]} → {shape[1]} "
+            "channels on this device"
+        )
     return None
 
 
@@ -110,54 +116,30 @@ def runs_on(capability: int, architectures: str) -> bool:
     return False
 
 
-def forward(
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def forward(input: Tensor, series: Series, geometry: Geometry) -> Tensor:
     """The output, channels-last."""
-    return _operators().forward.default(input, terms, active, gates, stride[0])
+    return _operators().forward.default(input, *series, geometry.stride[0])
 
 
-def input_grad(
-    grad: Tensor,
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def input_grad(grad: Tensor, input: Tensor, series: Series, geometry: Geometry) -> Tensor:
     """Gradient with respect to the input, channels-last."""
-    return _operators().input_grad.default(grad, input, terms, active, gates, stride[0])
+    return _operators().input_grad.default(grad, input, *series, geometry.stride[0])
 
 
 def weight_grad(
-    grad: Tensor,
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    grad: Tensor, input: Tensor, series: Series, geometry: Geometry
 ) -> tuple[list[Tensor], Tensor | None]:
     """Gradients with respect to every term and to the gates (None without gates); zero beyond
     ``active``."""
     grad_terms, grad_gates = _operators().weight_grad.default(
-        grad, input, terms, active, gates, stride[0]
+        grad, input, *series, geometry.stride[0]
     )
-    return grad_terms, None if gates is None else grad_gates.to(gates.dtype)
+    return grad_terms, None if series.gates is None else grad_gates.to(series.gates.dtype)
 
 
-def series_sum(terms: Sequence[Tensor], active: int, gates: Tensor | None) -> Tensor:
+def series_sum(series: Series) -> Tensor:
     """``Σ_{i≤n} gate_i t_i``, contiguous, of the terms' shape and dtype."""
-    return _operators().series_sum.default(terms, active, gates)
+    return _operators().series_sum.default(*series)
 
 
 def _operators() -> Any:

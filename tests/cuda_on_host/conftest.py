@@ -1,5 +1,8 @@
 """Compiles the CUDA sources for the host, where emulator.h runs them: no GPU and no CUDA toolkit is
-needed."""
+needed.
+
+A default run builds the emulator and one kernel with the sanitizers, two with -O2, and a fault in
+each; ``-m build`` adds the other ways and one fault of each kind."""
 
 import platform
 import shutil

@@ -11,6 +11,7 @@ from build_once import SANITIZERS
 from .conftest import Compile, faults, run
 
 
+@pytest.mark.build
 def test_numerics(program: Compile) -> None:
     """Every kernel, dtype and packing, both ways for copies to land, under both sanitizers."""
     finished = run(program("test_convolution.cpp", *SANITIZERS), "numerics")
@@ -214,6 +215,7 @@ ONE_TYPE = (
 )
 
 
+@pytest.mark.build
 def test_cases_of_faults(program: Compile) -> None:
     """Without a fault they pass."""
     finished = run(program("test_convolution.cpp", *SANITIZERS), "faults")

@@ -11,6 +11,7 @@ from build_once import SANITIZERS
 from .conftest import Compile, faults, run
 
 
+@pytest.mark.build
 def test_kernels(program: Compile) -> None:
     """Every kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
     finished = run(program("test_weight_grad.cpp", *SANITIZERS), "kernels")

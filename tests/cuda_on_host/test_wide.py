@@ -17,6 +17,7 @@ def test_numerics(program: Compile) -> None:
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
+@pytest.mark.build
 def test_traffic(program: Compile) -> None:
     """Bytes of global memory within 1.3 times what must move at 56×56 and above, 1.6 times
     below."""

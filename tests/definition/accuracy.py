@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from case import Case
 from torch import Tensor
 
-from gross_kernels.dispatch import BACKENDS, Call
+from gross_kernels.call import Call
+from gross_kernels.dispatch import BACKENDS
+from gross_kernels.series import Series
 
 #: Of the input and of the terms.
 DTYPES = [
@@ -43,8 +45,8 @@ class Target:
     def serves(self, case: Case) -> bool:
         """Whether the backend says so."""
         widths = (case.in_channels, case.out_channels)
-        geometry = (case.group_sizes, case.kernel_size, *case.geometry)
-        call = Call(self.device, self.dtype, self.terms_dtype, *widths, *geometry, case.active)
+        rest = (case.group_sizes, case.kernel_size, case.geometry, case.active)
+        call = Call(self.device, self.dtype, self.terms_dtype, *widths, *rest)
         return BACKENDS[self.backend].supports(call)
 
     def arguments(self, case: Case) -> Arguments:
@@ -55,7 +57,8 @@ class Target:
         self, case: Case, input: Tensor, terms: Sequence[Tensor], gates: Tensor | None, grad: Tensor
     ) -> list[Tensor]:
         """Output, gradient of the input, of each term, and of the gates if there are any."""
-        backend, rest = BACKENDS[self.backend], (terms, case.active, gates, *case.geometry)
+        backend = BACKENDS[self.backend]
+        rest = (Series(terms, case.active, gates), case.geometry)
         grad_terms, grad_gates = backend.weight_grad(grad, input, *rest)
         results = [
             backend.forward(input, *rest),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gross_kernels.geometry import Geometry
+
 
 @dataclass(frozen=True)
 class Case:
@@ -25,9 +27,9 @@ class Case:
     seed: int = 0
 
     @property
-    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    def geometry(self) -> Geometry:
         """Stride, padding and dilation, in the operator's order."""
-        return self.stride, self.padding, self.dilation
+        return Geometry(self.stride, self.padding, self.dilation)
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:

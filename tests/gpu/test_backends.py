@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gross_kernels import GroSSConv2d, series_conv2d, use_backend
 from gross_kernels.dispatch import BACKENDS
+from gross_kernels.geometry import Geometry
+from gross_kernels.series import Series
 
 GATED = LARGER["64@56, groups of 64"]
 
@@ -127,14 +129,14 @@ def test_other_streams(backend: ModuleType) -> None:
     """Catches a launch on the default stream: it would not wait for what the current stream still
     computes."""
     input, terms, _, _ = TYPICAL.tensors(torch.bfloat16, torch.float32, "cuda")
-    expected = backend.forward(input, terms, 3, None, *TYPICAL.geometry)
+    expected = backend.forward(input, Series(terms, 3), TYPICAL.geometry)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         late = torch.zeros_like(input)
         torch.cuda._sleep(100_000_000)
         late.copy_(input)
-        result = backend.forward(late, terms, 3, None, *TYPICAL.geometry)
+        result = backend.forward(late, Series(terms, 3), TYPICAL.geometry)
     stream.synchronize()
     assert torch.equal(result, expected)
 
@@ -145,7 +147,7 @@ def test_other_devices(backend: ModuleType) -> None:
     on another."""
     for device in ("cuda:1", "cuda:0", "cuda:1"):
         input, terms, gates, _ = TYPICAL.tensors(torch.bfloat16, torch.float32, device)
-        output = backend.forward(input, terms, 3, gates, *TYPICAL.geometry)
+        output = backend.forward(input, Series(terms, 3, gates), TYPICAL.geometry)
         assert output.device == input.device
         with use_backend("reference"):
             expected = series_conv2d(input, terms, 3, padding=1)
@@ -224,8 +226,7 @@ def test_more_elements_than_an_int_counts(
     )
     input.normal_()
     terms = [torch.randn(16, s, 3, 3, device="cuda") for s in (1, 4)]
-    geometry = ((1, 1), (1, 1), (1, 1))
-    output = backend.forward(input, terms, 2, None, *geometry)
+    output = backend.forward(input, Series(terms, 2), Geometry(padding=(1, 1)))
     for part in (slice(0, 1), slice(batch // 2, batch // 2 + 1), slice(batch - 1, batch)):
         with use_backend("reference"):
             expected = series_conv2d(input[part], terms, 2, padding=1)

@@ -8,7 +8,7 @@ from gross.supernet import set_configuration
 from torch import nn
 
 from gross_kernels import GroSSConv2d, expand
-from gross_kernels.series import residuals, sum_terms
+from gross_kernels.series import Series, residuals, sum_terms
 
 
 def integers(*shape: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_equations_5_and_6_are_inverse_to_each_other():
     weights = [integers(8, s, 3, 3) for s in (1, 2, 4, 8)]
     terms = residuals(weights, 8)
     for n, weight in enumerate(weights, start=1):
-        assert torch.equal(sum_terms(terms, 8, n), weight)
+        assert torch.equal(sum_terms(Series(terms, n), 8), weight)
 
 
 GEOMETRIES = [

@@ -20,14 +20,18 @@ def network(layers: int = 4) -> nn.Module:
     return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs))
 
 
-def test_the_result_is_the_same_bit_for_bit_for_any_number_of_workers(threads):
+@pytest.mark.parametrize("width", [None, 4])
+def test_the_result_is_the_same_bit_for_bit_for_any_number_of_workers(threads, width):
     """Catches a fit that depends on its neighbours, on the order in which they end, or on how many
-    threads the caller has."""
+    threads the caller has; and TensorLy's backend, which it sets where a width is below the
+    channels, shared by threads."""
     model = network()
     results = []
     for workers, caller in ((1, 1), (2, 1), (5, 2), (None, 2)):
         torch.set_num_threads(caller)
-        supernet = gross.decompose(model, (1, 2, 4), sweeps=5, workers=workers, quiet=True)
+        supernet = gross.decompose(
+            model, (1, 2, 4), width=width, sweeps=5, workers=workers, quiet=True
+        )
         errors = [layer.errors for layer in supernet.decomposition_report.layers]
         results.append(([p.detach() for p in supernet.parameters()], errors))
     for parameters, errors in results[1:]:

@@ -169,9 +169,15 @@ def with_a_mask(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def with_attributes(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.width, conv.group_size, conv.stage = 3, 7, "last"
+    return conv
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (with_attributes, "its attributes group_size, width have names of the layer in its place"),
         (replaced_forward, "its forward was replaced on the instance"),
         (replaced_inner_forward, "its forward was replaced on the instance"),
         (gradient_hook, "its parameters have hooks, which the layer in its place would lose"),

@@ -1,14 +1,27 @@
 """Bad arguments of every public entry: the right exception names the argument, what was got and
 what is accepted."""
 
+import inspect
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gross_kernels import GroSSConv2d, SeriesConv2d, expand, explain, series_conv2d, use_backend
+import gross_kernels
+from gross_kernels import (
+    GroSSConv2d,
+    SeriesConv2d,
+    dispatch,
+    expand,
+    explain,
+    functional,
+    series_conv2d,
+    use_backend,
+    use_fused,
+)
 from gross_kernels.dispatch import BACKENDS, PREFERENCE
 from gross_kernels.series import check_group_sizes
 
@@ -214,7 +227,24 @@ OF_FUNCTION = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture
+def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend is asked whether it serves a call, and none computes: a fault is seen before, so
+    that one run stands for all backends."""
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("a backend was asked")
+
+    for module, name in (
+        *((backend, name) for backend in BACKENDS.values() for name in ("supports", "forward")),
+        (dispatch, "choose"),
+        (dispatch, "choose_layer"),
+        (functional, "call"),
+    ):
+        monkeypatch.setattr(module, name, asked)
+
+
+@pytest.mark.usefixtures("nobody_is_asked")
 @pytest.mark.parametrize(("error", "argument", "got", "accepted", "arguments"), OF_FUNCTION)
 @pytest.mark.parametrize("function", [series_conv2d, explain])
 def test_function(
@@ -224,18 +254,11 @@ def test_function(
     got: str,
     accepted: str,
     arguments: dict,
-    backend: str,
 ) -> None:
     """Catches an argument that is not checked before work begins, and a message that does not
     help."""
-    with use_backend(backend):
-        assert_refuses(
-            error,
-            argument,
-            got,
-            accepted,
-            lambda: function(**{"input": INPUT, "terms": TERMS} | arguments),
-        )
+    given = {"input": INPUT, "terms": TERMS} | arguments
+    assert_refuses(error, argument, got, accepted, lambda: function(**given))
 
 
 def test_operator_checks_too() -> None:
@@ -360,7 +383,7 @@ OF_FORWARD = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("nobody_is_asked")
 @pytest.mark.parametrize("kind", [GroSSConv2d, SeriesConv2d])
 @pytest.mark.parametrize(("error", "argument", "got", "accepted", "arguments"), OF_FORWARD)
 def test_forward(
@@ -370,14 +393,10 @@ def test_forward(
     got: str,
     accepted: str,
     arguments: dict,
-    backend: str,
 ) -> None:
     """Catches a layer that computes with arguments that the function would refuse."""
     layer = kind(4, 4, 3)
-    with use_backend(backend):
-        assert_refuses(
-            error, argument, got, accepted, lambda: layer(**{"input": INPUT} | arguments)
-        )
+    assert_refuses(error, argument, got, accepted, lambda: layer(**{"input": INPUT} | arguments))
 
 
 @pytest.mark.parametrize("layer", [GroSSConv2d(4, 4, 3), SeriesConv2d(4, 4, 3)])
@@ -478,7 +497,7 @@ def test_from_other_things_than_bottlenecks() -> None:
             (torch.randn(6, 2, 3, 3), 3, 6),
         ),
         (ValueError, "to_group_size", "0", "divisors", (TERMS[1], 0, 4)),
-        (TypeError, "to_group_size", "2.0", "ints", (TERMS[1], 2.0, 4)),
+        (TypeError, "to_group_size", "2.0", "an int", (TERMS[1], 2.0, 4)),
         (
             ValueError,
             "to_group_size",
@@ -514,6 +533,170 @@ def test_group_sizes_name_is_used() -> None:
     assert_refuses(
         ValueError, "terms", "3", "divisors", lambda: check_group_sizes((3,), 4, 4, "terms")
     )
+
+
+# Every argument there is ------------------------------------------------------------------------
+
+CONV = nn.Conv2d(4, 4, 3)
+BOTTLENECK = (torch.randn(4, 4, 1, 1), torch.randn(4, 2, 3, 3), torch.randn(4, 4, 1, 1))
+NUMBERS = [None, 1.5, "3", True, 0, -1, [1, 2, 3], torch.ones(2), object()]
+OF_CONVOLUTION = {
+    "kernel_size": NUMBERS,
+    "stride": NUMBERS,
+    "padding": [None, 1.5, "full", True, -1, [1, 2, 3], object()],
+    "dilation": NUMBERS,
+}
+TENSORS = [None, 1.0, "x", [1.0], object()]
+OF_SERIES = {
+    "input": TENSORS,
+    "terms": [None, 1.0, "x", [], [1.0], INPUT, object()],
+    "active": [1.5, "1", True, 0, 4, [1], torch.ones(2), object()],
+    "gates": TENSORS[1:],
+} | {name: OF_CONVOLUTION[name] for name in ("stride", "padding", "dilation")}
+OF_MADE_LAYER = {
+    "in_channels": [None, 1.5, "4", True, 0, -4, object()],
+    "out_channels": [None, 1.5, "4", True, 0, -4, object()],
+    **OF_CONVOLUTION,
+    "padding_mode": [None, 1, "constant", object()],
+    "device": [1.5, "nowhere", [], object()],
+    "dtype": ["float32", torch.complex64, torch.int64, torch.float8_e5m2, object()],
+    "group_sizes": [4, "4", (), (3,), (2, 1), (1.0,), (True,), ("1",), object()],
+}
+SIZE = [1.5, "4", True, 3, 0, object()]
+OF_METHOD = {
+    "forward": {"input": TENSORS, "gates": TENSORS[1:]},
+    "macs": {"input_size": NUMBERS, "group_size": SIZE},
+    "fold": {"group_size": SIZE},
+    "pack": {"dtype": ["float32", torch.float64, torch.int64, object()]},
+    "explain": {"device": [1.5, "nowhere", [], object()]},
+    "from_bottlenecks": {
+        "conv": [None, nn.Linear(4, 4), object()],
+        "bottlenecks": [None, {}, [BOTTLENECK], {2: None}, {2: BOTTLENECK[:2]}, {3: BOTTLENECK}],
+    },
+    "release_inactive": {},
+    "reset_parameters": {},
+}
+#: By entry and argument: values of a wrong type, and such as are no good.
+WRONG: dict[str, dict[str, list[object]]] = {
+    "series_conv2d": OF_SERIES,
+    "explain": OF_SERIES,
+    "expand": {
+        "weight": [*TENSORS, INPUT[0]],
+        "to_group_size": [None, 1.5, "4", True, 0, 3, object()],
+        "in_channels": [None, 1.5, "4", True, 0, 5, object()],
+    },
+    "pack": {
+        "network": [None, "x", object()],
+        "dtype": ["float32", torch.float64, torch.int64, object()],
+    },
+    "use_backend": {"name": [None, 1, "triton-x", [], object()]},
+    "use_fused": {"fused": [None, 1, "0", object()]},
+    "SeriesConv2d": OF_MADE_LAYER,
+    "GroSSConv2d": OF_MADE_LAYER
+    | {
+        "groups": [None, 2, 0, 1.5, "1", True, object()],
+        "bias": [None, 1, "yes", object()],
+        "width": [0, 1.5, "4", True, (4, 4, 4), object()],
+        "relu": [None, 1, "yes", object()],
+    },
+    **{f"SeriesConv2d.{name}": OF_METHOD[name] for name in ("forward", "macs")},
+    **{f"GroSSConv2d.{name}": values for name, values in OF_METHOD.items()},
+    "SeriesConv2d.release_inactive": {},
+    "SeriesConv2d.reset_parameters": {},
+}
+RIGHT: dict[str, dict[str, object]] = {
+    "series_conv2d": {"input": INPUT, "terms": TERMS},
+    "explain": {"input": INPUT, "terms": TERMS},
+    "expand": {"weight": TERMS[1], "to_group_size": 4, "in_channels": 4},
+    "pack": {"network": GroSSConv2d(4, 4, 3).eval()},
+    "GroSSConv2d": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
+    "SeriesConv2d": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
+    ".forward": {"input": INPUT},
+    ".macs": {"input_size": 8},
+    ".from_bottlenecks": {"conv": CONV, "bottlenecks": {2: BOTTLENECK}},
+}
+#: What an error of one argument may speak of instead.
+OTHER_NAMES = {"in_channels": "to_group_size", "bottlenecks": "group_sizes"}
+
+
+def entries() -> dict[str, Callable]:
+    """Every public function, layer and method of a layer, by name."""
+    found: dict[str, Callable] = {}
+    for name in gross_kernels.__all__:
+        entry = getattr(gross_kernels, name)
+        if not callable(entry):
+            continue
+        found[name] = entry
+        if isinstance(entry, type):
+            layer = entry(4, 4, 3).eval()
+            own = {
+                n
+                for kind in entry.__mro__
+                if kind.__module__.startswith("gross_")
+                for n in vars(kind)
+            }
+            for method in own:
+                if not method.startswith("_") and callable(getattr(entry, method)):
+                    found[f"{name}.{method}"] = getattr(layer, method)
+    return found
+
+
+#: Methods that are torch's, overridden for their effect: their arguments are its.
+TORCHS = {"extra_repr", "train", "register_parameter"}
+
+
+def test_every_argument_is_tried() -> None:
+    """Catches a new function, method or argument that no test gives a wrong value."""
+    tried = {name: set(values) for name, values in WRONG.items()}
+    there = {
+        name: set(inspect.signature(entry).parameters)
+        for name, entry in entries().items()
+        if name.rpartition(".")[2] not in TORCHS
+    }
+    assert {n: v for n, v in tried.items() if n.rpartition(".")[2] not in TORCHS} == there
+
+
+def enter(entry: Callable, arguments: dict[str, object]) -> object:
+    """Call; a context manager is entered, too."""
+    result = entry(**arguments)
+    return result.__enter__() if entry in (use_backend, use_fused) else result
+
+
+@pytest.mark.parametrize("name", [n for n in WRONG if n.rpartition(".")[2] not in TORCHS])
+def test_wrong_values_of_every_argument(name: str) -> None:
+    """Catches an argument that is not checked, or whose error does not name it, what was got, and
+    what is accepted."""
+    entry, right = entries()[name], RIGHT.get(name, RIGHT.get(name[name.find(".") :], {}))
+    if name not in ("use_backend", "use_fused"):
+        enter(entry, right)
+    for argument, values in WRONG[name].items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                enter(entry, right | {argument: value})
+            named = {argument, OTHER_NAMES.get(argument, argument)}
+            named |= {"backend"} if entry is use_backend else set()
+            message = str(caught.value)
+            assert re.match(rf"({'|'.join(named)})(\[\w+\])?: got .*accepted ", message), (
+                argument,
+                value,
+                message,
+            )
+
+
+@pytest.mark.parametrize("kind", [GroSSConv2d, SeriesConv2d])
+def test_integers_of_numpy(kind: type[nn.Module]) -> None:
+    """Catches integers that nn.Conv2d takes and the layers refuse, or keep as they are."""
+    three, four = np.int64(3), np.int32(4)
+    layer = kind(
+        four, four, three, stride=np.int64(1), padding=(np.int64(1), 1), group_sizes=[four]
+    )
+    numbers = (layer.in_channels, layer.out_channels, *layer.kernel_size, *layer.group_sizes)
+    assert all(type(number) is int for number in (*numbers, *layer.padding, *layer.stride))
+    layer.group_size = four
+    assert type(layer.group_size) is int
+    assert layer.macs(np.int64(8), four) == kind(4, 4, 3, padding=1, group_sizes=[4]).macs(8)
+    active = np.int64(2)
+    assert torch.equal(series_conv2d(INPUT, TERMS, active), series_conv2d(INPUT, TERMS, 2))
 
 
 # Empty is not bad -------------------------------------------------------------------------------

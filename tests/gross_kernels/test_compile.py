@@ -197,20 +197,21 @@ def test_two_forwards_before_one_backward(wrap: Callable) -> None:
 @pytest.mark.parametrize("wrap", [lambda layer: layer, compiled], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", [GroSSConv2d, SeriesConv2d])
 def test_autocast(kind: type[nn.Module], wrap: Callable) -> None:
-    """Catches terms that are rounded one by one: the sum of float32 terms is rounded once."""
+    """Catches anything but the input that autocast casts, such as terms that are rounded one by
+    one: the bits are those of the same call with a cast input."""
     layer = kind(8, 8, 3, padding=1, group_sizes=SIZES)
     input, call = torch.randn(2, 8, 6, 5), wrap(layer)
+    grad, parameters = torch.randn(2, 8, 6, 5, dtype=torch.bfloat16), list(layer.parameters())
     for size in (8, 2):
         layer.group_size = size
-        expected = step(layer, layer, input)
+        expected = layer(input.bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
-            results = step(call, layer, input)
-        assert results[0].dtype == torch.bfloat16
-        assert all(result.dtype == torch.float32 for result in results[1:])
-        for result, value in zip(results, expected, strict=True):
-            torch.testing.assert_close(
-                result.float(), value, rtol=0, atol=0.05 * value.abs().max().item()
-            )
+            result = call(input)
+        assert result.dtype == torch.bfloat16
+        assert torch.equal(result, expected)
+        gradients = [torch.autograd.grad(output, parameters, grad) for output in (result, expected)]
+        assert all(gradient.dtype == torch.float32 for gradient in gradients[0])
+        assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("wrap", [lambda function: function, compiled], ids=["eager", "compiled"])

@@ -518,8 +518,8 @@ def test_extra_repr() -> None:
     )
     layer.group_size = 4
     assert layer.extra_repr() == (
-        "8, 6, kernel_size=(3, 2), stride=(2, 2), padding=(1, 1), dilation=(1, 2), padding_mode=circular, "
-        "group_sizes=(1, 2, 4, 8), group_size=4, width=(8, 16), bias=False"
+        "8, 6, kernel_size=(3, 2), stride=(2, 2), padding=(1, 1), dilation=(1, 2), "
+        "padding_mode=circular, group_sizes=(1, 2, 4, 8), group_size=4, width=(8, 16), bias=False"
     )
     assert SeriesConv2d(8, 16, 3).extra_repr() == (
         "8, 16, kernel_size=(3, 3), stride=(1, 1), group_sizes=(1, 2, 4, 8), group_size=8"

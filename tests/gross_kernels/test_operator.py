@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gross_kernels import expand, series_conv2d, use_backend
 from gross_kernels.dispatch import BACKENDS
+from gross_kernels.series import Series
 
 #: Random calls for each backend and dtype; Triton's interpreter, some hundred times slower, is
 #: given fewer.
@@ -225,7 +226,7 @@ def test_sixteen_terms(target: Target, active: int, gated: bool) -> None:
     expected = sum(
         scale * term.double() for scale, term in zip(scales[:active], terms, strict=False)
     )
-    result = BACKENDS[target.backend].series_sum(terms, active, gates)
+    result = BACKENDS[target.backend].series_sum(Series(terms, active, gates))
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -426,9 +427,9 @@ def test_infinite_input(target: Target, channels: int, channels_last: bool) -> N
     )
     input, terms, gates, _ = target.arguments(case)
     forward = BACKENDS[target.backend].forward
-    clean = forward(input, terms, 2, gates, *case.geometry)
+    clean = forward(input, Series(terms, 2, gates), case.geometry)
     input[0, 5, 4, 4] = torch.inf
-    output = forward(input, terms, 2, gates, *case.geometry)
+    output = forward(input, Series(terms, 2, gates), case.geometry)
     reached = torch.zeros_like(output, dtype=torch.bool)
     reached[0, slice(None) if target.backend == "triton" else slice(4, 8), 3:6, 3:6] = True
     assert torch.equal(output[~reached], clean[~reached])

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gross_kernels import expand
+from gross_kernels.geometry import Geometry, same_padding
 from gross_kernels.series import (
+    Series,
     block_starts,
     check_group_sizes,
     convolution_macs,
-    output_size,
     powers_of_two,
     residuals,
     restrict,
-    same_padding,
     sum_terms,
 )
 
@@ -103,7 +103,7 @@ def test_sum_of_terms(series: tuple[int, int, list[Tensor]], gated: bool) -> Non
     in_channels, out_channels, terms = series
     gates = torch.randn(len(terms), dtype=torch.float64) if gated else None
     for active in range(1, len(terms) + 1):
-        total = sum_terms(terms, in_channels, active, gates)
+        total = sum_terms(Series(terms, active, gates), in_channels)
         assert total.shape == terms[active - 1].shape
         channels = exact.input_channels(in_channels, out_channels, total.shape[1])
         dense = exact.dense_weight(terms, active, gates, in_channels)
@@ -121,7 +121,7 @@ def test_residuals_give_the_weights_back(series: tuple[int, int, list[Tensor]]) 
     assert torch.equal(terms[0], weights[0])
     for active, weight in enumerate(weights, 1):
         torch.testing.assert_close(
-            sum_terms(terms, in_channels, active), weight, rtol=0, atol=1e-13
+            sum_terms(Series(terms, active), in_channels), weight, rtol=0, atol=1e-13
         )
 
 
@@ -182,9 +182,8 @@ def test_sizes_and_macs(kernel: int, stride: int, padding: int, dilation: int, s
             dilation,
             2,
         )
-    computed = output_size(
-        (size, size), (kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2
-    )
+    geometry = Geometry((stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    computed = geometry.output_size((size, size), (kernel,) * 2)
     assert computed == output.shape[2:]
     assert 2 * convolution_macs(4, 3, (kernel, kernel), computed) == counted.get_total_flops()
     assert (

@@ -4,19 +4,16 @@ installed."""
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
+from ...call import Call
 from ...series import MAX_TERMS
 from .forward import forward as forward
 from .input_grad import input_grad as input_grad
 from .launch import INTERPRETED
 from .series_sum import series_sum as series_sum
 from .weight_grad import weight_grad as weight_grad
-
-if TYPE_CHECKING:
-    from ...dispatch import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,9 +27,9 @@ def supports(call: Call) -> bool:
         or len(call.group_sizes) > MAX_TERMS
     ):
         return False
-    return call.device == "cpu" if INTERPRETED else call.device == "cuda" and _served()
+    return call.device == "cpu" if INTERPRETED else call.device == "cuda" and _served(call.index)
 
 
 @cache
-def _served() -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+def _served(index: int | None) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)

@@ -41,11 +41,15 @@ def accumulate(
     input, grad, partial, in_channels, out_channels,
     input_n, input_c, input_h, input_w, input_height, input_width,
     grad_n, grad_c, grad_h, grad_w, grad_height, grad_width,
-    parts, lanes, lane_width, column_tiles, row_count, rows_per_tile, tap_blocks, slices, tile_count,
-    SIZE: tl.constexpr, KERNEL_W: tl.constexpr, TAPS: tl.constexpr, TAP_ROWS: tl.constexpr, TAP_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr, COLUMN_PHASES: tl.constexpr,
-    PACK_INPUT: tl.constexpr, PACK_OUTPUT: tl.constexpr, INPUT_PARTS: tl.constexpr, OUTPUT_PARTS: tl.constexpr,
-    BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_INPUT: tl.constexpr, BLOCK_OUTPUT: tl.constexpr,
+    parts, lanes, lane_width, column_tiles, row_count, rows_per_tile, tap_blocks, slices,
+    tile_count,
+    SIZE: tl.constexpr, KERNEL_W: tl.constexpr, TAPS: tl.constexpr, TAP_ROWS: tl.constexpr,
+    TAP_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr,
+    COLUMN_PHASES: tl.constexpr,
+    PACK_INPUT: tl.constexpr, PACK_OUTPUT: tl.constexpr, INPUT_PARTS: tl.constexpr,
+    OUTPUT_PARTS: tl.constexpr,
+    BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_INPUT: tl.constexpr,
+    BLOCK_OUTPUT: tl.constexpr,
     INPUT_LAST: tl.constexpr, GRAD_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_PARTS`` parts of packs, ``TAP_ROWS × TAP_COLUMNS`` taps, one slice of
@@ -148,8 +152,8 @@ def accumulate(
                     pixel = image * input_n + at * input_w + row.to(tl.int64) * input_h
                     pixel_real = column_real & (at >= 0) & (at < input_width) & row_real
                     values = load_tile(
-                        input, pixel, pixel_real, from_c, c_real, INPUT_LAST, WIDE, BLOCK_PARTS, BLOCK_LANES,
-                        BLOCK_INPUT,
+                        input, pixel, pixel_real, from_c, c_real, INPUT_LAST, WIDE, BLOCK_PARTS,
+                        BLOCK_LANES, BLOCK_INPUT,
                     )  # fmt: skip
                     updated = ()
                     for n in tl.static_range(TAP_ROWS * TAP_COLUMNS):

@@ -91,11 +91,12 @@ def march(
     source_n, source_c, source_h, source_w, source_height, source_width,
     result_n, result_c, result_h, result_w, result_height, result_width,
     parts, lanes, lane_width, column_tiles, row_count, rows_per_program,
-    SIZES: tl.constexpr, GATED: tl.constexpr, TERMS_LAST: tl.constexpr, KERNEL_W: tl.constexpr, TAPS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr, COLUMN_PHASES: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    SIZES: tl.constexpr, GATED: tl.constexpr, TERMS_LAST: tl.constexpr, KERNEL_W: tl.constexpr,
+    TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr,
+    COLUMN_PHASES: tl.constexpr, TRANSPOSED: tl.constexpr,
     PACK_SOURCE: tl.constexpr, PACK_RESULT: tl.constexpr, PARTS_PER_PACK: tl.constexpr,
-    BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_SOURCE: tl.constexpr, BLOCK_RESULT: tl.constexpr,
+    BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_SOURCE: tl.constexpr,
+    BLOCK_RESULT: tl.constexpr,
     SOURCE_LAST: tl.constexpr, RESULT_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK_PARTS`` parts, ``BLOCK_LANES`` columns (of all images, side by side), a
@@ -153,7 +154,8 @@ def march(
             tap_j = column_tap + j * COLUMN_TAP_STEP
             exists = (tap_i >= 0) & (tap_i * KERNEL_W < TAPS) & (tap_j >= 0) & (tap_j < KERNEL_W)
             weight = assemble(
-                terms, gates, of if TRANSPOSED else to, to if TRANSPOSED else of, tap_i * KERNEL_W + tap_j,
+                terms, gates, of if TRANSPOSED else to, to if TRANSPOSED else of,
+                tap_i * KERNEL_W + tap_j,
                 real & exists, in_channels, out_channels, SIZES, GATED, TAPS, TERMS_LAST,
             ).to(dtype)  # fmt: skip
             weight = tl.permute(weight, (0, 2, 1))
@@ -217,7 +219,8 @@ def march(
             row = result_row + done * ROW_RESULT_STEP
             pixel = image * result_n + column * result_w + row.to(tl.int64) * result_h
             store_tile(
-                result, sums[HISTORY - 1].to(dtype), pixel, written & (row < result_height), to_channel,
+                result, sums[HISTORY - 1].to(dtype), pixel, written & (row < result_height),
+                to_channel,
                 to_channel_real, RESULT_LAST, WIDE, BLOCK_PARTS, BLOCK_LANES, BLOCK_RESULT,
             )  # fmt: skip
         shifted = (tl.zeros_like(sums[0]),)
@@ -253,8 +256,8 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    result, values, pixel, pixel_real, channel, channel_real, LAST: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+    result, values, pixel, pixel_real, channel, channel_real, LAST: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The reverse of :func:`load_tile`."""
     if LAST:
@@ -279,11 +282,12 @@ def gather(
     source_n, source_c, source_h, source_w, source_height, source_width,
     result_n, result_c, result_h, result_w, result_height, result_width,
     parts, lanes, lane_width, column_tiles, row_count, rows_per_program,
-    SIZES: tl.constexpr, GATED: tl.constexpr, TERMS_LAST: tl.constexpr, KERNEL_W: tl.constexpr, TAPS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr, COLUMN_PHASES: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    SIZES: tl.constexpr, GATED: tl.constexpr, TERMS_LAST: tl.constexpr, KERNEL_W: tl.constexpr,
+    TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROW_PHASES: tl.constexpr,
+    COLUMN_PHASES: tl.constexpr, TRANSPOSED: tl.constexpr,
     PACK_SOURCE: tl.constexpr, PACK_RESULT: tl.constexpr, PARTS_PER_PACK: tl.constexpr,
-    BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_SOURCE: tl.constexpr, BLOCK_RESULT: tl.constexpr,
+    BLOCK_LANES: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_SOURCE: tl.constexpr,
+    BLOCK_RESULT: tl.constexpr,
     SOURCE_LAST: tl.constexpr, RESULT_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one part, ``BLOCK_LANES`` pixels (of all images and rows, side by side).
@@ -355,13 +359,15 @@ def gather(
             o = of[None, :] if TRANSPOSED else to[:, None]
             c = to[:, None] if TRANSPOSED else of[None, :]
             weight = assemble(
-                terms, gates, o, c, tap_i * KERNEL_W + tap_j, to_real[:, None] & of_real[None, :] & exists,
+                terms, gates, o, c, tap_i * KERNEL_W + tap_j,
+                to_real[:, None] & of_real[None, :] & exists,
                 in_channels, out_channels, SIZES, GATED, TAPS, TERMS_LAST,
             ).to(dtype)  # fmt: skip
             total = tl.dot(values, tl.trans(weight), total, input_precision=PRECISION)
 
     pixel = image * result_n + column * result_w + row * result_h
     store_tile(
-        result, total.to(dtype), pixel, written, to.to(tl.int64)[None, :] * result_c, to_real[None, :],
+        result, total.to(dtype), pixel, written, to.to(tl.int64)[None, :] * result_c,
+        to_real[None, :],
         RESULT_LAST, False, 1, BLOCK_LANES, BLOCK_RESULT,
     )  # fmt: skip

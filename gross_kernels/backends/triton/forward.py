@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...series import output_size
-from ..precision import float32_precision
+from ...call import float32_precision, memory_format
+from ...geometry import Geometry
+from ...series import Series
 from . import tiles
 from .correlate import gather, march
 from .geometry import Axis, Packs, axis, channels_last, flat
@@ -38,9 +38,7 @@ class Call(NamedTuple):
     result_stride: tuple[int, ...]
     terms: tuple[tuple, ...]
     gates: tuple | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    geometry: Geometry
     precision: str
     device: int | None
 
@@ -62,46 +60,28 @@ class Ready(NamedTuple):
     device: int
 
 
-def forward(
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def forward(input: Tensor, series: Series, geometry: Geometry) -> Tensor:
     """Grouped convolution of ``input`` with ``R_n = Σ gate_i Ψ(r_i)`` (equations 4 and 5), ``[N,
     C_out, H', W']``."""
-    return run(None, input, terms[:active], gates, stride, padding, dilation)
+    return run(None, input, series, geometry)
 
 
-def run(
-    grad: Tensor | None,
-    input: Tensor,
-    terms: Sequence[Tensor],
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """The output of ``input`` or, given the output's gradient, the input's; ``terms`` are those
-    active."""
+def run(grad: Tensor | None, input: Tensor, series: Series, geometry: Geometry) -> Tensor:
+    """The output of ``input`` or, given the output's gradient, the input's."""
     source = input if grad is None else grad
+    terms, gates = series.leading, series.gates
     key = (
         layout(source),
         grad is None or (input.shape, input.stride()),
         tuple([layout(term) for term in terms]),
         gates is None or layout(gates),
-        *stride,
-        *padding,
-        *dilation,
+        geometry.numbers,
         source.get_device(),
         source.dtype is not torch.float32 or float32_precision(),
     )
     ready = _plans.get(key)
     if ready is None:
-        ready = _plans.put(key, prepare(grad, input, terms, gates, stride, padding, dilation))
+        ready = _plans.put(key, prepare(grad, input, series, geometry))
     result = torch.empty_strided(
         ready.shape, ready.stride, dtype=source.dtype, device=source.device
     )
@@ -114,21 +94,12 @@ def run(
     return result
 
 
-def prepare(
-    grad: Tensor | None,
-    input: Tensor,
-    terms: Sequence[Tensor],
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Ready:
+def prepare(grad: Tensor | None, input: Tensor, series: Series, geometry: Geometry) -> Ready:
     """Work out a kind of calls from the first of them."""
-    from ...ops import memory_format
-
+    terms, gates = series.leading, series.gates
     shape = input.shape
     if grad is None:
-        size = output_size(shape[2:], terms[0].shape[2:], stride, padding, dilation)
+        size = geometry.output_size(shape[2:], terms[0].shape[2:])
         shape = torch.Size((shape[0], terms[0].shape[0], *size))
     result = torch.empty(
         shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input)
@@ -150,9 +121,7 @@ def prepare(
         result.stride(),
         tuple(map(layout, terms)),
         None if gates is None else layout(gates),
-        (stride[0], stride[1]),
-        (padding[0], padding[1]),
-        (dilation[0], dilation[1]),
+        Geometry(*map(tuple, geometry)),
         precision_of(source.dtype, None if device < 0 else device),
         None if device < 0 else device,
     )
@@ -176,8 +145,7 @@ def axes(call: Call) -> tuple[Axis, Axis]:
     """Rows and columns."""
     kernel = call.terms[0][0][2:]
     rows, columns = (
-        axis(*each, call.transposed)
-        for each in zip(kernel, call.stride, call.padding, call.dilation, strict=True)
+        axis(*each, call.transposed) for each in zip(kernel, *call.geometry, strict=True)
     )
     return rows, columns
 
@@ -195,7 +163,7 @@ def shape_of(call: Call) -> tiles.Shape:
         len(call.terms),
         rows.taps * columns.taps,
         (rows.taps - 1) // rows.advance + 1,
-        call.stride != (1, 1),
+        call.geometry.stride != (1, 1),
         source_channels * call.source[2].itemsize % 16 == 0,
         call.source[2].itemsize,
         call.precision,

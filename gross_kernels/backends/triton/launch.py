@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..precision import float32_precision
+from ...call import float32_precision
 from . import tiles
 
 #: Plans kept; more kinds of calls than this (images of many sizes) begin anew.

@@ -3,7 +3,6 @@ every active term."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...series import Series
 from .launch import Kernel, Plans, layout, on_device
 
 #: Elements of a program: 8 for each thread, two loads of 16 bytes from a float32 term.
@@ -43,12 +43,13 @@ class Call(NamedTuple):
     device: int | None
 
 
-def series_sum(terms: Sequence[Tensor], active: int, gates: Tensor | None) -> Tensor:
+def series_sum(series: Series) -> Tensor:
     """``Σ_{i≤n} gate_i t_i``, contiguous, of the terms' shape and dtype."""
-    result = torch.empty(terms[0].shape, dtype=terms[0].dtype, device=terms[0].device)
+    first, gates = series.terms[0], series.gates
+    result = torch.empty(first.shape, dtype=first.dtype, device=first.device)
     if result.numel() == 0:
         return result
-    used = tuple(term.contiguous() for term in terms[:active])
+    used = tuple(term.contiguous() for term in series.leading)
     if gates is not None:
         gates = gates.contiguous()
     call = Call(

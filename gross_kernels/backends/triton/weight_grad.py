@@ -6,12 +6,13 @@ cache, where the tensors (batch 128, 56×56) have 103."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...geometry import Geometry
+from ...series import Series
 from . import tiles
 from .accumulate import accumulate, distribute
 from .geometry import Packs, axis, channels_last, flat
@@ -36,9 +37,7 @@ class Call(NamedTuple):
     terms: tuple[tuple, ...]
     gates: tuple | None
     last: bool
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    geometry: Geometry
     precision: str
     device: int | None
 
@@ -53,17 +52,11 @@ class Plan(NamedTuple):
 
 
 def weight_grad(
-    grad: Tensor,
-    input: Tensor,
-    terms: Sequence[Tensor],
-    active: int,
-    gates: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    grad: Tensor, input: Tensor, series: Series, geometry: Geometry
 ) -> tuple[list[Tensor], Tensor | None]:
     """Gradients with respect to every term and to the gates (None without gates); zero beyond
     ``active``."""
+    terms, active, gates = series
     # Contiguous whatever the terms are, as the operator promises.
     grad_terms = [torch.empty(term.shape, dtype=term.dtype, device=term.device) for term in terms]
     for unused in grad_terms[active:]:
@@ -77,7 +70,7 @@ def weight_grad(
         return grad_terms, grad_gates
     if gates is not None:
         gates = gates.contiguous()
-    used = tuple(terms[:active])
+    used = tuple(series.leading)
     last = gates is not None and all(channels_last(term.shape, term.stride()) for term in used)
     if gates is not None and not last:
         used = tuple(term.contiguous() for term in used)
@@ -87,9 +80,7 @@ def weight_grad(
         tuple(map(layout, used)),
         None if gates is None else layout(gates),
         last,
-        (stride[0], stride[1]),
-        (padding[0], padding[1]),
-        (dilation[0], dilation[1]),
+        Geometry(*map(tuple, geometry)),
         precision_of(input.dtype, input.device.index),
         input.device.index,
     )
@@ -136,7 +127,7 @@ def shape_of(call: Call) -> tiles.Shape:
         len(call.terms),
         kernel[0] * kernel[1],
         kernel[0],
-        call.stride != (1, 1),
+        call.geometry.stride != (1, 1),
         in_channels * itemsize % 16 == 0 and out_channels * itemsize % 16 == 0,
         itemsize,
         call.precision,
@@ -150,10 +141,7 @@ def plan_of(call: Call, tile: tiles.WeightTile) -> Plan:
     (_, out_channels, height, width), grad_stride, *_ = call.grad
     sizes = tuple(term[0][1] for term in call.terms)
     kernel = call.terms[0][0][2:]
-    rows, columns = (
-        axis(*each, False)
-        for each in zip(kernel, call.stride, call.padding, call.dilation, strict=True)
-    )
+    rows, columns = (axis(*each, False) for each in zip(kernel, *call.geometry, strict=True))
     taps = kernel[0] * kernel[1]
     tap_rows = kernel[0] if tile.all_rows else 1
     tap_columns = kernel[1] if tile.all_columns else 1

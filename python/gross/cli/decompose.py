@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from gross_kernels.functional import pair
+from gross_kernels.geometry import pair
 
 from .. import networks, storage
 from ..decomposition.convert import Method, decompose

@@ -49,6 +49,9 @@ from ..extras import from_extra
 #: 32) in a tenth of the time.
 LARGEST_GRAM = 512
 GRADIENT_STEPS = 10
+#: Squared error of a kernel of norm 1 below which rounding would decide it, were it taken from the
+#: normal equations.
+SMALLEST_SQUARE = 1e-4
 #: How far a sweep continues the change of P and Q that the one before made.
 MOMENTUM = 0.9
 #: The ridge starts at this multiple of its value and is halved, down to it, after each sweep that
@@ -214,7 +217,8 @@ def block_term(
     scale = weight.double().norm().to(dtype)
     scale = torch.where(scale > 0, scale, 1.0)
     by_output = (weight.to(dtype) / scale).flatten(2).mT.contiguous()
-    kernel = _Kernel(by_output, by_output.permute(2, 1, 0).contiguous())
+    squared_norm = by_output.double().square().sum().item()
+    kernel = _Kernel(by_output, by_output.permute(2, 1, 0).contiguous(), squared_norm)
     groups = width_in // group_size
     blocks = None
     if start is not None:
@@ -258,6 +262,7 @@ class _Kernel(NamedTuple):
 
     by_output: Tensor  #: ``[C_out, K, C_in]``.
     by_input: Tensor  #: ``[C_in, K, C_out]``.
+    squared_norm: float
 
 
 class _Blocks(NamedTuple):
@@ -266,6 +271,13 @@ class _Blocks(NamedTuple):
     inner: Tensor  #: P, ``[G, s, C_in]``.
     core: Tensor  #: R, ``[G, m, s, K]``.
     outer: Tensor  #: Qᵀ, ``[G, m, C_out]``.
+
+
+class _Equations(NamedTuple):
+    """The normal equations ``G·F = T`` of a factor F, ``[G, b, C]``."""
+
+    gram: Tensor  #: G, ``[G, b, G, b]``.
+    target: Tensor  #: T, ``[G, b, C]``.
 
 
 def _widths(weight: Tensor, width: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -335,10 +347,11 @@ def _alternate(
     for sweep in range(1, sweeps + 1):
         by_inner = _project(current.inner, kernel.by_input)
         core = _solve_core(by_inner, current, ridge)
-        outer = _solve_factor(core, current.inner, by_inner, ridge)
-        inner = _solve_factor(core.transpose(1, 2), outer, _project(outer, kernel.by_output), ridge)
-        solved = _Blocks(inner, core, outer)
-        error = _residual(kernel, solved)
+        outer = _solve_factor(_normal_equations(core, current.inner, by_inner), ridge)
+        by_outer = _project(outer, kernel.by_output)
+        equations = _normal_equations(core.transpose(1, 2), outer, by_outer)
+        solved = _Blocks(_solve_factor(equations, ridge), core, outer)
+        error = _residual(kernel, solved, equations)
 
         gain = errors[-1] - error if errors else math.inf
         settled = gain < tolerance and ridge == final_ridge and (gain > 0 or not extrapolated)
@@ -446,26 +459,28 @@ def _solve_core(by_inner: Tensor, blocks: _Blocks, ridge: float) -> Tensor:
     return core
 
 
-def _solve_factor(core: Tensor, other: Tensor, projected: Tensor, ridge: float) -> Tensor:
-    """One factor of the least objective, given the core, the other factor and the kernel projected
-    onto that.
+def _normal_equations(core: Tensor, other: Tensor, projected: Tensor) -> _Equations:
+    """What one factor of the least error solves, given the core, the other factor and the kernel
+    projected onto that.
 
     Args:
         core: ``[G, b, c, K]``, the axis of the factor sought first.
         other: ``[G, c, n]``.
         projected: ``[G, c, K, C]``.
-
-    Returns:
-        ``[G, b, C]``.
     """
     gram = torch.einsum("gbkhc,hdck->gbhd", _half(core, _gram(other)), core)
+    return _Equations(gram, torch.einsum("gbck,gckx->gbx", core, projected))
+
+
+def _solve_factor(equations: _Equations, ridge: float) -> Tensor:
+    """The factor of the least objective, ``[G, b, C]``."""
+    gram, target = equations.gram.clone(), equations.target
     # The norms of the terms are in the diagonal blocks.
     gram.diagonal(dim1=0, dim2=2).mul_(1 + ridge)
     gram = gram.flatten(2).flatten(0, 1)
     # What rounding may have taken from the smallest eigenvalues.
     number = torch.finfo(gram.dtype)
     gram.diagonal().add_(number.eps * gram.trace() + number.tiny)
-    target = torch.einsum("gbck,gckx->gbx", core, projected)
     return torch.cholesky_solve(target.flatten(0, 1), torch.linalg.cholesky(gram)).reshape(
         target.shape
     )
@@ -482,14 +497,19 @@ def _half(core: Tensor, gram: Tensor) -> Tensor:
     return torch.einsum("gbck,gchd->gbkhd", core, gram)
 
 
-def _residual(kernel: _Kernel, blocks: _Blocks) -> float:
-    """``‖X − X̂‖``."""
+def _residual(kernel: _Kernel, blocks: _Blocks, equations: _Equations) -> float:
+    """``‖X − X̂‖``, of which ``equations`` are those that P solves.
+
+    ``‖X‖² − 2⟨T, P⟩ + ⟨P, G P⟩`` needs no product as large as the kernel, and is summed in float64;
+    in float32 the norm of the difference itself is a hundred times less exact."""
+    inner = blocks.inner.flatten(0, 1)
+    gram, target = equations.gram.flatten(2).flatten(0, 1), equations.target.flatten(0, 1)
+    explained = (inner.double() * (2 * target - gram @ inner)).sum().item()
+    if kernel.squared_norm - explained > SMALLEST_SQUARE:
+        return math.sqrt(kernel.squared_norm - explained)
     rows = torch.einsum("gmsk,gmu->gsku", blocks.core, blocks.outer).flatten(2).flatten(0, 1)
-    return (
-        torch.addmm(kernel.by_input.flatten(1), blocks.inner.flatten(0, 1).T, rows, alpha=-1)
-        .norm()
-        .item()
-    )
+    rest = torch.addmm(kernel.by_input.flatten(1), inner.T, rows, alpha=-1)
+    return rest.norm().item()
 
 
 def _turned(kernel: _Kernel, fitted: _Blocks, towards: _Blocks, ridge: float) -> _Blocks:

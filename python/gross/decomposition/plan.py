@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from types import FunctionType, MethodType
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from gross_kernels import GroSSConv2d
 from gross_kernels.series import check_group_sizes
 
 from ..arguments import check_ints, check_pair, check_type
@@ -257,6 +258,9 @@ def ineligible(conv: nn.Conv2d) -> str | None:
     extra = [name for name in held if name not in ("weight", "bias", "parametrizations")]
     if extra:
         return f"it holds {', '.join(extra)}, which the layer in its place would lose"
+    taken = own_attributes(conv).keys() & _layer_attributes()
+    if taken:
+        return f"its attributes {', '.join(sorted(taken))} have names of the layer in its place"
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in conv.parameters()):
         return "its parameters have hooks, which the layer in its place would lose"
     # Of the parameters: to read a parametrised weight can change it (spectral norm).
@@ -264,6 +268,12 @@ def ineligible(conv: nn.Conv2d) -> str | None:
     if not parameter.is_floating_point():
         return f"its dtype is {parameter.dtype}"
     return None
+
+
+@cache
+def _layer_attributes() -> frozenset[str]:
+    layer = GroSSConv2d(1, 1, 1, device="meta")
+    return frozenset((*vars(layer), *dir(type(layer))))
 
 
 # Sizes and widths -------------------------------------------------------------------------------

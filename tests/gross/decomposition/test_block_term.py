@@ -189,6 +189,11 @@ def test_no_worse_than_blockwise_tucker(group_size: int) -> None:
     )
 
 
+def kernel_of(by_output: Tensor) -> module._Kernel:
+    by_input = by_output.permute(2, 1, 0).contiguous()
+    return module._Kernel(by_output, by_input, by_output.double().square().sum().item())
+
+
 def test_every_update_minimises_the_objective() -> None:
     """``‖X − Σ Y_g‖² + λ Σ ‖Y_g‖²`` has no slope left in the factor just solved for.
 
@@ -200,9 +205,7 @@ def test_every_update_minimises_the_objective() -> None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    kernel = module._Kernel(
-        by_output := draw(channels_out, taps, channels_in), by_output.permute(2, 1, 0).contiguous()
-    )
+    kernel = kernel_of(draw(channels_out, taps, channels_in))
     blocks = module._orthonormal(
         module._Blocks(
             draw(groups, s, channels_in), draw(groups, m, s, taps), draw(groups, m, channels_out)
@@ -220,12 +223,40 @@ def test_every_update_minimises_the_objective() -> None:
     assert slope(blocks._replace(core=core), "core").abs().max() < 1e-9
     # Blocks that are no longer orthonormal, as a sweep has them.
     core = draw(groups, m, s, taps)
-    outer = module._solve_factor(core, blocks.inner, by_inner, ridge)
+    equations = module._normal_equations(core, blocks.inner, by_inner)
+    outer = module._solve_factor(equations, ridge)
     assert slope(blocks._replace(core=core, outer=outer), "outer").abs().max() < 1e-9
-    inner = module._solve_factor(
-        core.transpose(1, 2), outer, module._project(outer, kernel.by_output), ridge
-    )
+    by_outer = module._project(outer, kernel.by_output)
+    equations = module._normal_equations(core.transpose(1, 2), outer, by_outer)
+    inner = module._solve_factor(equations, ridge)
     assert slope(module._Blocks(inner, core, outer), "inner").abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.02, 1e-3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_error_of_a_sweep_is_that_of_the_kernel(dtype: torch.dtype, share: float) -> None:
+    """Catches an error that is not ‖X − X̂‖ of the factors at hand, and one that rounding decides
+    where almost nothing is left: a sweep's gain of 1e-5 ends the fit."""
+    generator = torch.Generator().manual_seed(1)
+    groups, m, s, taps, channels = 8, 4, 4, 9, 32
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    blocks = module._Blocks(
+        draw(groups, s, channels), draw(groups, m, s, taps), draw(groups, m, channels)
+    )
+    terms = torch.einsum("gmu,gmsk,gst->ukt", *blocks[::-1])
+    noise = draw(channels, taps, channels)
+    exact = terms / terms.norm() + share * noise / noise.norm()
+    scale = exact.norm()
+    blocks = blocks._replace(core=blocks.core / terms.norm() / scale)
+    kernel = kernel_of((exact / scale).to(dtype))
+    rounded = module._Blocks(*(part.to(dtype) for part in blocks))
+    by_outer = module._project(rounded.outer, kernel.by_output)
+    equations = module._normal_equations(rounded.core.transpose(1, 2), rounded.outer, by_outer)
+    error = module._residual(kernel, rounded, equations)
+    assert error == pytest.approx((share * 1 / scale).item(), abs=3e-6)
 
 
 def test_error_never_rises_with_the_group_size_nor_within_a_fit() -> None:

@@ -10,11 +10,13 @@ import torch
 
 from gross_kernels import dispatch
 from gross_kernels.backends import cuda
-from gross_kernels.dispatch import Call
+from gross_kernels.call import Call
+from gross_kernels.geometry import Geometry
+from gross_kernels.series import Series
 
 TYPICAL = Call(
-    "cuda", torch.bfloat16, torch.float32, 64, 64, (1, 4, 16), (3, 3), (1, 1), (1, 1), (1, 1), 3, channels_last=True,
-    index=0,
+    "cuda", torch.bfloat16, torch.float32, 64, 64, (1, 4, 16), (3, 3), Geometry(padding=(1, 1)), 3,
+    channels_last=True, index=0,
 )  # fmt: skip
 H200 = [90, 132, 232448]
 
@@ -46,8 +48,9 @@ def test_what_matters_is_served(
     channels = size * 64
     for dtype, terms in ((torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
         call = replace(
-            TYPICAL, dtype=dtype, terms_dtype=terms, in_channels=channels, out_channels=channels, group_sizes=(size,),
-            active=1, stride=(stride, stride), operation=operation,
+            TYPICAL, dtype=dtype, terms_dtype=terms, in_channels=channels, out_channels=channels,
+            group_sizes=(size,), active=1, geometry=Geometry((stride, stride), (1, 1)),
+            operation=operation,
         )  # fmt: skip
         assert cuda.refusal(call) is None
 
@@ -59,8 +62,8 @@ def test_what_matters_is_served(
 def test_tf32_is_served(size: int, stride: int, operation: str) -> None:
     """Catches the same in TF32, whose pixels take twice the room."""
     call = replace(
-        TYPICAL, dtype=torch.float32, in_channels=64, out_channels=64, group_sizes=(size,), active=1,
-        stride=(stride, stride), operation=operation, float32="tf32",
+        TYPICAL, dtype=torch.float32, in_channels=64, out_channels=64, group_sizes=(size,),
+        active=1, geometry=Geometry((stride, stride), (1, 1)), operation=operation, float32="tf32",
     )  # fmt: skip
     assert cuda.refusal(call) is None
 
@@ -72,10 +75,10 @@ REFUSED = {
         "serves float32, bfloat16 and float16",
     ),
     "number of terms": ({"group_sizes": (1,) * 17}, "serves float32"),
-    "kernel": ({"kernel_size": (5, 5), "padding": (2, 2)}, "serves 3×3 kernels"),
-    "padding": ({"padding": (0, 0)}, "padding 1"),
-    "dilation": ({"dilation": (2, 2)}, "dilation 1"),
-    "stride": ({"stride": (1, 2)}, "serves strides 1 and 2"),
+    "kernel": ({"kernel_size": (5, 5), "geometry": Geometry(padding=(2, 2))}, "serves 3×3 kernels"),
+    "padding": ({"geometry": Geometry()}, "padding 1"),
+    "dilation": ({"geometry": Geometry((1, 1), (1, 1), (2, 2))}, "dilation 1"),
+    "stride": ({"geometry": Geometry((1, 2), (1, 1))}, "serves strides 1 and 2"),
     "memory format": ({"channels_last": False}, "serves dense channels-last memory"),
     "precision": ({"dtype": torch.float32, "float32": "tf32x3"}, "does not allow"),
     "channels": (
@@ -120,8 +123,8 @@ def test_shared_memory(device: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("architectures", "capabilities"),
-    [("8.0;9.0a;10.0+PTX", {80, 86, 89, 90, 100, 103, 120}), ("9.0a", {90}), ("9.0", {90}), ("8.6", {86, 89}),
-     ("10.0a", {100}), ("8.0+PTX 9.0a", {80, 86, 89, 90, 100, 103, 120})],
+    [("8.0;9.0a;10.0+PTX", {80, 86, 89, 90, 100, 103, 120}), ("9.0a", {90}), ("9.0", {90}),
+     ("8.6", {86, 89}), ("10.0a", {100}), ("8.0+PTX 9.0a", {80, 86, 89, 90, 100, 103, 120})],
 )  # fmt: skip
 def test_built_for(architectures: str, capabilities: set[int]) -> None:
     """Catches code for one GPU that is launched on another, and a GPU that could run it but is
@@ -141,7 +144,11 @@ def test_not_built_for_this_device(device: list[int]) -> None:
 def test_sum_is_served_whatever_the_shape(device: list[int]) -> None:
     """Catches sums of pointwise weights judged as if they were convolutions."""
     call = replace(
-        TYPICAL, operation="series_sum", kernel_size=(1, 1), padding=(0, 0), channels_last=False
+        TYPICAL,
+        operation="series_sum",
+        kernel_size=(1, 1),
+        geometry=Geometry(),
+        channels_last=False,
     )
     assert cuda.refusal(call) is None
 
@@ -150,7 +157,7 @@ def test_sum_is_served_whatever_the_shape(device: list[int]) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton as on a GPU that it serves."""
     if "triton" in dispatch.BACKENDS:
-        monkeypatch.setattr(dispatch.BACKENDS["triton"], "_served", lambda: True)
+        monkeypatch.setattr(dispatch.BACKENDS["triton"], "_served", lambda index: True)
 
 
 @pytest.mark.usefixtures("device", "served")
@@ -169,7 +176,7 @@ def test_explanation() -> None:
         dispatch.use_backend("cuda"),
         pytest.raises(ValueError, match=r"does not serve .*; cuda serves strides 1 and 2"),
     ):
-        dispatch.choose(replace(TYPICAL, stride=(3, 3)))
+        dispatch.choose(replace(TYPICAL, geometry=Geometry((3, 3), (1, 1))))
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,16 +238,16 @@ KEPT: dict[str, Callable[[], tuple]] = {
 def test_what_a_choice_depends_on(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a choice kept for one kind of calls that serves another: TF32 after it was forbidden,
     a slice of a channels-last tensor taken for a dense one."""
-    terms, geometry = [torch.randn(8, s, 3, 3) for s in (1, 2)], ((1, 1), (1, 1), (1, 1))
+    terms, geometry = [torch.randn(8, s, 3, 3) for s in (1, 2)], Geometry(padding=(1, 1))
     asked: list[Call] = []
     monkeypatch.setattr(dispatch, "_serving", {})
     monkeypatch.setattr(
         dispatch, "choose", lambda call: asked.append(call) or SimpleNamespace(backend=len(asked))
     )
     for _ in range(2):
-        assert dispatch.serving("forward", INPUT, terms, 1, *geometry) == 1
+        assert dispatch.serving("forward", INPUT, Series(terms, 1), geometry) == 1
     operation, input, active = KEPT[what]()
-    assert dispatch.serving(operation, input, terms, active, *geometry) == 2
+    assert dispatch.serving(operation, input, Series(terms, active), geometry) == 2
     assert asked[0] != asked[1]
     assert asked[0].channels_last
 
@@ -248,6 +255,6 @@ def test_what_a_choice_depends_on(what: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_memory_that_is_both() -> None:
     """Catches images of one pixel taken for channels-last: their output would not have the format
     that is promised."""
-    arguments = ([torch.randn(8, 2, 3, 3)], 1, (1, 1), (1, 1), (1, 1))
+    arguments = (Series([torch.randn(8, 2, 3, 3)], 1), Geometry(padding=(1, 1)))
     assert not Call.of(torch.randn(2, 8, 1, 1), *arguments).channels_last
     assert Call.of(INPUT, *arguments).channels_last

@@ -15,6 +15,7 @@ from layouts import LAYOUTS
 from torch import Tensor
 
 from gross_kernels.backends import cuda
+from gross_kernels.series import Series
 
 TYPES = [
     (torch.bfloat16, torch.float32),
@@ -199,10 +200,10 @@ def test_sum(on_host: ModuleType, dtype: torch.dtype) -> None:
     terms = [torch.randn(30, 7, 1, 1).to(dtype) for _ in range(5)]
     gates = torch.randn(5)
     exact = sum(gate.double() * term.double() for gate, term in zip(gates[:3], terms, strict=False))
-    assert torch.equal(on_host.series_sum(terms, 3, gates), exact.float().to(dtype))
+    assert torch.equal(on_host.series_sum(Series(terms, 3, gates)), exact.float().to(dtype))
     strided = [torch.cat([term, term], 1)[:, 7:] for term in terms]
     assert torch.equal(
-        on_host.series_sum(strided, 2, None),
+        on_host.series_sum(Series(strided, 2)),
         (terms[0].double() + terms[1].double()).float().to(dtype),
     )
 

@@ -123,6 +123,13 @@ def bfloat16_constant(builder: Any, value: float) -> Any:
     return Handle(to_bfloat16(np.array([value], dtype=np.float32)), tl.bfloat16)
 
 
+def patch_tensor(tensor: Any, *scope: Any) -> None:
+    """The interpreter's tensors, usable as bounds of a loop: Triton 3.5 and 3.6 convert an array of
+    one element, which numpy 2.4 refuses."""
+    original_patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.item())
+
+
 def checked(original: Callable) -> Callable:
     """A load or store that refuses to touch an address outside ``bounds``."""
 
@@ -149,6 +156,8 @@ def check(pointers: Any, mask: np.ndarray) -> None:
 
 
 original_binary, original_cast = Builder.binary_op, Builder.cast_impl
+original_patch_tensor = interpreter._patch_lang_tensor
+interpreter._patch_lang_tensor = patch_tensor
 Builder.binary_op = binary
 Builder.cast_impl = cast
 Builder.create_fp_to_fp = lambda builder, source, target, rounding: cast(builder, source, target)

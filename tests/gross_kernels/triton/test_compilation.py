@@ -126,7 +126,7 @@ def correlation(
     call = forward.Call(
         transposed, layout(source), result.shape, result.stride(),
         tuple(map(layout, terms)), layout(gates),
-        *case.geometry, precision, None,
+        case.geometry, precision, None,
     )  # fmt: skip
     tile = tiles.correlation(forward.shape_of(call))[0]
     return forward.plan(call, tile), (source, result, tuple(terms), gates)
@@ -139,7 +139,7 @@ def gradient(
     input, terms, gates, grad = case.tensors(dtype, torch.float32)
     used = tuple(map(layout, terms))
     call = weight_grad.Call(
-        layout(input), layout(grad), used, layout(gates), False, *case.geometry, precision, None
+        layout(input), layout(grad), used, layout(gates), False, case.geometry, precision, None
     )
     plan = weight_grad.plan_of(call, tiles.weight_gradient(weight_grad.shape_of(call))[0])
     partial = torch.empty(16)
@@ -225,7 +225,7 @@ def test_spills_are_seen(compiled: Callable) -> None:
         call = forward.Call(
             False, layout(input), grad.shape, grad.stride(),
             tuple(map(layout, terms)), layout(gates),
-            *CASES["16"].geometry, "tf32x3", None,
+            CASES["16"].geometry, "tf32x3", None,
         )  # fmt: skip
         return forward.plan(call, tiles.Tile(True, 64, 2, 16, 16, 2, 2)), (
             input,

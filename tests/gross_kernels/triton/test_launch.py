@@ -11,6 +11,7 @@ from case import Case
 from triton.runtime import driver
 
 from gross_kernels.backends import triton as backend
+from gross_kernels.series import Series
 
 CASE = Case(
     2, 64, 64, (1, 4), (3, 3), (9, 8), padding=(1, 1), active=2, gated=True, channels_last=True
@@ -57,12 +58,12 @@ def test_later_launches_are_the_first(fake: Driver) -> None:
     """Catches a short cut past Triton's look-up that passes other arguments, another grid or
     another stream."""
     input, terms, gates, grad = CASE.tensors(torch.bfloat16, torch.float32)
-    geometry = CASE.geometry
+    series, geometry = Series(terms, 2, gates), CASE.geometry
     for call, kernels in (
-        (lambda: backend.forward(input, terms, 2, gates, *geometry), 1),
-        (lambda: backend.input_grad(grad, input, terms, 2, gates, *geometry), 1),
-        (lambda: backend.weight_grad(grad, input, terms, 2, gates, *geometry), 2),
-        (lambda: backend.series_sum(terms[:1] * 3, 2, None), 1),
+        (lambda: backend.forward(input, series, geometry), 1),
+        (lambda: backend.input_grad(grad, input, series, geometry), 1),
+        (lambda: backend.weight_grad(grad, input, series, geometry), 2),
+        (lambda: backend.series_sum(Series(terms[:1] * 3, 2)), 1),
     ):
         seen = []
         for _ in range(2):

@@ -12,6 +12,8 @@ import torch
 from gross_kernels import dispatch
 from gross_kernels.backends import triton as backend
 from gross_kernels.backends.triton import launch, tiles
+from gross_kernels.geometry import Geometry
+from gross_kernels.series import Series
 
 TILES = [tiles.Tile(True, lanes, 4, 16, 16, 4, 2) for lanes in (64, 32, 16)]
 SECONDS = {64: 3.0, 32: 1.0, 16: 2.0}
@@ -142,8 +144,10 @@ def test_float32_where_there_is_no_such_product(
 
 def call(**changes: object) -> dispatch.Call:
     values = {"device": "cuda", "dtype": torch.bfloat16, "terms_dtype": torch.float32} | changes
-    return dispatch.Call(**values, in_channels=64, out_channels=64, group_sizes=(1, 4), kernel_size=(3, 3),
-                         stride=(1, 1), padding=(1, 1), dilation=(1, 1), active=2)  # fmt: skip
+    return dispatch.Call(
+        **values, in_channels=64, out_channels=64, group_sizes=(1, 4), kernel_size=(3, 3),
+        geometry=Geometry(padding=(1, 1)), active=2,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -155,7 +159,7 @@ def test_which_gpus(
     """Catches a GPU whose matrix unit lacks bfloat16, or a served one that is sent to the slow
     definition."""
     backend._served.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     try:
         assert dispatch.choose(call()).name == ("triton" if serves else "reference")
     finally:
@@ -164,7 +168,7 @@ def test_which_gpus(
 
 def test_which_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches float64, or tensors of the CPU, that end in a kernel that cannot serve them."""
-    monkeypatch.setattr(backend, "_served", lambda: True)
+    monkeypatch.setattr(backend, "_served", lambda index: True)
     assert backend.supports(call())
     assert not backend.supports(call(dtype=torch.float64, terms_dtype=torch.float64))
     assert not backend.supports(call(device="cpu"))
@@ -173,12 +177,11 @@ def test_which_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_choices_are_kept_but_not_against_a_forced_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a choice that is worked out at every call, or that outlives ``use_backend``."""
-    input, terms = torch.randn(1, 4, 5, 5), [torch.randn(4, 2, 3, 3)]
-    geometry = ((1, 1), (0, 0), (1, 1))
+    input, series = torch.randn(1, 4, 5, 5), Series([torch.randn(4, 2, 3, 3)], 1)
     monkeypatch.setattr(dispatch, "_serving", {})
-    assert dispatch.serving("forward", input, terms, 1, *geometry) is dispatch.BACKENDS["cpu"]
+    assert dispatch.serving("forward", input, series, Geometry()) is dispatch.BACKENDS["cpu"]
     monkeypatch.setattr(dispatch, "choose", lambda call: SimpleNamespace(backend="chosen anew"))
-    assert dispatch.serving("forward", input, terms, 1, *geometry) is dispatch.BACKENDS["cpu"]
-    assert dispatch.serving("forward", input.double(), terms, 1, *geometry) == "chosen anew"
+    assert dispatch.serving("forward", input, series, Geometry()) is dispatch.BACKENDS["cpu"]
+    assert dispatch.serving("forward", input.double(), series, Geometry()) == "chosen anew"
     with dispatch.use_backend("reference"):
-        assert dispatch.serving("forward", input, terms, 1, *geometry) == "chosen anew"
+        assert dispatch.serving("forward", input, series, Geometry()) == "chosen anew"

@@ -1,0 +1,116 @@
+"""The geometry of a convolution, what it makes of a size, and the checks that need no tensor."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+#: Rows and columns.
+Pair = Sequence[int]
+
+
+class Geometry(NamedTuple):
+    """Stride, padding and dilation, each for rows and columns; ``padding`` is what is added on each
+    side. The operators take it flat, as ``*geometry``."""
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All six of them."""
+        stride, padding, dilation = self
+        return (*stride, *padding, *dilation)
+
+    def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, ...]:
+        """Rows and columns of a convolution's output."""
+        return tuple(
+            (i + 2 * p - d * (k - 1) - 1) // s + 1
+            for i, k, s, p, d in zip(input_size, kernel_size, *self, strict=True)
+        )
+
+    def check_fits(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> None:
+        """Check that the dilated kernel is not larger than the padded input.
+
+        Raises:
+            ValueError: if it is.
+        """
+        _, padding, dilation = self
+        for axis in (0, 1):
+            size = input_size[axis] + 2 * padding[axis]
+            extent = dilation[axis] * (kernel_size[axis] - 1) + 1
+            if size < extent:
+                raise ValueError(
+                    f"kernel_size: got {kernel_size[axis]} (dilated: {extent}) along "
+                    f"{'HW'[axis]}, accepted is at most the padded input size {size}"
+                )
+
+
+def same_padding(
+    kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """(before, after) padding of rows and columns under which a convolution of stride 1 keeps the
+    size; an odd total puts the larger half after, as ``torch.nn.Conv2d`` does."""
+    totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def integer(name: str, value: Any, least: int | None = None, accepted: str = "an int") -> int:
+    """``value`` as an int: what can be an index is one (``numpy.int64``), a bool is not.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is less than ``least``. Both speak of the argument ``name``.
+    """
+    if type(value) is not int and not isinstance(value, torch.SymInt):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name}: got {value!r}, accepted is {accepted}")
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: got {value!r}, accepted is {accepted}") from None
+    if least is not None and value < least:
+        raise ValueError(f"{name}: got {value}, accepted is {accepted} of at least {least}")
+    return value
+
+
+def pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, int]:
+    """An int or a pair of ints as a pair, each at least ``least``.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: for another number of them, and for smaller ones. Both speak of ``name``.
+    """
+    if type(value) is int and value >= least:
+        return value, value
+    values = (
+        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    )
+    accepted = "an int or a pair of ints"
+    try:
+        values = tuple([integer(name, each) for each in values])
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, accepted is {accepted}") from None
+    if len(values) == 1:
+        values *= 2
+    if len(values) != 2 or any(each < least for each in values):
+        raise ValueError(f"{name}: got {value!r}, accepted is {accepted} of at least {least}")
+    return values
+
+
+def check_padding(padding: int | Pair | str, stride: Pair) -> tuple[int, int] | str:
+    """A padding in numbers as a pair, or the word that it is; "same" needs stride 1, as in
+    torch."""
+    if not isinstance(padding, str):
+        return pair("padding", padding, least=0)
+    if padding not in ("valid", "same"):
+        raise ValueError(
+            f"padding: got {padding!r}, accepted are 'valid', 'same', an int or a pair of ints"
+        )
+    if padding == "same" and any(s != 1 for s in stride):
+        raise ValueError(f"padding: got 'same' with stride {tuple(stride)}, accepted is stride 1")
+    return padding
