@@ -70,15 +70,16 @@ class Accuracy:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, accepted are ints of at least 1")
-        if _is_pair(self.data):
-            images, labels = self.data
+        data: Any = self.data
+        if _is_pair(data):
+            images, labels = data
             if len(images) != len(labels):
                 raise ValueError(
                     f"data: got {len(images)} images and {len(labels)} labels, accepted is one "
                     "label per image"
                 )
-        elif isinstance(self.data, Tensor) or not (
-            isinstance(self.data, Iterable) or hasattr(self.data, "batches")
+        elif isinstance(data, Tensor) or not (
+            isinstance(data, Iterable) or hasattr(data, "batches")
         ):
             raise TypeError(
                 f"data: got {type(self.data).__name__}, accepted is a pair of tensors, images and "

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -94,7 +94,7 @@ class Budget:
     def base(self) -> Configuration | None:
         """The base configuration, if an amount is one."""
         for amount in (self.macs, self.parameters, self.milliseconds):
-            if isinstance(amount, Sequence) and not isinstance(amount, str):
+            if not isinstance(amount, str | float | int | None):
                 return tuple(amount)
         return None
 
@@ -184,6 +184,7 @@ def dense_network(supernet: nn.Module) -> nn.Module:
     memo: dict[int, object] = {}
     for layer in decomposed_layers(supernet).values():
         weight = layer.grouped[0]
+        mode: Any = layer.padding_mode
         memo[id(layer)] = nn.Conv2d(
             layer.in_channels,
             layer.out_channels,
@@ -192,7 +193,7 @@ def dense_network(supernet: nn.Module) -> nn.Module:
             layer.padding,
             layer.dilation,
             bias=layer.bias is not None,
-            padding_mode=layer.padding_mode,
+            padding_mode=mode,
             device=weight.device,
             dtype=weight.dtype,
         ).train(layer.training)
@@ -200,20 +201,21 @@ def dense_network(supernet: nn.Module) -> nn.Module:
 
 
 def _number(name: str, amount: Amount, cost: Cost) -> float:
-    accepted = "accepted are positive numbers, shares such as '50%', and a configuration"
     if isinstance(amount, str):
+        share = amount.removesuffix("%")
         try:
-            value = float(amount.removesuffix("%")) / 100 * cost.dense
+            value = float(share) / 100 * cost.dense if share != amount else math.nan
         except ValueError:
             value = math.nan
-        if not amount.endswith("%"):
-            value = math.nan
-    elif isinstance(amount, Sequence):
-        return cost.checked(amount)
-    else:
+    elif isinstance(amount, float | int):
         value = float(amount)
+    else:
+        return cost.checked(amount)
     if not value > 0:
-        raise ValueError(f"budget: got {name} {amount!r}, {accepted}")
+        raise ValueError(
+            f"budget: got {name} {amount!r}, accepted are positive numbers, shares such as '50%', "
+            "and a configuration"
+        )
     return value
 
 

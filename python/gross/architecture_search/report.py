@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,16 +210,9 @@ def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
         scored = [e for e in result.evaluations if e.score is not None]
         new = [e for e in scored if e.configuration not in drawn]
         drawn.update(e.configuration for e in new)
-        prices = [e.costs["macs"] / 1e6 for e in new]
-        axes.scatter(prices, [e.score for e in new], s=8, alpha=0.4, color=colour)
-        front = result.front("macs")
-        axes.step(
-            [e.costs["macs"] / 1e6 for e in front],
-            [e.score for e in front],
-            where="post",
-            color=colour,
-            linewidth=0.8,
-        )
+        axes.scatter(*_coordinates(new), s=8, alpha=0.4, color=colour)
+        front = _coordinates(result.front("macs"))
+        axes.step(*front, where="post", color=colour, linewidth=0.8)
         limit = f" within {result.limits['macs'] / 1e6:.3g}M" if "macs" in result.limits else ""
         marks = [(result.base, "o", "baseline")]
         marks.append(
@@ -228,8 +221,7 @@ def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
         for e, marker, name in marks:
             if e is not None and e.score is not None:
                 axes.scatter(
-                    [e.costs["macs"] / 1e6],
-                    [e.score],
+                    *_coordinates([e]),
                     s=120,
                     marker=marker,
                     color=colour,
@@ -240,6 +232,12 @@ def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
     axes.set_xlabel("MACs (millions)")
     axes.set_ylabel("accuracy in the supernet (%)")
     axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+
+
+def _coordinates(evaluations: Iterable[Evaluation]) -> tuple[list[float], list[float]]:
+    """Millions of MACs, and scores."""
+    scored = [(e.costs["macs"] / 1e6, e.score) for e in evaluations if e.score is not None]
+    return [x for x, _ in scored], [y for _, y in scored]
 
 
 def draw_study(axes: Sequence[Axes], study: Study) -> None:
