@@ -56,7 +56,7 @@ Supernet = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[
+Network = Annotated[
     str | None,
     typer.Option(
         help=f"The network before its decomposition, where gross does not know it: {CALLABLE}.",
@@ -147,7 +147,7 @@ def search_command(
             show_default=False,
         ),
     ] = None,
-    model: Model = None,
+    network: Network = None,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: Json = False,
@@ -160,7 +160,7 @@ def search_command(
     Under torchrun the processes share the work: torchrun --nproc-per-node=2 -m gross search ...
     """
     with failures(), launched(_device(device)) as place:
-        net, split = _load(supernet, model, place), data_sets.load(data)
+        net, split = _load(supernet, network, place), data_sets.load(data)
         table = None if latency is None else LatencyTable.load(latency)
         amounts = {
             "macs": _amount("--macs", max_macs),
@@ -224,7 +224,7 @@ def evaluate_command(
     every: Annotated[bool, typer.Option("--all", help="Every configuration there is.")] = False,
     data: DataSet = "digits",
     images: Images = None,
-    model: Model = None,
+    network: Network = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -233,7 +233,7 @@ def evaluate_command(
     Example: gross evaluate supernet.safetensors --configuration 1,8,16 --configuration 4,4,4
     """
     with failures():
-        net, split = _load(supernet, model, _device(device)), data_sets.load(data)
+        net, split = _load(supernet, network, _device(device)), data_sets.load(data)
         sizes = [layer.group_sizes for layer in decomposed_layers(net).values()]
         uniform = [
             c for s in sizes[0] if all(s in own for own in sizes) for c in [(s,) * len(sizes)]
@@ -273,7 +273,7 @@ def latency_command(
         Ints | None,
         typer.Option(parser=Ints.parse, metavar="C,H,W", help="Shape of one input, if not known."),
     ] = None,
-    model: Model = None,
+    network: Network = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -284,7 +284,7 @@ def latency_command(
     """
     with failures():
         place = _device(device)
-        net = _load(supernet, model, place)
+        net = _load(supernet, network, place)
         example = _example(supernet, input_size, batch).to(place)
         table = LatencyTable.measure(net, example, kernels=kernels, seconds=seconds)
         check = table.check(net, example, seconds=seconds)
@@ -307,7 +307,7 @@ def export_command(
         Ints | None,
         typer.Option(parser=Ints.parse, metavar="C,H,W", help="Shape of one input, if not known."),
     ] = None,
-    model: Model = None,
+    network: Network = None,
     as_json: Json = False,
 ) -> None:
     """Write one configuration of SUPERNET as a plain network, for torch.export or ONNX.
@@ -320,17 +320,17 @@ def export_command(
                 f"got {output}, accepted is a .pt2 or .onnx file in a folder that exists",
                 param_hint="--output",
             )
-        net = _load(supernet, model, torch.device("cpu"))
+        net = _load(supernet, network, torch.device("cpu"))
         chosen = configuration or active_configuration(net)
         example = _example(supernet, input_size, batch)
-        network = export(net, chosen, example=example)
-        save_program(network, example, output)
+        plain = export(net, chosen, example=example)
+        save_program(plain, example, output)
         fast = export(net, chosen, kernels=True)
         rows = []
         for name, candidate, duration in zip(
             ("plain convolutions", "gross's kernels"),
-            (network, fast),
-            milliseconds([network, fast], example),
+            (plain, fast),
+            milliseconds([plain, fast], example),
             strict=True,
         ):
             rows.append(
@@ -398,7 +398,7 @@ def study_command(
         list[Path] | None,
         typer.Option("--search", help="Also fine-tune what these searches compare."),
     ] = None,
-    model: Model = None,
+    network: Network = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -422,8 +422,8 @@ def study_command(
 
         cpu = torch.device("cpu")
         found = study(
-            _load(supernet, model, cpu),
-            _load(decomposed, model, cpu),
+            _load(supernet, network, cpu),
+            _load(decomposed, network, cpu),
             split,
             Recipe.load(recipe).override(dict(map(parse, override or ()))),
             output,
@@ -438,8 +438,8 @@ def study_command(
         show(as_json, asdict(found), (output / "report.md").read_text(encoding="utf-8"))
 
 
-def _load(path: Path, model: str | None, device: torch.device) -> nn.Module:
-    return target(str(path), model)[0].to(device)
+def _load(path: Path, network: str | None, device: torch.device) -> nn.Module:
+    return target(str(path), network)[0].to(device)
 
 
 def _device(name: str) -> torch.device:
