@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..supernet import Configuration
 from .evaluations import Evaluations
@@ -23,6 +24,8 @@ class BreadthFirst:
         starts: where the first runs start; the others start at random. The paper takes the ten
             best configurations of the search under the next smaller budget.
     """
+
+    name: ClassVar[str] = "breadth-first"
 
     runs: int = 20
     steps: int = 25

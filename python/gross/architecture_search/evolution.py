@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..extras import from_extra
 from ..supernet import Configuration
@@ -32,6 +32,8 @@ class Evolution:
         storage: a database by its URL, such as ``sqlite:///search.db``; by default in memory.
         study: the search's name there.
     """
+
+    name: ClassVar[str] = "evolution"
 
     cost: Cost
     evaluations: int = 500

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .evaluations import Evaluations
 from .space import Space
@@ -20,6 +21,8 @@ class Exhaustive:
     Attributes:
         limit: the most configurations that the space may have.
     """
+
+    name: ClassVar[str] = "exhaustive"
 
     limit: int = 4096
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..supernet import Configuration
 from .evaluations import Evaluations
@@ -17,6 +18,8 @@ class RandomSearch:
     Attributes:
         evaluations: how many, or all that there are.
     """
+
+    name: ClassVar[str] = "random"
 
     evaluations: int = 500
 

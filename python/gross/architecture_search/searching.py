@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
@@ -27,13 +27,15 @@ from .result import SearchResult
 from .space import Space
 
 #: Searches by name; "evolution" minimises the budget's first cost, or MACs.
-METHODS = ("exhaustive", "breadth-first", "random", "evolution")
+METHODS = tuple(kind.name for kind in (Exhaustive, BreadthFirst, RandomSearch, Evolution))
 #: Configurations of the next smaller search that the first runs start from (section 3.4).
 STARTS = 10
 
 
 class Method(Protocol):
     """A search: asks ``evaluations`` for configurations of ``space``."""
+
+    name: ClassVar[str]
 
     def __call__(
         self, space: Space, evaluations: Evaluations, generator: random.Random
@@ -99,13 +101,12 @@ def search(
     run = _method(method, costs, space, smaller)
     identity = {"supernet": fingerprint(supernet), "metric": metric_fingerprint(metric)}
     book = None if journal is None or shard().index else Journal(journal, identity)
-    name = method if isinstance(method, str) else type(method).__name__
-    with shown(name, quiet or shard().index > 0) as show:
+    with shown(run.name, quiet or shard().index > 0) as show:
         evaluations = Evaluations(supernet, metric, book, show)
-        if budget.base is not None:
-            evaluations([budget.base])
         began = time.perf_counter()
         run(space, evaluations, random.Random(seed))
+        if budget.base is not None:
+            evaluations([budget.base])
         asked = {c: evaluations.known[c] for c in evaluations.asked}
         baseline = None
         if isinstance(run, BreadthFirst | Evolution):
@@ -125,7 +126,7 @@ def search(
     return SearchResult(
         best.configuration,
         best.score,
-        name,
+        run.name,
         seed,
         {limit.cost.name: limit.most for limit in space.limits},
         {kind: cost.fixed for kind, cost in costs.items()},
