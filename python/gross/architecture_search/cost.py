@@ -142,6 +142,7 @@ def costs_of(
     Raises:
         ValueError: if the latency table is of other layers.
     """
+    supernet = unwrapped(supernet)
     costs = {}
     plain = dense_network(supernet)
     layers = decomposed_layers(supernet)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..copying import unwrapped
 from ..evaluation import Accuracy
 from ..supernet import decomposed_layers
 
@@ -80,7 +81,7 @@ def fingerprint(supernet: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, layer in decomposed_layers(supernet).items():
         digest.update(f"{name} {layer.group_sizes} {layer.width}".encode())
-    for name, value in supernet.state_dict().items():
+    for name, value in unwrapped(supernet).state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(_bytes(value))
     return digest.hexdigest()

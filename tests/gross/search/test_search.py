@@ -513,4 +513,16 @@ def test_a_fingerprint_does_not_see_the_memory_format():
     net = supernet()
     before = fingerprint(net)
     assert fingerprint(net.to(memory_format=torch.channels_last)) == before
+    assert fingerprint(nn.DataParallel(net)) == before
     assert fingerprint(net.to(torch.bfloat16)) != before
+
+
+def test_a_wrapped_supernet_is_searched_as_it_is():
+    """Catches names and modules of the wrapper taken for the network's."""
+    net, data = supernet(), (torch.randn(30, *INPUT), torch.randint(5, (30,)))
+    expected = gross.search(net, data, (2, 2, 2, 2))
+    found = gross.search(nn.DataParallel(net), data, (2, 2, 2, 2))
+    assert found.evaluations == expected.evaluations
+    with torch.inference_mode():
+        exported = gross.export(nn.DataParallel(net), (2, 1, 4, 8))(data[0])
+        torch.testing.assert_close(exported, gross.export(net, (2, 1, 4, 8))(data[0]))
