@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,28 +249,38 @@ def milliseconds(
 
 
 class _LayerClock:
-    """Runs a network and says how long the whole of it and its decomposed layers took."""
+    """Runs a network and says how long the whole of it and its decomposed layers took.
+
+    The whole is timed without clocks inside, which take microseconds of their own."""
 
     def __init__(self, network: nn.Module, names: Sequence[str], device: torch.device) -> None:
         self.network = network
+        self.layers = [network.get_submodule(name) for name in names]
         self.device = device
-        self.positions = {name: i for i, name in enumerate(names)}
-        self.marks: list[list[Any]] = []
-        for name in names:
-            layer = network.get_submodule(name)
-            layer.register_forward_pre_hook(lambda layer, args: self._mark([]))
-            layer.register_forward_hook(lambda layer, args, output, name=name: self._mark([name]))
-
-    def _mark(self, name: list[str]) -> None:
-        self.marks.append([_now(self.device), *name])
+        self.marks: list[tuple[int, Any]] = []
 
     def __call__(self, example: Tensor) -> tuple[float, list[float]]:
-        self.marks.clear()
         total = _time(self.network, example)
-        parts = [0.0] * len(self.positions)
-        for (began,), (ended, name) in zip(self.marks[::2], self.marks[1::2], strict=True):
-            parts[self.positions[name]] += _between(began, ended)
+        hooks = []
+        for i, layer in enumerate(self.layers):
+            mark = partial(self._mark, i)
+            hooks += [layer.register_forward_pre_hook(mark), layer.register_forward_hook(mark)]
+        self.marks.clear()
+        try:
+            with torch.inference_mode():
+                self.network(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        parts = [0.0] * len(self.layers)
+        for (i, began), (_, ended) in zip(self.marks[::2], self.marks[1::2], strict=True):
+            parts[i] += _between(began, ended)
         return total, parts
+
+    def _mark(self, layer: int, *_: object) -> None:
+        self.marks.append((layer, _now(self.device)))
 
 
 def _turns(count: int, seconds: float) -> Any:
@@ -284,8 +295,10 @@ def _turns(count: int, seconds: float) -> Any:
 
 
 def _time(network: nn.Module, example: Tensor) -> float:
-    """Milliseconds of one call."""
+    """Milliseconds of a call that follows another, which has brought the weights into the caches:
+    the networks that take turns throw one another's out."""
     with torch.inference_mode():
+        network(example)
         began = _now(example.device)
         network(example)
         ended = _now(example.device)
