@@ -294,7 +294,8 @@ Pixels<T> copied_pixels(const Image& image, int64_t image_index, int64_t images,
                       to + (i * rows + y) * image.width * lanes<T>, stride);
   return {to, lanes<T>, stride, &vectors};
 }
-// The same as a pointwise convolution reads them: in place where the tensor allows it.
+// The same as a pointwise convolution reads them: in place where the tensor allows it, which means
+// that the rows of several images follow one another.
 template <class T, class S>
 Pixels<T> source_pixels(const Image& image, int64_t image_index, int64_t images, int64_t row,
                         int64_t rows, const std::vector<LaneBlock>& vectors, T* to) {
@@ -302,7 +303,7 @@ Pixels<T> source_pixels(const Image& image, int64_t image_index, int64_t images,
       static_cast<const S*>(image.data) + image_index * image.stride_n + row * image.stride_h;
   if constexpr (std::is_same_v<S, T>)
     if (image.stride_c == 1 && image.stride_h == image.width * image.stride_w &&
-        (images == 1 || image.stride_n == image.height * image.stride_h))
+        (images == 1 || image.stride_n == rows * image.stride_h))
       return {data, image.stride_w, lanes<T>, &vectors};
   return copied_pixels<T, S>(image, image_index, images, row, rows, vectors, to);
 }
