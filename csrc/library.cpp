@@ -8,10 +8,12 @@
 
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/includes.h"
+#include "cpu/packed_header.h"
 
 namespace {
 
@@ -337,6 +339,14 @@ ScalarType sum_type_of(Type type) {
   return type == Type::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// Packed weights begin with a header; it takes as many numbers as this.
+int64_t header_numbers(ScalarType sum_type) {
+  return sizeof(PackedHeader) / (sum_type == ScalarType::Double ? sizeof(double) : sizeof(float));
+}
+void* weights_of(const Tensor& packed) {
+  return static_cast<char*>(packed.data_ptr()) + sizeof(PackedHeader);
+}
+
 // The three convolutions of a layer together.
 int64_t products_of(const Layer& layer, const Tensor& input, int64_t out_h, int64_t out_w) {
   const Geometry& g = layer.geometry;
@@ -386,11 +396,15 @@ struct LayerCall {
     return products_of(layer, input, call.out_h, call.out_w);
   }
 
+  // The weights in the kernel's order, behind a header.
   Tensor pack(const Tensor& like) const {
-    const Ints size{kernels().packed_size(call.type, layer)};
+    const int64_t numbers = kernels().packed_size(call.type, layer);
+    const Ints size{header_numbers(sum_type()) + numbers};
     Tensor packed = torch::stable::empty(size, sum_type(), std::nullopt, like.device());
-    kernels().pack(call.type, layer, packed.data_ptr(),
-                   torch_threads(per_number * size[0] * call.series.active));
+    const PackedHeader header(call.type, layer, kernels().vector_bytes);
+    std::memcpy(packed.data_ptr(), &header, sizeof header);
+    kernels().pack(call.type, layer, weights_of(packed),
+                   torch_threads(per_number * numbers * call.series.active));
     return packed;
   }
 
@@ -417,10 +431,56 @@ std::tuple<Tensor, Tensor> bottleneck(const Tensor& input, const std::vector<Ten
                      ? empty_image(g.images, g.in_channels, input.size(2), input.size(3), input)
                      : no_tensor(input);
   if (output.numel() > 0)
-    kernels().layer(of.call.type, image_of(input), of.layer, of.pack(input).data_ptr(),
+    kernels().layer(of.call.type, image_of(input), of.layer, weights_of(of.pack(input)),
                     keep_inner ? image_of(inner) : Image{}, image_of(output),
                     torch_threads(of.products(input)));
   return {output, inner};
+}
+
+const char* name_of(int32_t type) {
+  switch (static_cast<Type>(type)) {
+    case Type::float32: return "float32";
+    case Type::float64: return "float64";
+    case Type::bfloat16: return "bfloat16";
+    case Type::float16: return "float16";
+  }
+  return "an unknown dtype";
+}
+
+std::string described(const PackedHeader& header) {
+  auto text = [](int64_t number) { return std::to_string(number); };
+  return text(header.in_channels) + " → " + text(header.width_in) + " → " + text(header.width_out) +
+         " → " + text(header.out_channels) + " channels, group size " + text(header.group_size) +
+         ", kernel " + text(header.kernel_h) + "×" + text(header.kernel_w) + ", " +
+         name_of(header.type) + " activations, vectors of " + text(header.vector_bytes) + " bytes";
+}
+
+// Refuses what `bottleneck_pack` did not make for this layer, type and processor.
+void check_packed(const Tensor& packed, Type type, const Layer& layer) {
+  constexpr const char* accepted = ", accepted is what bottleneck_pack made";
+  const ScalarType sum_type = sum_type_of(type);
+  STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1, "packed: got ", packed.dim(),
+                  " dimensions on ", packed.is_cpu() ? "the CPU" : "another device", accepted,
+                  ": one dimension on the CPU");
+  STD_TORCH_CHECK(packed.scalar_type() == sum_type && packed.stride(0) == 1,
+                  "packed: got another dtype or a stride", accepted, " for ",
+                  name_of(static_cast<int32_t>(type)), " activations: contiguous ",
+                  sum_type == ScalarType::Double ? "float64" : "float32");
+  const int64_t size = header_numbers(sum_type) + kernels().packed_size(type, layer);
+  const PackedHeader wanted(type, layer, kernels().vector_bytes);
+  PackedHeader got;
+  if (packed.size(0) >= header_numbers(sum_type))
+    std::memcpy(&got, packed.data_ptr(), sizeof got);
+  else
+    got.magic[0] = 0;
+  if (got == wanted && packed.size(0) == size) return;
+  STD_TORCH_CHECK(!std::memcmp(got.magic, wanted.magic, sizeof got.magic),
+                  "packed: got numbers without the header of packed weights", accepted);
+  STD_TORCH_CHECK(got.version == wanted.version, "packed: got an order of version ", got.version,
+                  accepted, " in version ", wanted.version);
+  STD_TORCH_CHECK(got == wanted, "packed: got weights for ", described(got), accepted, " for ",
+                  described(wanted), " (", kernels().name, ")");
+  STD_TORCH_CHECK(false, "packed: got ", packed.size(0), " numbers", accepted, ": ", size);
 }
 
 // The layer from what `bottleneck_pack` made. All numbers that the kernel needs besides are in one
@@ -444,14 +504,10 @@ Tensor bottleneck_packed(const Tensor& input, const Tensor& packed, const Ints& 
   layer.out_channels = shape[3];
   layer.relu = relu;
   const auto [out_h, out_w] = output_size(input, g);
-  STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 &&
-                      packed.scalar_type() == sum_type_of(type) && packed.stride(0) == 1 &&
-                      packed.size(0) == kernels().packed_size(type, layer),
-                  "packed: accepted is what bottleneck_pack made for this shape and the input's "
-                  "channels and dtype");
+  check_packed(packed, type, layer);
   Tensor output = empty_image(g.images, layer.out_channels, out_h, out_w, input);
   if (output.numel() > 0)
-    kernels().layer(type, image_of(input), layer, packed.data_ptr(), Image{}, image_of(output),
+    kernels().layer(type, image_of(input), layer, weights_of(packed), Image{}, image_of(output),
                     torch_threads(products_of(layer, input, out_h, out_w)));
   return output;
 }

@@ -18,15 +18,7 @@
 #include "kernels.h"
 
 namespace gross::cpu {
-const Kernels avx2_kernels{"avx2",
-                           avx2::forward_entry<>,
-                           avx2::input_grad_entry<>,
-                           avx2::weight_grad_entry<>,
-                           avx2::packed_size_entry,
-                           avx2::pack_entry,
-                           avx2::layer_entry,
-                           avx2::layer_backward_entry,
-                           avx2::sum_entry};
+const Kernels avx2_kernels = avx2::kernels_of("avx2");
 }
 
 #if defined(__clang__)

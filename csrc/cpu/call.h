@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace gross::cpu {
 
@@ -75,6 +76,7 @@ struct Threads {
 // The kernels for one instruction set; the activations' type is `type`.
 struct Kernels {
   const char* name;
+  int vector_bytes;
   void (*forward)(Type type, const Image& input, const Series& series, const Image& output,
                   const Geometry& geometry, const Threads& threads);
   void (*input_grad)(Type type, const Image& grad, const Series& series, const Image& grad_input,
@@ -105,6 +107,19 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512bf16_kernels;
 #endif
+#if defined(GROSS_WIDE)
+// For tests alone: AVX-512's kernels on any processor, see tests/native/wide.cpp.
+extern const Kernels wide_kernels;
+extern const Kernels widebf16_kernels;
+#endif
+
+// One instruction set that this library has kernels for.
+struct InstructionSet {
+  const Kernels* kernels;
+  bool present;  // whether the processor has it
+};
+// From the least to the best.
+std::vector<InstructionSet> instruction_sets();
 
 // The kernels for this machine, or for the instruction set that GROSS_KERNELS_ISA names.
 const Kernels& kernels();

@@ -1389,7 +1389,6 @@ void with_type(Type type, F f) {
   }
 }
 
-// With `pairs` on processors that multiply pairs of bfloat16 numbers.
 template <Product product>
 void convolve_entry(Type type, const Plan& plan, const Image& source, const Series& series,
                     const Image& target, const Geometry& g, bool backward, const Threads& threads) {
@@ -1408,7 +1407,7 @@ void convolve_entry(Type type, const Plan& plan, const Image& source, const Seri
   });
 }
 
-template <Product product = Product::numbers>
+template <Product product>
 void forward_entry(Type type, const Image& input, const Series& series, const Image& output,
                    const Geometry& g, const Threads& threads) {
   convolve_entry<product>(type,
@@ -1416,7 +1415,7 @@ void forward_entry(Type type, const Image& input, const Series& series, const Im
                           input, series, output, g, false, threads);
 }
 
-template <Product product = Product::numbers>
+template <Product product>
 void input_grad_entry(Type type, const Image& grad, const Series& series, const Image& grad_input,
                       const Geometry& g, const Threads& threads) {
   convolve_entry<product>(
@@ -1424,7 +1423,7 @@ void input_grad_entry(Type type, const Image& grad, const Series& series, const 
       series, grad_input, g, true, threads);
 }
 
-template <Product product = Product::numbers>
+template <Product product>
 void weight_grad_entry(Type type, const Image& grad, const Image& input, const Series& series,
                        const SeriesGradient& gradient, const Geometry& g, const Threads& threads) {
   with_type(type, [&](auto s) {
@@ -1480,6 +1479,21 @@ inline void sum_entry(const Series& series, int64_t count, void* output, const T
     using S = decltype(s);
     sum<Sum<S>, S>(series, count, static_cast<S*>(output), threads);
   });
+}
+
+// The kernels of a unit; with pairs where its processors multiply pairs of bfloat16 numbers.
+template <Product product = Product::numbers>
+constexpr Kernels kernels_of(const char* name) {
+  return {name,
+          GROSS_VECTOR_BYTES,
+          forward_entry<product>,
+          input_grad_entry<product>,
+          weight_grad_entry<product>,
+          packed_size_entry,
+          pack_entry,
+          layer_entry,
+          layer_backward_entry,
+          sum_entry};
 }
 
 }  // namespace gross::cpu::GROSS_ISA

@@ -7,13 +7,5 @@
 #include "kernels.h"
 
 namespace gross::cpu {
-const Kernels portable_kernels{"portable",
-                               portable::forward_entry<>,
-                               portable::input_grad_entry<>,
-                               portable::weight_grad_entry<>,
-                               portable::packed_size_entry,
-                               portable::pack_entry,
-                               portable::layer_entry,
-                               portable::layer_backward_entry,
-                               portable::sum_entry};
+const Kernels portable_kernels = portable::kernels_of("portable");
 }
