@@ -57,10 +57,10 @@ PORTABLE := -DGROSS_ISA=portable -DGROSS_VECTOR_BYTES=16 -DGROSS_VECTOR_REGISTER
 
 build/parsed/%: csrc/cpu/%.h $(HEADERS)
 	@mkdir -p $(@D)
-	echo '#include "$<"' | $(CXX) -std=c++17 -Wall -Werror -fsyntax-only -I. $(PORTABLE) -x c++ -
+	@echo '#include "$<"' | $(CXX) -std=c++17 -Wall -Werror -fsyntax-only -I. $(PORTABLE) -x c++ -
 ifeq ($(shell uname -m),x86_64)
-	echo '#include "$<"' | $(CXX) -std=c++17 -Wall -Werror -fsyntax-only -I. $(AVX2) -x c++ -
-	echo '#include "$<"' | $(CXX) -std=c++17 -Wall -Werror -fsyntax-only -I. $(AVX512) -x c++ -
+	@echo '#include "$<"' | $(CXX) -std=c++17 -Wall -Werror -fsyntax-only -I. $(AVX2) -x c++ -
+	@echo '#include "$<"' | $(CXX) -std=c++17 -Wall -Werror -fsyntax-only -I. $(AVX512) -x c++ -
 endif
 	@touch $@
 

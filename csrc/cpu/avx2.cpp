@@ -15,7 +15,7 @@
 #define GROSS_ISA avx2
 #define GROSS_VECTOR_BYTES 32
 #define GROSS_VECTOR_REGISTERS 16
-#include "kernels.h"
+#include "entries.h"
 
 namespace gross::cpu {
 const Kernels avx2_kernels = avx2::kernels_of("avx2");

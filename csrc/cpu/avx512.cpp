@@ -16,7 +16,7 @@
 #define GROSS_ISA avx512
 #define GROSS_VECTOR_BYTES 64
 #define GROSS_VECTOR_REGISTERS 32
-#include "kernels.h"
+#include "entries.h"
 
 namespace gross::cpu {
 const Kernels avx512_kernels = avx512::kernels_of("avx512");

@@ -6,6 +6,12 @@
 // dr is computed with the rows around the strip that dp reads. Rows are cut into slices by shape
 // alone; a slice's sums of weight gradients are its own, and slices are added in order: the bits do
 // not depend on the number of threads.
+#pragma once
+
+#include "bottleneck.h"
+#include "correlate_weights.h"
+#include "gradients.h"
+
 namespace gross::cpu::GROSS_ISA {
 
 // Bytes that all slices' sums may take together, as long as there are `least_slices`.

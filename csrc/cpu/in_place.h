@@ -5,6 +5,12 @@
 // that are broadcast. One load of a pixel serves two of its channels and three taps: 14 columns are
 // 84 multiply–adds for 16 loads and 32 shuffles. With planes the copy alone takes a third of the
 // time at group sizes up to 4.
+#pragma once
+
+#include "correlate.h"
+#include "gradients.h"
+#include "weights.h"
+
 namespace gross::cpu::GROSS_ISA {
 
 // Bytes of pixels that are read and written at once, for one vector of outputs after the other:

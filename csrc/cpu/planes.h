@@ -4,6 +4,11 @@
 // Planes are [vector of channels][source][position][lane]: one position of a plane is a whole
 // vector of consecutive channels, zeros in the lanes that have none. A channels-last tensor is
 // copied; of any other, squares of channels × columns are transposed in registers.
+#pragma once
+
+#include "channels.h"
+#include "vector.h"
+
 namespace gross::cpu::GROSS_ISA {
 
 // Positions that a kernel may read past the last, as zeros.
@@ -158,6 +163,20 @@ void load_planes(const Image& image, const Plan& plan, const Strip& strip, const
     zero(to + used * n, planes.positions - used);
     to += planes.source_stride;
   }
+}
+
+// The planes of the source channels of a set, cluster by cluster.
+template <class T, class S>
+void load_sources(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes,
+                  const Channels<T>& channels, const Set& set, T* to) {
+  const int64_t cluster = channels.together * channels.sources;
+  const int64_t begin = channels.cluster(set.first) * cluster,
+                end = std::min(channels.groups * channels.sources,
+                               (channels.cluster(set.last - 1) + 1) * cluster);
+  // Clusters that fill their vectors lie side by side.
+  const int64_t step = cluster % lanes<T> == 0 ? end - begin : cluster;
+  for (int64_t at = begin; at < end; at += step, to += channels.vectors * planes.vector_stride)
+    load_planes<T, S>(image, plan, strip, planes, at, std::min(step, end - at), to);
 }
 
 }  // namespace gross::cpu::GROSS_ISA

@@ -4,7 +4,7 @@
 #define GROSS_ISA portable
 #define GROSS_VECTOR_BYTES 16
 #define GROSS_VECTOR_REGISTERS 16
-#include "kernels.h"
+#include "entries.h"
 
 namespace gross::cpu {
 const Kernels portable_kernels = portable::kernels_of("portable");

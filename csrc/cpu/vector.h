@@ -4,6 +4,10 @@
 // GROSS_VECTOR_REGISTERS describe the machine. Where GROSS_LOWERED is defined the machine has no
 // such vectors, and the compiler makes them of what it has. All of it is inlined, so nothing of it
 // crosses units.
+#pragma once
+
+#include "includes.h"
+
 #define GROSS_INLINE __attribute__((always_inline)) inline
 
 // Which of the x86 instructions that have no other name the unit may use.

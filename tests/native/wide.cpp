@@ -7,7 +7,7 @@
 #define GROSS_VECTOR_BYTES 64
 #define GROSS_VECTOR_REGISTERS 32
 #define GROSS_LOWERED
-#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/entries.h"
 
 namespace gross::cpu {
 const Kernels wide_kernels = wide::kernels_of("wide");
