@@ -18,6 +18,10 @@ namespace gross::cpu::GROSS_ISA {
 // beside weights.
 constexpr int64_t strip_budget = 640 << 10;
 
+inline Geometry pointwise_geometry(int64_t from, int64_t to) {
+  return {1, from, to, from, 1, 1, 1, 1, 0, 0, 1, 1};
+}
+
 // How a layer's weights are packed: P by vectors of the grouped convolution's sources, R by its
 // blocks, Q by vectors of outputs, the bias.
 template <class T>
@@ -29,31 +33,9 @@ struct Packing {
   int64_t at_grouped, at_last, at_bias, size;
 
   explicit Packing(const Layer& layer)
-      : grouped(layer.geometry, false),
-        first{1,
-              layer.in_channels,
-              layer.geometry.in_channels,
-              layer.in_channels,
-              1,
-              1,
-              1,
-              1,
-              0,
-              0,
-              1,
-              1},
-        last{1,
-             layer.geometry.out_channels,
-             layer.out_channels,
-             layer.geometry.out_channels,
-             1,
-             1,
-             1,
-             1,
-             0,
-             0,
-             1,
-             1},
+      : grouped(layer.geometry, Pass::forward),
+        first(pointwise_geometry(layer.in_channels, layer.geometry.in_channels)),
+        last(pointwise_geometry(layer.geometry.out_channels, layer.out_channels)),
         inputs(vectors_of<T>(layer.in_channels, layer.in_channels)),
         inner(vectors_of<T>(layer.geometry.in_channels, grouped.together * grouped.sources)),
         outputs(vectors_of<T>(layer.out_channels, layer.out_channels)) {
@@ -65,6 +47,13 @@ struct Packing {
     size = at_bias + count(outputs) * lanes<T>;
   }
 
+  PackedWeights<T> first_weights(const T* packed, int64_t vector, int64_t vectors) const {
+    return {packed + vector * inner_size, inner_size, vectors};
+  }
+  PackedWeights<T> last_weights(const T* packed, int64_t vector, int64_t vectors) const {
+    return {packed + at_last + vector * output_size, output_size, vectors};
+  }
+
   static int64_t count(const std::vector<LaneBlock>& blocks) {
     return static_cast<int64_t>(blocks.size());
   }
@@ -73,7 +62,7 @@ struct Packing {
 template <class T, class S>
 void pack_layer(const Layer& layer, T* to, const Threads& threads) {
   const Packing<T> packing(layer);
-  const Direction first(packing.first, false), last(packing.last, false);
+  const Direction first(packing.first, Pass::forward), last(packing.last, Pass::forward);
   const int64_t inner = packing.inner.size(), blocks = packing.grouped.blocks.size(),
                 outputs = packing.outputs.size();
   const int64_t rows = std::max({packing.inner_size, packing.output_size, packing.grouped.summed});
@@ -81,17 +70,17 @@ void pack_layer(const Layer& layer, T* to, const Threads& threads) {
     T* const sum = scratch<T>(rows);
     for (int64_t i = begin; i < end; i++) {
       if (i < inner) {
-        pack_weights<T, S>(layer.pointwise_in, packing.first, first, packing.inner[i], sum,
+        pack_weights<T, S>({layer.pointwise_in, packing.first, first}, packing.inner[i], sum,
                            to + i * packing.inner_size);
       } else if (i < inner + blocks) {
         const int64_t b = i - inner;
-        pack_weights<T, S>(layer.grouped, layer.geometry, packing.grouped,
+        pack_weights<T, S>({layer.grouped, layer.geometry, packing.grouped},
                            packing.grouped.blocks[b], sum,
                            to + packing.at_grouped + b * packing.grouped.packed);
       } else {
         const int64_t v = i - inner - blocks;
         const LaneBlock& block = packing.outputs[v];
-        pack_weights<T, S>(layer.pointwise_out, packing.last, last, block, sum,
+        pack_weights<T, S>({layer.pointwise_out, packing.last, last}, block, sum,
                            to + packing.at_last + v * packing.output_size);
         T* bias = to + packing.at_bias + v * lanes<T>;
         store<T>(bias, layer.bias
@@ -108,7 +97,9 @@ void pack_layer(const Layer& layer, T* to, const Threads& threads) {
 struct Rows {
   int64_t begin, end;
 };
-inline Rows source_rows(const Plan& plan, const Strip& strip, const Planes& planes, int64_t from) {
+inline Rows source_rows(const Planes& planes, int64_t from) {
+  const Plan& plan = *planes.plan;
+  const Strip& strip = planes.strip;
   Rows rows{plan.source_height, 0};
   for (const Lattice& lattice : plan.sources) {
     rows.begin = std::min(rows.begin,
@@ -126,8 +117,10 @@ inline Rows source_rows(const Plan& plan, const Strip& strip, const Planes& plan
 // planes, and for each pixel of `rows` its place in a plane; what the convolution does not read
 // goes to the plane's last position, which nothing reads.
 template <class T>
-void place_pixels(const Plan& plan, const Strip& strip, const Planes& planes, int64_t from,
-                  const Rows& rows, int64_t vectors, T* to, std::vector<int64_t>& places) {
+void place_pixels(const Planes& planes, int64_t from, const Rows& rows, int64_t vectors, T* to,
+                  std::vector<int64_t>& places) {
+  const Plan& plan = *planes.plan;
+  const Strip& strip = planes.strip;
   places.assign(strip.images * (rows.end - rows.begin) * plan.source_width,
                 (planes.positions - 1) * lanes<T>);
   int64_t source = 0;
@@ -138,7 +131,7 @@ void place_pixels(const Plan& plan, const Strip& strip, const Planes& planes, in
         zero_positions(to + v * planes.vector_stride + source + position * lanes<T>, count);
     };
     for (int64_t i = 0; i < strip.images; i++)
-      for (int64_t r = from; r < planes.rows_of(i, strip); r++) {
+      for (int64_t r = from; r < planes.rows_of(i); r++) {
         const int64_t position = (i * planes.image_rows + r) * plan.pitch;
         const int64_t y = lattice.first_row + (strip.row + plan.min_row + r) * lattice.row_step;
         if (r >= planes.rows || y < 0 || y >= plan.source_height) {
@@ -153,180 +146,248 @@ void place_pixels(const Plan& plan, const Strip& strip, const Planes& planes, in
         for (int64_t k = columns.lead; k < columns.end; k++)
           place[(k - columns.lead) * lattice.col_step] = source + (position + k) * lanes<T>;
       }
-    zero(((strip.images - 1) * planes.image_rows + planes.rows) * plan.pitch,
-         plan.max_col - plan.min_col);
+    zero(planes.used(), plan.max_col - plan.min_col);
     source += planes.source_stride;
   }
 }
 
-// The layer from packed weights. Where `inner` has data, the first pointwise convolution is
-// computed into it beforehand, and read from there.
-template <class T, class S>
-void run_layer(const Image& input, const Layer& layer, const T* packed, const Image& inner,
-               const Image& output, const Threads& threads) {
-  const Packing<T> packing(layer);
-  const Channels<T>& channels = packing.grouped;
-  const Geometry& g = layer.geometry;
-  const Plan plan = forward_plan(g, input.height, input.width, output.height, output.width);
-  const Target& target = plan.targets[0];
-  const int64_t inner_vectors = packing.inner.size(), blocks = channels.blocks.size(),
-                outputs = packing.outputs.size();
-  const int64_t clusters = channels.clusters(0, blocks),
-                cluster_blocks = ceil_div(channels.together, channels.per_block) *
-                                 ceil_div(channels.outputs, lanes<T>);
-  const Tile<T> tile = tile_for<T>(channels.fetch, output.width);
-  constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
-  const int64_t ahead = pixels_ahead(layer.in_channels);
-
-  if (inner.data)
-    multiply_image<T, S>(input, packed, packing.inner_size, packing.inputs, packing.inner, inner,
-                         g.images, threads);
-
-  // Strips: the pixels that one row of outputs brings into the cache.
-  const int64_t row_bytes =
-      sizeof(T) * (g.stride_h * input.width * (layer.in_channels + g.in_channels) +
-                   output.width * (g.out_channels + layer.out_channels));
-  // Few rows of large weights, and too few images to go round: the threads share one strip, each
-  // has some of the channels. By rows they would each read all weights, compute the halo's rows
-  // twice and have one row more or less of seven: 512 channels at 7×7 take 113 or 126 instead of
-  // 138 µs, by how far apart the two cores are. From four rows a thread on, handing over the
-  // grouped convolution's outputs can cost more: 8×8, 256 channels, 8 % less or 14 % more.
-  const int64_t pixel_bytes = g.images * output.height * row_bytes;
-  const bool shared =
-      g.images < threads.count && g.images * output.height < 4 * threads.count &&
-      std::min(clusters, outputs / 2) >= threads.count &&
-      pixel_bytes <=
-          2 * std::min<int64_t>(strip_budget, packing.size * static_cast<int64_t>(sizeof(T)));
-  const int64_t rows = shared ? output.height
-                              : std::clamp<int64_t>(std::min(strip_budget / row_bytes,
-                                                             ceil_div(strip_pixels, output.width)),
-                                                    1, output.height);
-  const int64_t together =
-      shared ? g.images
-      : rows < output.height
-          ? 1
-          : std::max<int64_t>(
-                1, std::min(strip_budget / row_bytes, strip_pixels / output.width) / output.height);
-  // Several parts a thread where images are many: cut between images, and between strips of
-  // several.
-  const int64_t each = std::clamp<int64_t>(g.images / together / threads.count, 1, 4);
-  const std::vector<std::vector<Strip>> parts =
-      thread_strips(g.images, output.height, rows, together, shared ? 1 : each * threads.count);
-  // All strips have planes of one size, so that rows can move from one to the next.
-  Planes largest{};
-  int64_t input_pixels = 0, output_pixels = 0;
-  for (const std::vector<Strip>& part : parts)
-    for (const Strip& strip : part) {
-      const Planes planes = Planes::of<T>(plan, strip);
-      const Rows needed = source_rows(plan, strip, planes, 0);
-      if (planes.positions > largest.positions) largest = planes;
-      input_pixels =
-          std::max(input_pixels, strip.images * (needed.end - needed.begin) * input.width);
-      output_pixels = std::max(output_pixels, strip.images * strip.rows * output.width);
-    }
-  const int64_t plane_size = inner_vectors * largest.vector_stride,
-                stride = (output_pixels | 1) * lanes<T>;
-  const int64_t input_size =
-      static_cast<int64_t>(packing.inputs.size()) * (input_pixels | 1) * lanes<T>;
-
-  // Clusters [first, last) of a strip's inner channels, from the input to the grouped convolution's
-  // outputs.
-  auto convolve_inner = [&](const Strip& strip, const Strip* above, int64_t first, int64_t last,
-                            T* const planes_at, T* const grouped_at, T* const input_at) {
-    Planes planes = Planes::of<T>(plan, strip);
-    planes.positions = largest.positions;
-    planes.source_stride = largest.source_stride;
-    planes.vector_stride = largest.vector_stride;
-    const int64_t first_vector = first * channels.vectors,
-                  vectors = std::min(last * channels.vectors, inner_vectors) - first_vector;
-    const int64_t first_block = first * cluster_blocks,
-                  last_block = std::min(last * cluster_blocks, blocks);
-    T* const own_planes = planes_at + first_vector * planes.vector_stride;
-
-    if (inner.data) {
-      load_sources<T, S>(inner, plan, strip, planes, channels, {first_block, last_block},
-                         own_planes);
-    } else {
-      // Rows that the strip above has computed already are moved to where this one has them.
-      const bool follows =
-          above && above->image == strip.image && above->row + above->rows == strip.row;
-      const int64_t kept = follows ? plan.halo() : 0;
-      for (int64_t v = 0; kept > 0 && v < vectors; v++)
-        for (size_t source = 0; source < plan.sources.size(); source++) {
-          T* plane = own_planes + v * planes.vector_stride + source * planes.source_stride;
-          std::copy_n(plane + above->rows * plan.pitch * lanes<T>, kept * plan.pitch * lanes<T>,
-                      plane);
-        }
-      const Rows needed = source_rows(plan, strip, planes, kept);
-      std::vector<int64_t> places;
-      place_pixels(plan, strip, planes, kept, needed, vectors, own_planes, places);
-      const Pixels<T> source =
-          source_pixels<T, S>(input, strip.image, strip.images, needed.begin,
-                              needed.end - needed.begin, packing.inputs, input_at);
-      // Line by line: the processor's own prefetching does not follow 14 pixels at once.
-      const bool in_place = source.pitch > lanes<T>;
-      multiply_to_planes(
-          source, packed + first_vector * packing.inner_size, packing.inner_size, vectors, places,
-          own_planes, planes.vector_stride,
-          in_place ? Ahead<T>{source.at + ahead * source.pitch, source.pitch} : Ahead<T>{});
-    }
-
-    const Runs runs = runs_of<T>(plan, target, planes);
-    const int64_t width = output.width * lanes<T>;
-    std::vector<Segment> segments;
-    segments_of<T>({nullptr, 0, 0, 0, strip.rows * width, 1, width, lanes<T>}, plan, target,
-                   {0, strip.images, 0, strip.rows}, tile.columns, segments);
-    for (int64_t b = first_block; b < last_block; b++) {
-      const Stencil<T> stencil{channels.sources, planes.vector_stride, runs, g.taps() * lanes<T>,
-                               channels.permutation_of(b)};
-      correlate_tiles(stencil, packed + packing.at_grouped + b * channels.packed, tile, segments,
-                      planes_at + channels.cluster(b) * channels.vectors * planes.vector_stride +
-                          channels.first_lane(b),
-                      grouped_at + b * stride, lanes<T>);
-    }
-  };
-  // Vectors [first, last) of a strip's outputs.
-  auto multiply_last = [&](const Strip& strip, int64_t first, int64_t last, const T* grouped_at,
-                           T* spare) {
-    multiply_to_tensor<T, S>(
-        {grouped_at, lanes<T>, stride, &channels.blocks},
-        packed + packing.at_last + first * packing.output_size, packing.output_size,
-        {packing.outputs.begin() + first, packing.outputs.begin() + last},
-        packed + packing.at_bias + first * lanes<T>, layer.relu, output, strip.image,
-        strip.row * output.width, strip.images * strip.rows * output.width, spare);
-  };
-
-  if (shared) {
-    Buffer<T> between(plane_size + blocks * stride);
-    T* const planes_at = between.data();
-    T* const grouped_at = planes_at + plane_size;
-    const Strip& strip = parts[0][0];
-    auto inner_work = [&](int64_t begin, int64_t end) {
-      convolve_inner(strip, nullptr, begin, end, planes_at, grouped_at, scratch<T>(input_size));
-    };
-    run(threads, clusters, inner_work);
-    auto last_work = [&](int64_t begin, int64_t end) {
-      multiply_last(strip, 2 * begin, std::min(2 * end, outputs), grouped_at,
-                    scratch<T>(spare_size));
-    };
-    run(threads, ceil_div(outputs, 2), last_work);
-    return;
-  }
-  auto work = [&](int64_t begin, int64_t end) {
-    T* const planes_at = scratch<T>(plane_size + input_size + blocks * stride + spare_size);
-    T* const input_at = planes_at + plane_size;
-    T* const grouped_at = input_at + input_size;
-    T* const spare = grouped_at + blocks * stride;
-    for (int64_t part = begin; part < end; part++) {
-      const Strip* above = nullptr;
-      for (const Strip& strip : parts[part]) {
-        convolve_inner(strip, above, 0, clusters, planes_at, grouped_at, input_at);
-        multiply_last(strip, 0, outputs, grouped_at, spare);
-        above = &strip;
-      }
-    }
-  };
-  run(threads, parts.size(), work);
+// The tiles of one strip into vectors of channels, pixel after pixel, `width` pixels to a row:
+// where its segments go.
+template <class T>
+void segments_between(const Planes& planes, const Target& target, int64_t rows, int64_t width,
+                      int64_t columns, std::vector<Segment>& segments) {
+  const int64_t pitch = width * lanes<T>;
+  segments_of<T>({nullptr, 0, 0, 0, rows * pitch, 1, pitch, lanes<T>}, *planes.plan, target,
+                 {0, planes.strip.images, 0, rows}, columns, segments);
 }
+
+// A layer's forward pass. Where the call keeps `inner`, the first pointwise convolution is computed
+// into it beforehand, and read from there.
+template <class T, class S>
+class LayerWalk {
+ public:
+  // The plan: how rows are cut, and what a strip of them takes.
+  explicit LayerWalk(const LayerForward& call)
+      : call_(call),
+        packed_(static_cast<const T*>(call.packed)),
+        packing_(call.layer),
+        plan_(forward_plan(call.layer.geometry, call.input.height, call.input.width,
+                           call.output.height, call.output.width)),
+        tile_(tile_for<T>(packing_.grouped.fetch, call.output.width)),
+        inner_vectors_(packing_.inner.size()),
+        blocks_(packing_.grouped.blocks.size()),
+        outputs_(packing_.outputs.size()),
+        clusters_(packing_.grouped.clusters(0, blocks_)) {
+    cut();
+    measure();
+  }
+
+  void run() const {
+    if (call_.inner.data)
+      multiply_image<T, S>(
+          {call_.input, packing_.inputs, call_.inner, packing_.inner, call_.layer.geometry.images},
+          packing_.first_weights(packed_, 0, inner_vectors_), call_.threads);
+    if (shared_)
+      walk_together();
+    else
+      walk();
+  }
+
+ private:
+  static constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
+
+  // Tensors between input and output of one strip.
+  struct Between {
+    T *planes, *grouped, *input;
+  };
+
+  // Plan ----------------------------------------------------------------------------------------
+
+  void cut() {
+    const Geometry& g = call_.layer.geometry;
+    const Image& output = call_.output;
+    const int64_t threads = call_.threads.count;
+    // The pixels that one row of outputs brings into the cache.
+    const int64_t row_bytes =
+        sizeof(T) * (g.stride_h * call_.input.width * (call_.layer.in_channels + g.in_channels) +
+                     output.width * (g.out_channels + call_.layer.out_channels));
+    // Few rows of large weights, and too few images to go round: the threads share one strip, each
+    // has some of the channels. By rows they would each read all weights, compute the halo's rows
+    // twice and have one row more or less of seven. From four rows a thread on, handing over the
+    // grouped convolution's outputs can cost more.
+    shared_ =
+        g.images < threads && g.images * output.height < 4 * threads &&
+        std::min(clusters_, outputs_ / 2) >= threads &&
+        g.images * output.height * row_bytes <=
+            2 * std::min<int64_t>(strip_budget, packing_.size * static_cast<int64_t>(sizeof(T)));
+    if (shared_) {
+      parts_ = thread_strips(g.images, output.height, output.height, g.images, 1);
+      return;
+    }
+    const int64_t rows = std::clamp<int64_t>(
+        std::min(strip_budget / row_bytes, ceil_div(strip_pixels, output.width)), 1, output.height);
+    const int64_t together =
+        rows < output.height
+            ? 1
+            : std::max<int64_t>(1, std::min(strip_budget / row_bytes, strip_pixels / output.width) /
+                                       output.height);
+    // Several parts a thread where images are many: cut between images, and between strips of
+    // several.
+    const int64_t each = std::clamp<int64_t>(g.images / together / threads, 1, 4);
+    parts_ = thread_strips(g.images, output.height, rows, together, each * threads);
+  }
+
+  // All strips have planes of one size, so that rows can move from one to the next.
+  void measure() {
+    int64_t input_pixels = 0, output_pixels = 0;
+    for (const std::vector<Strip>& part : parts_)
+      for (const Strip& strip : part) {
+        const Planes planes = Planes::of<T>(plan_, strip);
+        const Rows needed = source_rows(planes, 0);
+        if (planes.positions > largest_.positions) largest_ = planes;
+        input_pixels =
+            std::max(input_pixels, strip.images * (needed.end - needed.begin) * call_.input.width);
+        output_pixels = std::max(output_pixels, strip.images * strip.rows * call_.output.width);
+      }
+    plane_size_ = inner_vectors_ * largest_.vector_stride;
+    stride_ = (output_pixels | 1) * lanes<T>;
+    input_size_ = static_cast<int64_t>(packing_.inputs.size()) * (input_pixels | 1) * lanes<T>;
+  }
+
+  // Walk ----------------------------------------------------------------------------------------
+
+  // Each thread marches down its own strips.
+  void walk() const {
+    auto work = [&](int64_t begin, int64_t end) {
+      T* const memory = scratch<T>(plane_size_ + input_size_ + blocks_ * stride_ + spare_size);
+      const Between at{memory, memory + plane_size_ + input_size_, memory + plane_size_};
+      T* const spare = at.grouped + blocks_ * stride_;
+      for (int64_t part = begin; part < end; part++) {
+        const Strip* above = nullptr;
+        for (const Strip& strip : parts_[part]) {
+          convolve_inner(planes_of(strip), above, {0, clusters_}, at);
+          multiply_last(strip, 0, outputs_, at.grouped, spare);
+          above = &strip;
+        }
+      }
+    };
+    gross::cpu::run(call_.threads, parts_.size(), work);
+  }
+
+  // All threads work on one strip, each on some of its channels.
+  void walk_together() const {
+    Buffer<T> between(plane_size_ + blocks_ * stride_);
+    T* const grouped = between.data() + plane_size_;
+    const Strip& strip = parts_[0][0];
+    auto inner_work = [&](int64_t begin, int64_t end) {
+      convolve_inner(planes_of(strip), nullptr, {begin, end},
+                     {between.data(), grouped, scratch<T>(input_size_)});
+    };
+    gross::cpu::run(call_.threads, clusters_, inner_work);
+    auto last_work = [&](int64_t begin, int64_t end) {
+      multiply_last(strip, 2 * begin, std::min(2 * end, outputs_), grouped, scratch<T>(spare_size));
+    };
+    gross::cpu::run(call_.threads, ceil_div(outputs_, 2), last_work);
+  }
+
+  Planes planes_of(const Strip& strip) const {
+    Planes planes = Planes::of<T>(plan_, strip);
+    planes.positions = largest_.positions;
+    planes.source_stride = largest_.source_stride;
+    planes.vector_stride = largest_.vector_stride;
+    return planes;
+  }
+
+  // Some clusters of a strip's inner channels, from the input to the grouped convolution's outputs.
+  void convolve_inner(const Planes& planes, const Strip* above, const Set& clusters,
+                      const Between& at) const {
+    const Channels<T>& channels = packing_.grouped;
+    const int64_t cluster_blocks =
+        ceil_div(channels.together, channels.per_block) * ceil_div(channels.outputs, lanes<T>);
+    const Set blocks{clusters.first * cluster_blocks,
+                     std::min(clusters.last * cluster_blocks, blocks_)};
+    const int64_t first = clusters.first * channels.vectors,
+                  vectors = std::min(clusters.last * channels.vectors, inner_vectors_) - first;
+    T* const own_planes = at.planes + first * planes.vector_stride;
+    if (call_.inner.data)
+      load_sources<T, S>(call_.inner, planes, channels, blocks, own_planes);
+    else
+      multiply_first(planes, keep_rows(planes, above, vectors, own_planes),
+                     {first, first + vectors}, own_planes, at.input);
+    convolve_grouped(planes, blocks, at);
+  }
+
+  // Rows that the strip above has computed already are moved to where this one has them; how many.
+  int64_t keep_rows(const Planes& planes, const Strip* above, int64_t vectors, T* to) const {
+    const bool follows =
+        above && above->image == planes.strip.image && above->row + above->rows == planes.strip.row;
+    const int64_t kept = follows ? plan_.halo() : 0;
+    for (int64_t v = 0; kept > 0 && v < vectors; v++)
+      for (size_t source = 0; source < plan_.sources.size(); source++) {
+        T* plane = to + v * planes.vector_stride + source * planes.source_stride;
+        std::copy_n(plane + above->rows * plan_.pitch * lanes<T>, kept * plan_.pitch * lanes<T>,
+                    plane);
+      }
+    return kept;
+  }
+
+  // The first pointwise convolution into some vectors' planes, from row `kept` on.
+  void multiply_first(const Planes& planes, int64_t kept, const Set& vectors, T* to,
+                      T* input_at) const {
+    const int64_t count = vectors.last - vectors.first;
+    const Rows needed = source_rows(planes, kept);
+    std::vector<int64_t> places;
+    place_pixels(planes, kept, needed, count, to, places);
+    const Strip rows{planes.strip.image, planes.strip.images, needed.begin,
+                     needed.end - needed.begin};
+    const Pixels<T> source = source_pixels<T, S>(call_.input, rows, packing_.inputs, input_at);
+    // Line by line: the processor's own prefetching does not follow 14 pixels at once.
+    Ahead<T> next;
+    if (source.pitch > lanes<T>)
+      next = {source.at + pixels_ahead(call_.layer.in_channels) * source.pitch, source.pitch};
+    multiply_to_planes(source, packing_.first_weights(packed_, vectors.first, count), places, to,
+                       planes.vector_stride, next);
+  }
+
+  void convolve_grouped(const Planes& planes, const Set& blocks, const Between& at) const {
+    const Channels<T>& channels = packing_.grouped;
+    const Target& target = plan_.targets[0];
+    const Runs runs = runs_of<T>(target, planes);
+    std::vector<Segment> segments;
+    segments_between<T>(planes, target, planes.strip.rows, call_.output.width, tile_.columns,
+                        segments);
+    for (int64_t b = blocks.first; b < blocks.last; b++)
+      correlate_tiles<T>(
+          {at.planes + channels.plane_of(b, 0) * planes.vector_stride + channels.first_lane(b),
+           planes.vector_stride, channels.sources, runs,
+           packed_ + packing_.at_grouped + b * channels.packed,
+           call_.layer.geometry.taps() * lanes<T>, channels.permutation_of(b)},
+          tile_, segments, {at.grouped + b * stride_, lanes<T>});
+  }
+
+  // Vectors [first, last) of a strip's outputs.
+  void multiply_last(const Strip& strip, int64_t first, int64_t last, const T* grouped,
+                     T* spare) const {
+    const int64_t width = call_.output.width;
+    const Epilogue<T> epilogue{packed_ + packing_.at_bias + first * lanes<T>,
+                               call_.layer.relu ? Activation::relu : Activation::none};
+    multiply_to_tensor<T, S>(
+        {grouped, lanes<T>, stride_, &packing_.grouped.blocks},
+        packing_.last_weights(packed_, first, last - first), epilogue,
+        {packing_.outputs.begin() + first, packing_.outputs.begin() + last},
+        {call_.output, strip.image, strip.row * width, strip.images * strip.rows * width}, spare);
+  }
+
+  const LayerForward& call_;
+  const T* packed_;
+  const Packing<T> packing_;
+  const Plan plan_;
+  const Tile<T> tile_;
+  const int64_t inner_vectors_, blocks_, outputs_, clusters_;
+  bool shared_;  // whether all threads work on one strip
+  std::vector<std::vector<Strip>> parts_;
+  Planes largest_{};
+  int64_t plane_size_, stride_, input_size_;  // numbers of planes, of a vector of outputs, of input
+};
 
 }  // namespace gross::cpu::GROSS_ISA

@@ -10,9 +10,8 @@
 
 namespace gross::cpu::GROSS_ISA {
 
-// Vectors of outputs that are computed from the pixels read at once. Of two at a time the weight
-// gradient of 64 channels at 56×56 (s = 4) took 7.4 instead of 4.2 ms: a pixel's neighbouring lines
-// were fetched in passes far apart.
+// Vectors of outputs that are computed from the pixels read at once: of fewer, a pixel's
+// neighbouring lines are fetched in passes far apart.
 constexpr int64_t set_vectors = 8;
 
 // How source channels reach the lanes: each lane its own, a permutation of a vector (within 16
@@ -26,14 +25,14 @@ constexpr bool is_permuted(Fetch fetch) {
 // One direction of the grouped convolution. Backward, sources are the outputs of the forward
 // convolution and outputs its inputs.
 struct Direction {
-  bool backward;
+  Pass pass;
   int64_t groups, sources, outputs;  // sources and outputs per group
 
-  Direction(const Geometry& g, bool backward)
-      : backward(backward),
+  Direction(const Geometry& g, Pass pass)
+      : pass(pass),
         groups(g.groups()),
-        sources(backward ? g.outputs_per_group() : g.group_size),
-        outputs(backward ? g.group_size : g.outputs_per_group()) {}
+        sources(pass == Pass::backward ? g.outputs_per_group() : g.group_size),
+        outputs(pass == Pass::backward ? g.group_size : g.outputs_per_group()) {}
 };
 
 // A convolution of single pixels with all channels.
@@ -62,8 +61,7 @@ struct Channels : Direction {
   int64_t packed, summed;  // numbers that the weights of a block take, packed and as rows
 
   // With pairs, a source is two channels in one lane.
-  Channels(const Geometry& g, bool backward, Product product = Product::numbers)
-      : Direction(g, backward) {
+  Channels(const Geometry& g, Pass pass, Product product = Product::numbers) : Direction(g, pass) {
     constexpr int64_t n = lanes<T>;
     if (product == Product::pairs) sources /= 2;
     together = std::clamp<int64_t>(n / sources, 1, groups);
@@ -94,6 +92,11 @@ struct Channels : Direction {
   int64_t cluster(int64_t block) const { return blocks[block].group / together; }
   int64_t clusters(int64_t first, int64_t last) const {
     return cluster(last - 1) - cluster(first) + 1;
+  }
+
+  // The first of a block's vectors of source channels, counted from those of block `first` on.
+  int64_t plane_of(int64_t block, int64_t first) const {
+    return (cluster(block) - cluster(first)) * vectors;
   }
 
   // Of a block that is part of one group: its first source's lane in the cluster's vector.
@@ -136,6 +139,12 @@ std::vector<Set> sets_of(const Channels<T>& channels, int64_t vectors, int64_t a
   for (int64_t i = 0; i < parts; i++) sets.push_back({count * i / parts, count * (i + 1) / parts});
   return sets;
 }
+// D, the gradient of summed weights, of one vector of outputs or of several.
+template <class T>
+struct WeightSums {
+  T* at;
+  int64_t stride;  // from one source channel, or one vector, to the next
+};
 // Vectors of source channels that the largest set reads.
 template <class T>
 int64_t source_vectors(const Channels<T>& channels, const std::vector<Set>& sets) {

@@ -28,7 +28,8 @@ struct Runs {
 
 // The taps of a target as runs.
 template <class T>
-Runs runs_of(const Plan& plan, const Target& target, const Planes& planes) {
+Runs runs_of(const Target& target, const Planes& planes) {
+  const Plan& plan = *planes.plan;
   struct Entry {
     int64_t offset, weight;
   };
@@ -57,12 +58,14 @@ Runs runs_of(const Plan& plan, const Target& target, const Planes& planes) {
   return runs;
 }
 
-// What one tile computes from: source channels and taps.
+// What one vector of outputs is computed from: source channels, taps and weights.
 template <class T>
 struct Stencil {
-  int64_t sources;        // channels per output
+  const T* planes;        // of its first source channel
   int64_t vector_stride;  // from one vector of source channels to the next
+  int64_t sources;        // channels per output
   const Runs& runs;
+  const T* weights;
   int64_t weight_stride;  // from one source channel to the next
   const Index<T>* permutation;
 };
@@ -105,9 +108,10 @@ GROSS_INLINE void add_run(const T* const* from, int64_t offset, const T* weights
 // to[segment][column][lane] = Σ_source Σ_tap weight[source][tap][lane] · from[segment][column +
 // tap][source].
 template <class T, Fetch fetch, Product product, int Columns, int Segments>
-__attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* weights,
-                                         const T* const* from, T* const* to, int64_t col_stride) {
+__attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* const* from,
+                                         T* const* to, int64_t col_stride) {
   Vector<T> sum[Segments][Columns]{};
+  const T* weights = stencil.weights;
   for (int64_t first = 0, plane = 0; first < stencil.sources;
        first += lanes<T>, plane += stencil.vector_stride)
     for (int64_t j = 0; j < std::min<int64_t>(lanes<T>, stencil.sources - first);
@@ -116,8 +120,7 @@ __attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* wei
       if constexpr (is_permuted(fetch))
         __builtin_memcpy(&index, stencil.permutation + j * lanes<T>, sizeof index);
       const int64_t channel = plane + (fetch == Fetch::broadcast ? j : 0);
-      // A loop for each length: branches within one loop made the compiler share code between them,
-      // 24 cycles where these take 20.
+      // A loop for each length: branches within one loop made the compiler share code between them.
       const Run* run = stencil.runs.all.data();
       for (const Run* end = run + stencil.runs.longest; run != end; run++)
         add_run<T, fetch, product, Columns, Segments, 3>(from, channel + run->offset, weights, *run,
@@ -140,7 +143,7 @@ __attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* wei
 template <class T>
 struct Tile {
   int64_t columns, segments;
-  void (*correlate)(const Stencil<T>&, const T*, const T* const*, T* const*, int64_t);
+  void (*correlate)(const Stencil<T>&, const T* const* from, T* const* to, int64_t col_stride);
 };
 constexpr int max_segments = 8, max_columns = 16;
 
@@ -227,24 +230,29 @@ inline std::vector<Strip> plan_strips(const Plan& plan, int64_t images, int64_t 
   return strips(images, plan.rows, rows, together);
 }
 
-// All tiles of one target for one vector of outputs, to `to` + Segment::to, columns `col_stride`
-// apart. While a tile is computed memory is asked for the lines at the same places from `ahead` on,
-// unless it is null: 1.6 instead of 1.8 ms for 64 channels at 56×56, s = 1.
+// Where one vector of outputs goes: to `to` + Segment::to, columns `col_stride` apart.
 template <class T>
-GROSS_INLINE void correlate_tiles(const Stencil<T>& stencil, const T* weights, const Tile<T>& tile,
-                                  const std::vector<Segment>& segments, const T* planes, T* to,
-                                  int64_t col_stride, const T* ahead = nullptr) {
+struct Whole {
+  T* to;
+  int64_t col_stride;
+  const T* ahead = nullptr;  // what memory is asked for meanwhile, at the same places from here on
+};
+
+// All tiles of one target for one vector of outputs.
+template <class T>
+GROSS_INLINE void correlate_tiles(const Stencil<T>& stencil, const Tile<T>& tile,
+                                  const std::vector<Segment>& segments, const Whole<T>& target) {
+  const auto [to, col_stride, ahead] = target;
   const int64_t count = segments.size();
   auto segment = [&](int64_t i) -> const Segment& { return segments[std::min(i, count - 1)]; };
   for (int64_t first = 0; first < count; first += tile.segments) {
     const T* sources[max_segments];
     T* targets[max_segments];
     for (int64_t i = 0; i < tile.segments; i++) {
-      sources[i] = planes + segment(first + i).from;
+      sources[i] = stencil.planes + segment(first + i).from;
       targets[i] = to + segment(first + i).to;
     }
-    // The next tile's lines are fetched for writing meanwhile: 32 instead of 42 cycles per vector
-    // (64 channels at 56×56, s = 4).
+    // The next tile's lines are fetched for writing meanwhile.
     if (first + tile.segments < count)
       for (int64_t i = 0; i < tile.segments; i++)
         for (int64_t k = 0; k < tile.columns; k++)
@@ -253,28 +261,30 @@ GROSS_INLINE void correlate_tiles(const Stencil<T>& stencil, const T* weights, c
       for (int64_t i = 0; i < tile.segments; i++)
         for (int64_t k = 0; k < tile.columns; k++)
           __builtin_prefetch(ahead + segment(first + i).to + k * col_stride, 0, 2);
-    tile.correlate(stencil, weights, sources, targets, col_stride);
+    tile.correlate(stencil, sources, targets, col_stride);
   }
 }
 
 // The same to a tensor that does not hold whole vectors of channels in the sum's type: tile by tile
 // through `spare`.
 template <class T, class S>
-void correlate_converted(const Stencil<T>& stencil, const T* weights, const Tile<T>& tile,
-                         const std::vector<Segment>& segments, const T* planes, S* to,
-                         int64_t col_stride, int64_t channel_stride, int64_t channels, T* spare) {
+void correlate_converted(const Stencil<T>& stencil, const Tile<T>& tile,
+                         const std::vector<Segment>& segments, const TensorRow<S>& target,
+                         T* spare) {
   const int64_t count = segments.size();
   for (int64_t first = 0; first < count; first += tile.segments) {
     const T* sources[max_segments];
     T* targets[max_segments];
     for (int64_t i = 0; i < tile.segments; i++) {
-      sources[i] = planes + segments[std::min(first + i, count - 1)].from;
+      sources[i] = stencil.planes + segments[std::min(first + i, count - 1)].from;
       targets[i] = spare + i * tile.columns * lanes<T>;
     }
-    tile.correlate(stencil, weights, sources, targets, lanes<T>);
-    for (int64_t i = 0; i < std::min(tile.segments, count - first); i++)
-      store_columns<T>(targets[i], tile.columns, channels, to + segments[first + i].to, col_stride,
-                       channel_stride);
+    tile.correlate(stencil, sources, targets, lanes<T>);
+    TensorRow<S> row = target;
+    for (int64_t i = 0; i < std::min(tile.segments, count - first); i++) {
+      row.at = target.at + segments[first + i].to;
+      store_columns<T>(targets[i], tile.columns, row);
+    }
   }
 }
 

@@ -7,14 +7,23 @@
 
 namespace gross::cpu::GROSS_ISA {
 
+// What some source channels' share of D is computed from, and where it goes.
+template <class T>
+struct WeightStencil {
+  const T* grads;
+  const T* planes;  // of the first source channel
+  const Index<T>* permutation;
+  T* sums;
+  int64_t sum_stride;  // from one source channel to the next
+};
+
 // D[source][tap][lane] += Σ_position grads[position][lane] · from[position + tap][source], for
 // `Sources` source channels and `Runs` runs of `Length` taps, over stretches of `columns`
 // positions: the sums are chains of additions, and two units of four cycles' latency want eight.
 template <class T, Fetch fetch, int Sources, int Runs, int Length, int columns>
-__attribute__((noinline)) void correlate_weights(const T* grads, const T* planes, const Run* runs,
-                                                 const Index<T>* permutation,
-                                                 const int64_t* stretches, int64_t count, T* to,
-                                                 int64_t to_stride) {
+__attribute__((noinline)) void correlate_weights(const WeightStencil<T>& stencil, const Run* runs,
+                                                 const int64_t* stretches, int64_t count) {
+  const auto [grads, planes, permutation, to, to_stride] = stencil;
   Vector<T> sum[Sources][Runs][Length]{};
   const T* from[Runs];
   for (int r = 0; r < Runs; r++) from[r] = planes + runs[r].offset;
@@ -60,8 +69,8 @@ __attribute__((noinline)) void correlate_weights(const T* grads, const T* planes
 constexpr int max_grad_sources = registers == 32 ? 4 : 2;
 
 template <class T>
-using CorrelateWeights = void (*)(const T*, const T*, const Run*, const Index<T>*, const int64_t*,
-                                  int64_t, T*, int64_t);
+using CorrelateWeights = void (*)(const WeightStencil<T>&, const Run* runs,
+                                  const int64_t* stretches, int64_t count);
 
 template <class T, Fetch fetch, int Columns, int Sources, int Runs>
 CorrelateWeights<T> correlate_weights_of(int64_t length) {
@@ -131,11 +140,19 @@ struct Stretches {
   }
 };
 
-// D of one vector of outputs from the planes of its gradients and of its sources.
+// The planes that D of one vector of outputs comes from, and D.
+template <class T>
+struct WeightBlock {
+  const T* grads;
+  const T* planes;        // of its first source channel
+  int64_t vector_stride;  // from one vector of source channels to the next
+  T* sums;
+};
+
 template <class T>
 void correlate_block(const Channels<T>& channels, int64_t block, int64_t taps,
-                     const std::vector<Run>& runs, const Stretches& stretches, const T* grads,
-                     const T* planes, int64_t vector_stride, T* to) {
+                     const std::vector<Run>& runs, const Stretches& stretches,
+                     const WeightBlock<T>& of) {
   const bool broadcasting = channels.fetch == Fetch::broadcast;
   const int64_t run_count = runs.size();
   // So many stretches stay in the first-level cache while every source channel and tap passes over
@@ -144,7 +161,7 @@ void correlate_block(const Channels<T>& channels, int64_t block, int64_t taps,
                 most = run_budget / (2 * GROSS_VECTOR_BYTES) / stretches.columns;
   for (int64_t i = 0; i < count; i += most)
     for (int64_t first = 0; first < channels.sources; first += lanes<T>) {
-      const T* plane = planes + first / lanes<T> * vector_stride;
+      const T* plane = of.planes + first / lanes<T> * of.vector_stride;
       even_parts(
           std::min<int64_t>(lanes<T>, channels.sources - first), max_grad_sources,
           [&](int64_t j, int64_t size) {
@@ -153,11 +170,12 @@ void correlate_block(const Channels<T>& channels, int64_t block, int64_t taps,
               together =
                   size == 1 && r + 3 <= run_count && runs[r + 2].length == runs[r].length ? 3 : 1;
               const Index<T>* permutation = channels.permutation_of(block);
-              correlate_weights_for<T>(stretches.columns, channels.fetch, size, together,
-                                       runs[r].length)(
-                  grads, plane + (broadcasting ? j : 0), &runs[r],
-                  permutation ? permutation + j * lanes<T> : nullptr, stretches.starts.data() + i,
-                  std::min(most, count - i), to + (first + j) * taps * lanes<T>, taps * lanes<T>);
+              const auto correlate = correlate_weights_for<T>(stretches.columns, channels.fetch,
+                                                              size, together, runs[r].length);
+              correlate({of.grads, plane + (broadcasting ? j : 0),
+                         permutation ? permutation + j * lanes<T> : nullptr,
+                         of.sums + (first + j) * taps * lanes<T>, taps * lanes<T>},
+                        &runs[r], stretches.starts.data() + i, std::min(most, count - i));
             }
           });
     }

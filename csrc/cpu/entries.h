@@ -20,57 +20,44 @@ void with_type(Type type, F f) {
 }
 
 template <Product product>
-void convolve_entry(Type type, const Plan& plan, const Image& source, const Series& series,
-                    const Image& target, const Geometry& g, bool backward, const Threads& threads) {
+void convolve_entry(Type type, const Convolution& call) {
+  const Geometry& g = call.geometry;
+  const Image &source = call.source, &target = call.target;
+  const Plan plan =
+      call.pass == Pass::forward
+          ? forward_plan(g, source.height, source.width, target.height, target.width)
+          : input_grad_plan(g, target.height, target.width, source.height, source.width);
   with_type(type, [&](auto s) {
     using S = decltype(s);
-    if (is_pointwise(g))
-      return convolve_pointwise<Sum<S>, S>(source, series, target, g, backward, threads);
-    const Channels<Sum<S>> channels(g, backward);
+    if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(call);
+    const Channels<Sum<S>> channels(g, call.pass);
     const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(plan, source, target, channels);
     if (is_faster_in_place(rows, channels))
-      return convolve_in_place<Sum<S>, S>(rows, channels, source, series, target, g, threads);
+      return convolve_in_place<Sum<S>, S>(rows, channels, call);
     if constexpr (product == Product::pairs && std::is_same_v<S, bfloat16>)
-      if (has_pairs(source, Direction(g, backward)))
-        return convolve<float, S, product>(plan, source, series, target, g, backward, threads);
-    convolve<Sum<S>, S>(plan, source, series, target, g, backward, threads);
+      if (has_pairs(source, Direction(g, call.pass)))
+        return convolve<float, S, product>(plan, call);
+    convolve<Sum<S>, S>(plan, call);
   });
 }
 
 template <Product product>
-void forward_entry(Type type, const Image& input, const Series& series, const Image& output,
-                   const Geometry& g, const Threads& threads) {
-  convolve_entry<product>(type,
-                          forward_plan(g, input.height, input.width, output.height, output.width),
-                          input, series, output, g, false, threads);
-}
-
-template <Product product>
-void input_grad_entry(Type type, const Image& grad, const Series& series, const Image& grad_input,
-                      const Geometry& g, const Threads& threads) {
-  convolve_entry<product>(
-      type, input_grad_plan(g, grad_input.height, grad_input.width, grad.height, grad.width), grad,
-      series, grad_input, g, true, threads);
-}
-
-template <Product product>
-void weight_grad_entry(Type type, const Image& grad, const Image& input, const Series& series,
-                       const SeriesGradient& gradient, const Geometry& g, const Threads& threads) {
+void weight_grad_entry(Type type, const WeightGradient& call) {
+  const Geometry& g = call.geometry;
+  const Image &input = call.input, &grad = call.grad;
+  const Plan plan = forward_plan(g, input.height, input.width, grad.height, grad.width);
   with_type(type, [&](auto s) {
     using S = decltype(s);
+    const Channels<Sum<S>> channels(g, Pass::forward);
     if constexpr (product == Product::pairs && std::is_same_v<S, bfloat16>)
       // Rows of channels are read by broadcasts alone.
-      if (has_pairs(input, Direction(g, false)) && !is_pointwise(g) &&
-          Channels<float>(g, false).fetch == Fetch::broadcast &&
-          Channels<float>(g, false, product).fetch == Fetch::broadcast)
-        return weight_grad<float, S, product>(grad, input, series, gradient, g, threads);
-    const Channels<Sum<S>> channels(g, false);
-    const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(
-        forward_plan(g, input.height, input.width, grad.height, grad.width), input, grad, channels);
+      if (has_pairs(input, channels) && !is_pointwise(g) && channels.fetch == Fetch::broadcast &&
+          Channels<float>(g, Pass::forward, product).fetch == Fetch::broadcast)
+        return weight_grad<float, S, product>(plan, call);
+    const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(plan, input, grad, channels);
     if (has_row_weights(rows, channels.fetch))
-      return weight_grad_in_place<Sum<S>, S>(rows[0], channels, grad, input, series, gradient, g,
-                                             threads);
-    weight_grad<Sum<S>, S>(grad, input, series, gradient, g, threads);
+      return weight_grad_in_place<Sum<S>, S>(rows[0], channels, call);
+    weight_grad<Sum<S>, S>(plan, call);
   });
 }
 
@@ -87,20 +74,17 @@ inline void pack_entry(Type type, const Layer& layer, void* packed, const Thread
   });
 }
 
-inline void layer_entry(Type type, const Image& input, const Layer& layer, const void* packed,
-                        const Image& inner, const Image& output, const Threads& threads) {
+inline void layer_entry(Type type, const LayerForward& call) {
   with_type(type, [&](auto s) {
     using S = decltype(s);
-    run_layer<Sum<S>, S>(input, layer, static_cast<const Sum<S>*>(packed), inner, output, threads);
+    LayerWalk<Sum<S>, S>(call).run();
   });
 }
 
-inline void layer_backward_entry(Type type, const Image& grad, const Image& input,
-                                 const Layer& layer, const Image& inner, const Image& output,
-                                 const LayerGradient& gradient, const Threads& threads) {
+inline void layer_backward_entry(Type type, const LayerBackward& call) {
   with_type(type, [&](auto s) {
     using S = decltype(s);
-    run_layer_backward<Sum<S>, S>(grad, input, layer, inner, output, gradient, threads);
+    LayerBackwardWalk<Sum<S>, S>(call).run();
   });
 }
 
@@ -116,8 +100,7 @@ template <Product product = Product::numbers>
 constexpr Kernels kernels_of(const char* name) {
   return {name,
           GROSS_VECTOR_BYTES,
-          forward_entry<product>,
-          input_grad_entry<product>,
+          convolve_entry<product>,
           weight_grad_entry<product>,
           packed_size_entry,
           pack_entry,

@@ -12,20 +12,28 @@ namespace gross::cpu::GROSS_ISA {
 // for any number of threads.
 constexpr int64_t grad_tasks = 32;
 
-// The gradients of the terms and the gates' shares from D of some outputs, [output][input in
+// Which gradients of a series are asked for.
+struct SeriesBackward {
+  const Series& series;
+  const SeriesGradient& gradient;
+  const Geometry& geometry;
+};
+
+// The gradient of term i and its gate's share from D of some outputs, [output][input in
 // group][tap].
 template <class T, class S>
-void write_term(const Series& series, const SeriesGradient& gradient, int i, const Geometry& g,
-                int64_t first, int64_t outputs, const T* from, double* share) {
-  const int64_t taps = g.taps(), size = series.group_sizes[i] * taps;
-  const S* term = static_cast<const S*>(series.terms[i]);
-  S* to = static_cast<S*>(gradient.terms[i]);
-  const T gate = static_cast<T>(series.gates[i]);
+void write_term(const SeriesBackward& of, int i, const WeightRows& rows, const T* from,
+                double* share) {
+  const Geometry& g = of.geometry;
+  const int64_t taps = g.taps(), size = of.series.group_sizes[i] * taps;
+  const S* term = static_cast<const S*>(of.series.terms[i]);
+  S* to = static_cast<S*>(of.gradient.terms[i]);
+  const T gate = static_cast<T>(of.series.gates[i]);
   double product = 0;
-  for (int64_t o = first; o < first + outputs; o++) {
-    const int64_t at = block_start(o, g.in_channels, g.out_channels, series.group_sizes[i]) -
+  for (int64_t o = rows.first; o < rows.first + rows.outputs; o++) {
+    const int64_t at = block_start(o, g.in_channels, g.out_channels, of.series.group_sizes[i]) -
                        block_start(o, g.in_channels, g.out_channels, g.group_size);
-    const T* row = from + (o - first) * g.group_size * taps + at * taps;
+    const T* row = from + (o - rows.first) * g.group_size * taps + at * taps;
     if (to)
       for (int64_t k = 0; k < size; k++) to[o * size + k] = narrow<S>(gate * row[k]);
     if (share)
@@ -34,22 +42,31 @@ void write_term(const Series& series, const SeriesGradient& gradient, int i, con
   }
   if (share) share[i] = product;
 }
-// From D of one vector of outputs, [input][tap][lane]; `rows` holds the lanes' rows meanwhile.
+// Those of all terms from D of one vector of outputs, [input][tap][lane]; `rows_at` holds the
+// lanes' rows meanwhile.
 template <class T>
-void write_gradients(const Series& series, const SeriesGradient& gradient, const Geometry& g,
-                     const Direction& d, const LaneBlock& block, const T* from, T* rows,
-                     double* share) {
-  const int64_t first = block.first(d), outputs = block.lanes(), row = g.group_size * g.taps();
-  separate<T>(outputs, row, [&](int64_t lane) { return rows + lane * row; }, from);
-  for (int i = 0; i < series.active; i++) {
-    if (series.type == Type::bfloat16)
-      write_term<T, bfloat16>(series, gradient, i, g, first, outputs, rows, share);
-    else if (series.type == Type::float16)
-      write_term<T, float16>(series, gradient, i, g, first, outputs, rows, share);
-    else if (series.type == Type::float32)
-      write_term<T, float>(series, gradient, i, g, first, outputs, rows, share);
+void write_gradients(const SeriesBackward& of, const Direction& d, const LaneBlock& block,
+                     const T* from, T* rows_at, double* share) {
+  const int64_t row = of.geometry.group_size * of.geometry.taps();
+  const WeightRows rows{block.first(d), block.lanes(), 0, of.geometry.group_size};
+  separate<T>(rows.outputs, row, [&](int64_t lane) { return rows_at + lane * row; }, from);
+  for (int i = 0; i < of.series.active; i++) {
+    if (of.series.type == Type::bfloat16)
+      write_term<T, bfloat16>(of, i, rows, rows_at, share);
+    else if (of.series.type == Type::float16)
+      write_term<T, float16>(of, i, rows, rows_at, share);
+    else if (of.series.type == Type::float32)
+      write_term<T, float>(of, i, rows, rows_at, share);
     else
-      write_term<T, double>(series, gradient, i, g, first, outputs, rows, share);
+      write_term<T, double>(of, i, rows, rows_at, share);
+  }
+}
+
+// The gates' gradients from the shares of `count` blocks, in order.
+inline void add_shares(const double* shares, int64_t count, int active, double* gates) {
+  for (int i = 0; gates && i < active; i++) {
+    gates[i] = 0;
+    for (int64_t b = 0; b < count; b++) gates[i] += shares[b * max_terms + i];
   }
 }
 
@@ -57,18 +74,15 @@ void write_gradients(const Series& series, const SeriesGradient& gradient, const
 template <class T>
 class GradientBlocks {
  public:
-  GradientBlocks(const Channels<T>& channels, const Series& series, const SeriesGradient& gradient,
-                 const Geometry& g)
+  GradientBlocks(const Channels<T>& channels, const SeriesBackward& of)
       : channels_(channels),
-        series_(series),
-        gradient_(gradient),
-        g_(g),
+        of_(of),
         count_(channels.blocks.size()),
-        shares_(gradient.gates ? count_ * max_terms : 0) {}
+        shares_(of.gradient.gates ? count_ * max_terms : 0) {}
 
   void write(int64_t block, const T* from, T* rows) {
-    write_gradients(series_, gradient_, g_, channels_, channels_.blocks[block], from, rows,
-                    gradient_.gates ? &shares_[block * max_terms] : nullptr);
+    write_gradients(of_, channels_, channels_.blocks[block], from, rows,
+                    of_.gradient.gates ? &shares_[block * max_terms] : nullptr);
   }
   // All blocks from [slice][block], summed in one order for any number of threads; `partial` is
   // changed.
@@ -87,17 +101,12 @@ class GradientBlocks {
   }
   // The gates' gradients; after all blocks.
   void write_gates() const {
-    for (int i = 0; gradient_.gates && i < series_.active; i++) {
-      gradient_.gates[i] = 0;
-      for (int64_t b = 0; b < count_; b++) gradient_.gates[i] += shares_[b * max_terms + i];
-    }
+    add_shares(shares_.data(), count_, of_.series.active, of_.gradient.gates);
   }
 
  private:
   const Channels<T>& channels_;
-  const Series& series_;
-  const SeriesGradient& gradient_;
-  const Geometry& g_;
+  const SeriesBackward of_;
   int64_t count_;
   std::vector<double> shares_;
 };

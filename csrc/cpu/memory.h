@@ -54,7 +54,7 @@ T* scratch(int64_t count) {
 }
 
 // Memory of one call; contents are undefined. The calling thread keeps the two last blocks: fresh
-// pages cost more than what is written to them (8 MB: 1 to 2 ms).
+// pages cost more than what is written to them.
 template <class T>
 class Buffer {
  public:
@@ -75,7 +75,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  T* data() { return memory_; }
+  T* data() const { return memory_; }
 
  private:
   static Block (&spare())[2] {

@@ -10,9 +10,7 @@
 namespace gross::cpu {
 
 // Run f(begin, end) over parts of [0, count) on the caller's threads. Each takes one part after the
-// other, four on average: one that the system wakes late does less. (A thread that has slept starts
-// up to a millisecond late on a virtual machine; a weight gradient of 0.8 ms took 2.1 with one part
-// each.)
+// other, four on average: one that the system wakes late, as virtual machines do, does less.
 template <class F>
 void run(const Threads& threads, int64_t count, F& f) {
   struct Parts {

@@ -133,8 +133,7 @@ GROSS_INLINE void store(S* to, Vector<T> v) {
 }
 
 // Says that a vector is to be loaded once and kept: the compiler would fold the load into each of
-// its uses, and the weight gradient, which uses each three times, would be limited by loads (24 of
-// 24 multiply–adds instead of 11).
+// its uses, and the weight gradient, which uses each three times, would be limited by loads.
 template <class V>
 GROSS_INLINE void keep_in_register([[maybe_unused]] V& v) {
 #if defined(GROSS_LOWERED)
@@ -230,8 +229,7 @@ GROSS_INLINE Vector<T> permute(Vector<T> v, Vector<Index<T>> index) {
 }
 
 // The same where every lane stays within its 16 bytes: an instruction that leaves the multiply–add
-// units alone, where the general one takes turns with them (25 instead of 29 cycles for 16
-// permutations and 42 multiply–adds, Zen 5).
+// units alone, where the general one takes turns with them.
 template <class T>
 GROSS_INLINE Vector<T> permute_within_quads(Vector<T> v, Vector<Index<T>> index) {
 #if defined(GROSS_AVX512)

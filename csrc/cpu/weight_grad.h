@@ -9,138 +9,157 @@
 namespace gross::cpu::GROSS_ISA {
 
 template <class T, class S, Product product = Product::numbers>
-void weight_grad(const Image& grad, const Image& input, const Series& series,
-                 const SeriesGradient& gradient, const Geometry& g, const Threads& threads) {
-  const Plan plan = forward_plan(g, input.height, input.width, grad.height, grad.width);
-  Plan grad_plan = plan;  // the same grid, holding the gradient itself
-  grad_plan.sources = {{0, 1, 0, 1}};
-  grad_plan.source_height = grad.height;
-  grad_plan.source_width = grad.width;
-  grad_plan.min_row = grad_plan.max_row = grad_plan.min_col = grad_plan.max_col = 0;
+class PlaneWeightGradient {
+ public:
+  PlaneWeightGradient(const Plan& plan, const WeightGradient& call)
+      : call_(call),
+        plan_(plan),
+        grad_plan_(plan),
+        channels_(call.geometry, Pass::forward),
+        read_(call.geometry, Pass::forward, product),
+        sources_(vectors_of<T>(channels_.sources, channels_.sources)),
+        sets_(sets_of(channels_, set_vectors, 1)),
+        blocks_(largest(sets_)) {
+    // The same grid, holding the gradient itself.
+    grad_plan_.sources = {{0, 1, 0, 1}};
+    grad_plan_.source_height = call.grad.height;
+    grad_plan_.source_width = call.grad.width;
+    grad_plan_.min_row = grad_plan_.max_row = grad_plan_.min_col = grad_plan_.max_col = 0;
 
-  constexpr bool pairs = product == Product::pairs;
-  const Channels<T> channels(g, false), read(g, false, product);
-  const std::vector<LaneBlock> sources = vectors_of<T>(channels.sources, channels.sources);
-  const int64_t count = channels.blocks.size(), packed = channels.packed;
-  const std::vector<Set> sets = sets_of(channels, set_vectors, 1);
-  const int64_t set_count = sets.size(), vectors = source_vectors(read, sets),
-                blocks = largest(sets);
-  const std::vector<Strip> strips = plan_strips(
-      plan, g.images, (vectors + blocks) * GROSS_VECTOR_BYTES, ceil_div(grad_tasks, set_count));
-  const int64_t strip_count = strips.size(),
-                slices = std::clamp<int64_t>(ceil_div(grad_tasks, set_count), 1, strip_count);
-  const PairRows pair_rows(plan.cols);
-  int64_t plane_size = 0, grad_size = 0;
-  for (const Strip& strip : strips) {
-    // In pairs the planes are needed once more, as rows of channels and of pairs.
-    plane_size = std::max(
-        plane_size,
-        (pairs ? 2 : 1) * vectors *
-            (Planes::of<T>(plan, strip).vector_stride +
-             (pairs ? lanes<T> * lanes<T> * static_cast<int64_t>(plan.sources.size()) : 0)));
-    grad_size = std::max(
-        grad_size, blocks * (Planes::of<T>(grad_plan, strip).vector_stride +
-                             (pairs ? strip.images * strip.rows * pair_rows.row_size<T>() : 0)));
+    const int64_t set_count = sets_.size(), vectors = source_vectors(read_, sets_);
+    strips_ = plan_strips(plan_, call.geometry.images, (vectors + blocks_) * GROSS_VECTOR_BYTES,
+                          ceil_div(grad_tasks, set_count));
+    slices_ = std::clamp<int64_t>(ceil_div(grad_tasks, set_count), 1, strips_.size());
+    for (const Strip& strip : strips_) {
+      const Planes planes = Planes::of<T>(plan_, strip);
+      int64_t plane = planes.vector_stride, grad = Planes::of<T>(grad_plan_, strip).vector_stride;
+      // In pairs the planes are needed once more, as rows of channels and of pairs.
+      if (pairs) {
+        plane = 2 * PairedStrip<T>::row_numbers(planes);
+        grad += PairedStrip<T>::grad_numbers(planes);
+      }
+      plane_size_ = std::max(plane_size_, vectors * plane);
+      grad_size_ = std::max(grad_size_, blocks_ * grad);
+    }
   }
-  Buffer<T> partial(slices > 1 ? slices * count * packed : 0);
+
+  void run() {
+    const int64_t packed = channels_.packed, count = channels_.blocks.size();
+    Buffer<T> partial(slices_ > 1 ? slices_ * count * packed : 0);
+    GradientBlocks<T> output(channels_, {call_.series, call_.gradient, call_.geometry});
+    auto work = [&](int64_t begin, int64_t end) {
+      const Memory memory(*this);
+      for (int64_t unit = begin; unit < end; unit++) {
+        const Set& set = sets_[unit / slices_];
+        const int64_t slice = unit % slices_;
+        if (slices_ > 1) {
+          accumulate(set, slice, memory, partial.data() + (slice * count + set.first) * packed);
+          continue;
+        }
+        accumulate(set, 0, memory, memory.sums);
+        for (int64_t b = set.first; b < set.last; b++)
+          output.write(b, memory.sums + (b - set.first) * packed, memory.rows);
+      }
+    };
+    gross::cpu::run(call_.threads, static_cast<int64_t>(sets_.size()) * slices_, work);
+    if (slices_ > 1) output.write_slices(partial.data(), slices_, call_.threads);
+    output.write_gates();
+  }
+
+ private:
+  static constexpr bool pairs = product == Product::pairs;
+
+  // One thread's memory.
+  struct Memory {
+    T *planes, *grads, *sums, *rows;
+
+    explicit Memory(const PlaneWeightGradient& of) {
+      const int64_t sum_size = of.blocks_ * of.channels_.packed;
+      planes = scratch<T>(of.plane_size_ + of.grad_size_ + sum_size + of.channels_.summed);
+      grads = planes + of.plane_size_;
+      sums = grads + of.grad_size_;
+      rows = sums + sum_size;
+    }
+  };
 
   // D of the blocks of a set over the strips of one slice.
-  auto accumulate = [&](const Set& set, int64_t slice, T* planes_at, T* grads_at, T* to) {
-    const LaneBlock &front = channels.blocks[set.first], &back = channels.blocks[set.last - 1];
-    const int64_t first_output = front.first(channels),
-                  outputs = back.first(channels) + back.lanes() - first_output;
-    std::fill_n(to, (set.last - set.first) * packed, T(0));
-    for (int64_t i = strip_count * slice / slices; i < strip_count * (slice + 1) / slices; i++) {
-      const Strip& strip = strips[i];
-      const Planes planes = Planes::of<T>(plan, strip), grads = Planes::of<T>(grad_plan, strip);
-      if constexpr (pairs)
-        load_sources<T, T>(in_pairs(input), plan, strip, planes, read, set, planes_at);
-      else
-        load_sources<T, S>(input, plan, strip, planes, channels, set, planes_at);
-      if (outputs == (set.last - set.first) * lanes<T>) {
-        load_planes<T, S>(grad, grad_plan, strip, grads, first_output, outputs, grads_at);
-      } else {
-        for (int64_t b = set.first; b < set.last; b++)
-          load_planes<T, S>(grad, grad_plan, strip, grads, channels.blocks[b].first(channels),
-                            channels.blocks[b].lanes(),
-                            grads_at + (b - set.first) * grads.vector_stride);
-      }
-      const Runs runs = runs_of<T>(plan, plan.targets[0], planes);
+  void accumulate(const Set& set, int64_t slice, const Memory& memory, T* to) const {
+    const int64_t count = strips_.size();
+    std::fill_n(to, (set.last - set.first) * channels_.packed, T(0));
+    for (int64_t i = count * slice / slices_; i < count * (slice + 1) / slices_; i++) {
+      const Planes planes = Planes::of<T>(plan_, strips_[i]),
+                   grads = Planes::of<T>(grad_plan_, strips_[i]);
+      load_grads(set, grads, memory.grads);
       if constexpr (pairs) {
-        const int64_t set_planes = read.clusters(set.first, set.last) * read.vectors,
-                      stride = round_up(planes.source_stride / lanes<T>, lanes<T>);
-        const int64_t sources_count = plan.sources.size();
-        auto* const channel_rows =
-            reinterpret_cast<uint16_t*>(planes_at + set_planes * planes.vector_stride);
-        // A channel's row: its phases one after the other, like the planes'.
-        for (int64_t v = 0; v < set_planes; v++)
-          for (int64_t source = 0; source < sources_count; source++)
-            separate_channels(planes_at + v * planes.vector_stride + source * planes.source_stride,
-                              planes.positions,
-                              channel_rows + (2 * lanes<T> * v * sources_count + source) * stride,
-                              sources_count * stride);
-        T* const pair_rows_at = grads_at + (set.last - set.first) * grads.vector_stride;
-        std::vector<int64_t> starts;
-        for (int64_t i = 0; i < strip.images; i++)
-          for (int64_t r = 0; r < strip.rows; r++)
-            for (int64_t k = 0; k < pair_rows.stretches; k++)
-              starts.push_back((i * plan.row_pitch + r) * plan.pitch + 2 * k * pair_rows.pairs);
-        Planes row_planes = planes;
-        row_planes.source_stride = stride * lanes<T>;
-        const Runs row_runs = runs_of<T>(plan, plan.targets[0], row_planes);
-        for (int64_t b = set.first; b < set.last; b++) {
-          pair_columns(grads_at + (b - set.first) * grads.vector_stride, plan, strip, pair_rows,
-                       pair_rows_at);
-          const int64_t channel =
-              2 * ((read.cluster(b) - read.cluster(set.first)) * read.vectors * lanes<T> +
-                   read.first_lane(b));
-          correlate_pairs_block(channels.sources, g.taps(), row_runs.all, pair_rows, starts,
-                                pair_rows_at, channel_rows + channel * sources_count * stride,
-                                sources_count * stride, to + (b - set.first) * packed);
-        }
-        continue;
-      }
-      const Stretches stretches = Stretches::of<T>(plan, strip);
-      const bool pointwise = is_pointwise(g);
-      for (int64_t b = set.first, together; b < set.last; b += together) {
-        const T* from = planes_at +
-                        (channels.cluster(b) - channels.cluster(set.first)) * channels.vectors *
-                            planes.vector_stride +
-                        channels.first_lane(b);
-        const T* grads_of = grads_at + (b - set.first) * grads.vector_stride;
-        T* sums = to + (b - set.first) * packed;
-        together = pointwise ? set.last - b : 1;
-        if (pointwise)  // without padding rows lie side by side
-          multiply_all_weights(grads_of, grads.vector_stride, together, from, planes.vector_stride,
-                               sources, strip.images * strip.rows * plan.cols, sums, packed);
-        else
-          correlate_block<T>(channels, b, g.taps(), runs.all, stretches, grads_of, from,
-                             planes.vector_stride, sums);
+        load_sources<T, T>(in_pairs(call_.input), planes, read_, set, memory.planes);
+        add_pairs(set, planes, grads, memory, to);
+      } else {
+        load_sources<T, S>(call_.input, planes, channels_, set, memory.planes);
+        add_numbers(set, planes, grads, memory, to);
       }
     }
-  };
-  GradientBlocks<T> output(channels, series, gradient, g);
-  auto work = [&](int64_t begin, int64_t end) {
-    T* const planes_at = scratch<T>(plane_size + grad_size + blocks * packed + channels.summed);
-    T* const grads_at = planes_at + plane_size;
-    T* const sums = grads_at + grad_size;
-    T* const rows = sums + blocks * packed;
-    for (int64_t unit = begin; unit < end; unit++) {
-      const Set& set = sets[unit / slices];
-      const int64_t slice = unit % slices;
-      if (slices > 1) {
-        accumulate(set, slice, planes_at, grads_at,
-                   partial.data() + (slice * count + set.first) * packed);
-        continue;
-      }
-      accumulate(set, 0, planes_at, grads_at, sums);
-      for (int64_t b = set.first; b < set.last; b++)
-        output.write(b, sums + (b - set.first) * packed, rows);
+  }
+
+  void load_grads(const Set& set, const Planes& grads, T* to) const {
+    const LaneBlock &front = channels_.blocks[set.first], &back = channels_.blocks[set.last - 1];
+    const int64_t first = front.first(channels_),
+                  outputs = back.first(channels_) + back.lanes() - first;
+    if (outputs == (set.last - set.first) * lanes<T>)
+      return load_planes<T, S>(call_.grad, grads, first, outputs, to);
+    for (int64_t b = set.first; b < set.last; b++)
+      load_planes<T, S>(call_.grad, grads, channels_.blocks[b].first(channels_),
+                        channels_.blocks[b].lanes(), to + (b - set.first) * grads.vector_stride);
+  }
+
+  void add_pairs(const Set& set, const Planes& planes, const Planes& grads, const Memory& memory,
+                 T* to) const {
+    const int64_t vectors = read_.clusters(set.first, set.last) * read_.vectors,
+                  taps = call_.geometry.taps();
+    const PairedStrip<T> strip(planes);
+    auto* const rows = reinterpret_cast<uint16_t*>(memory.planes + vectors * planes.vector_stride);
+    strip.separate(memory.planes, vectors, rows);
+    for (int64_t b = set.first; b < set.last; b++)
+      strip.add(memory.grads + (b - set.first) * grads.vector_stride,
+                memory.grads + (set.last - set.first) * grads.vector_stride, rows,
+                2 * (read_.plane_of(b, set.first) * lanes<T> + read_.first_lane(b)),
+                channels_.sources, {to + (b - set.first) * channels_.packed, taps * lanes<T>});
+  }
+
+  void add_numbers(const Set& set, const Planes& planes, const Planes& grads, const Memory& memory,
+                   T* to) const {
+    const Strip& strip = planes.strip;
+    const Runs runs = runs_of<T>(plan_.targets[0], planes);
+    const Stretches stretches = Stretches::of<T>(plan_, strip);
+    const bool pointwise = is_pointwise(call_.geometry);
+    for (int64_t b = set.first, together; b < set.last; b += together) {
+      const T* from = memory.planes + channels_.plane_of(b, set.first) * planes.vector_stride +
+                      channels_.first_lane(b);
+      const T* grads_of = memory.grads + (b - set.first) * grads.vector_stride;
+      T* sums = to + (b - set.first) * channels_.packed;
+      together = pointwise ? set.last - b : 1;
+      if (pointwise)  // without padding rows lie side by side
+        multiply_all_weights<T>({grads_of, grads.vector_stride, together},
+                                {from, lanes<T>, planes.vector_stride, &sources_},
+                                strip.images * strip.rows * plan_.cols, {sums, channels_.packed});
+      else
+        correlate_block<T>(channels_, b, call_.geometry.taps(), runs.all, stretches,
+                           {grads_of, from, planes.vector_stride, sums});
     }
-  };
-  run(threads, set_count * slices, work);
-  if (slices > 1) output.write_slices(partial.data(), slices, threads);
-  output.write_gates();
+  }
+
+  const WeightGradient& call_;
+  const Plan& plan_;
+  Plan grad_plan_;
+  Channels<T> channels_, read_;  // one by one, and as they are read: in pairs, if so
+  std::vector<LaneBlock> sources_;
+  std::vector<Set> sets_;
+  std::vector<Strip> strips_;
+  int64_t blocks_, slices_, plane_size_ = 0, grad_size_ = 0;
+};
+
+template <class T, class S, Product product = Product::numbers>
+void weight_grad(const Plan& plan, const WeightGradient& call) {
+  PlaneWeightGradient<T, S, product>(plan, call).run();
 }
 
 }  // namespace gross::cpu::GROSS_ISA

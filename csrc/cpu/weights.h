@@ -8,36 +8,39 @@
 
 namespace gross::cpu::GROSS_ISA {
 
-// Add the term's share of inputs [input, input + inputs) of the outputs' groups: Σ gate_i Ψ(r_i),
-// [output][input][tap], in the sum's type.
+// Outputs [first, first + outputs), and inputs [input, input + inputs) of their groups.
+struct WeightRows {
+  int64_t first, outputs, input, inputs;
+};
+
+// Add the term's share of some rows: Σ gate_i Ψ(r_i), [output][input][tap], in the sum's type.
 template <class T, class S>
-void add_term(const Series& series, int i, const Geometry& g, int64_t first, int64_t outputs,
-              int64_t input, int64_t inputs, T* to) {
+void add_term(const Series& series, int i, const Geometry& g, const WeightRows& rows, T* to) {
   const int64_t taps = g.taps(), s = series.group_sizes[i];
   const T gate = static_cast<T>(series.gates[i]);
   const S* term = static_cast<const S*>(series.terms[i]);
-  for (int64_t o = first; o < first + outputs; o++, to += inputs * taps) {
+  for (int64_t o = rows.first; o < rows.first + rows.outputs; o++, to += rows.inputs * taps) {
     const int64_t at = block_start(o, g.in_channels, g.out_channels, s) -
                        block_start(o, g.in_channels, g.out_channels, g.group_size);
-    const int64_t begin = std::max(at, input), end = std::min(at + s, input + inputs);
+    const int64_t begin = std::max(at, rows.input),
+                  end = std::min(at + s, rows.input + rows.inputs);
     const S* from = term + (o * s + begin - at) * taps;
-    T* row = to + (begin - input) * taps;
+    T* row = to + (begin - rows.input) * taps;
     for (int64_t k = 0; k < (end - begin) * taps; k++) row[k] += gate * widen<T>(from[k]);
   }
 }
 template <class T>
-void sum_terms(const Series& series, const Geometry& g, int64_t first, int64_t outputs,
-               int64_t input, int64_t inputs, T* to) {
-  std::fill_n(to, outputs * inputs * g.taps(), T(0));
+void sum_terms(const Series& series, const Geometry& g, const WeightRows& rows, T* to) {
+  std::fill_n(to, rows.outputs * rows.inputs * g.taps(), T(0));
   for (int i = 0; i < series.active; i++) {
     if (series.type == Type::bfloat16)
-      add_term<T, bfloat16>(series, i, g, first, outputs, input, inputs, to);
+      add_term<T, bfloat16>(series, i, g, rows, to);
     else if (series.type == Type::float16)
-      add_term<T, float16>(series, i, g, first, outputs, input, inputs, to);
+      add_term<T, float16>(series, i, g, rows, to);
     else if (series.type == Type::float32)
-      add_term<T, float>(series, i, g, first, outputs, input, inputs, to);
+      add_term<T, float>(series, i, g, rows, to);
     else
-      add_term<T, double>(series, i, g, first, outputs, input, inputs, to);
+      add_term<T, double>(series, i, g, rows, to);
   }
 }
 
@@ -79,22 +82,30 @@ GROSS_INLINE void separate(int64_t row_count, int64_t count, Row row, const T* f
   }
 }
 
+// The summed weights of a convolution, as one of its directions reads them.
+struct SummedWeights {
+  const Series& series;
+  const Geometry& geometry;
+  const Direction& direction;
+};
+
 // The weights of one vector of outputs, [source channel of the group][tap][lane]; `sum` holds the
 // summed rows meanwhile.
 template <class T, class S>
-void pack_weights(const Series& series, const Geometry& g, const Direction& d,
-                  const LaneBlock& block, T* sum, T* to) {
+void pack_weights(const SummedWeights& of, const LaneBlock& block, T* sum, T* to) {
+  const Geometry& g = of.geometry;
+  const Direction& d = of.direction;
   const int64_t taps = g.taps();
-  if (!d.backward) {
+  if (d.pass == Pass::forward) {
     const int64_t row = g.group_size * taps;
-    sum_terms(series, g, block.first(d), block.lanes(), 0, g.group_size, sum);
+    sum_terms(of.series, g, {block.first(d), block.lanes(), 0, g.group_size}, sum);
     interleave<T, S>(block.lanes(), row, [&](int64_t lane) { return sum + lane * row; }, to);
     return;
   }
   // Lanes are inputs of the forward convolution, taps of one input are together: taps numbers per
   // lane and source.
-  sum_terms(series, g, block.group * d.sources, block.groups * d.sources, block.output,
-            block.outputs, sum);
+  sum_terms(of.series, g,
+            {block.group * d.sources, block.groups * d.sources, block.output, block.outputs}, sum);
   if (taps == 1 && block.groups == 1) {
     for (int64_t j = 0; j < d.sources; j++)
       store<T>(to + j * lanes<T>,
@@ -114,13 +125,11 @@ void pack_weights(const Series& series, const Geometry& g, const Direction& d,
 
 // Those of all blocks, `packed` numbers each; a block's summed rows take `summed`.
 template <class T, class S>
-void pack_blocks(const Series& series, const Geometry& g, const Direction& d,
-                 const std::vector<LaneBlock>& blocks, int64_t packed, int64_t summed, T* to,
-                 const Threads& threads) {
+void pack_blocks(const SummedWeights& of, const std::vector<LaneBlock>& blocks, int64_t packed,
+                 int64_t summed, T* to, const Threads& threads) {
   auto pack = [&](int64_t begin, int64_t end) {
     T* const sum = scratch<T>(summed);
-    for (int64_t b = begin; b < end; b++)
-      pack_weights<T, S>(series, g, d, blocks[b], sum, to + b * packed);
+    for (int64_t b = begin; b < end; b++) pack_weights<T, S>(of, blocks[b], sum, to + b * packed);
   };
   run(threads, blocks.size(), pack);
 }

@@ -205,8 +205,8 @@ void layer_case() {
   // for.
   std::vector<char> packed(tested().packed_size(type, layer) * size_of(wide));
   tested().pack(type, layer, packed.data(), two_threads);
-  tested().layer(type, input.image(), layer, packed.data(), keep ? inner.image() : Image{},
-                 output.image(), two_threads);
+  tested().layer(type, {input.image(), layer, packed.data(), keep ? inner.image() : Image{},
+                        output.image(), two_threads});
 
   const bool for_input = pick(0, 3), for_first = pick(0, 3), for_middle = pick(0, 3),
              for_last = pick(0, 3), for_bias = pick(0, 1), for_gates = pick(0, 1);
@@ -219,8 +219,8 @@ void layer_case() {
   };
   wants(gradient.pointwise_in, first, for_first), wants(gradient.grouped, middle, for_middle),
       wants(gradient.pointwise_out, last, for_last);
-  tested().layer_backward(type, grad.image(), input.image(), layer, keep ? inner.image() : Image{},
-                          layer.relu ? output.image() : Image{}, gradient, two_threads);
+  tested().layer_backward(type, {grad.image(), input.image(), layer, keep ? inner.image() : Image{},
+                                 layer.relu ? output.image() : Image{}, gradient, two_threads});
 
   auto at = [](int64_t n, int64_t channels, int64_t i, int64_t h, int64_t y, int64_t w, int64_t x) {
     return ((n * channels + i) * h + y) * w + x;
@@ -350,9 +350,10 @@ void convolution_case() {
   }
   gradient.gates = grad_gates.data();
 
-  tested().forward(type, input.image(), series, output.image(), g, two_threads);
-  tested().input_grad(type, grad.image(), series, grad_input.image(), g, two_threads);
-  tested().weight_grad(type, grad.image(), input.image(), series, gradient, g, two_threads);
+  tested().convolve(type, {input.image(), series, output.image(), g, Pass::forward, two_threads});
+  tested().convolve(type,
+                    {grad.image(), series, grad_input.image(), g, Pass::backward, two_threads});
+  tested().weight_grad(type, {grad.image(), input.image(), series, gradient, g, two_threads});
 
   std::vector<double> expected(output.n * output.c * out_h * out_w),
       expected_input(input.n * input.c * h * w);
