@@ -18,7 +18,7 @@
 #include "entries.h"
 
 namespace gross::cpu {
-const Kernels avx2_kernels = avx2::kernels_of("avx2");
+constexpr Kernels avx2_kernels = avx2::kernels_of("avx2");
 }
 
 #if defined(__clang__)

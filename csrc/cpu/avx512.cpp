@@ -19,9 +19,9 @@
 #include "entries.h"
 
 namespace gross::cpu {
-const Kernels avx512_kernels = avx512::kernels_of("avx512");
+constexpr Kernels avx512_kernels = avx512::kernels_of("avx512");
 // The same with AVX512_BF16: the convolution of bfloat16 tensors in pairs of channels.
-const Kernels avx512bf16_kernels = avx512::kernels_of<avx512::Product::pairs>("avx512bf16");
+constexpr Kernels avx512bf16_kernels = avx512::kernels_of<avx512::Product::pairs>("avx512bf16");
 }  // namespace gross::cpu
 
 #if defined(__clang__)

@@ -7,5 +7,5 @@
 #include "entries.h"
 
 namespace gross::cpu {
-const Kernels portable_kernels = portable::kernels_of("portable");
+constexpr Kernels portable_kernels = portable::kernels_of("portable");
 }

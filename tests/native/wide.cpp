@@ -10,6 +10,6 @@
 #include "../../csrc/cpu/entries.h"
 
 namespace gross::cpu {
-const Kernels wide_kernels = wide::kernels_of("wide");
-const Kernels widebf16_kernels = wide::kernels_of<wide::Product::pairs>("widebf16");
+constexpr Kernels wide_kernels = wide::kernels_of("wide");
+constexpr Kernels widebf16_kernels = wide::kernels_of<wide::Product::pairs>("widebf16");
 }  // namespace gross::cpu
