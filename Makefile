@@ -37,8 +37,8 @@ lint: .venv/dev
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 	$(BIN)/mypy
 
-# The kernels alone, against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer: every
-# instruction set that the processor has, and AVX-512's kernels as the compiler lowers them to any.
+# The kernels alone, against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer:
+# every instruction set that the processor has, and AVX-512's as the compiler lowers it to any.
 sanitize: build/sanitized headers
 	./build/sanitized
 
