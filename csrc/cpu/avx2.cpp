@@ -15,18 +15,10 @@
 #define GROSS_ISA avx2
 #define GROSS_VECTOR_BYTES 32
 #define GROSS_VECTOR_REGISTERS 16
-#include "kernels.h"
+#include "entries.h"
 
 namespace gross::cpu {
-const Kernels avx2_kernels{"avx2",
-                           avx2::forward_entry<>,
-                           avx2::input_grad_entry<>,
-                           avx2::weight_grad_entry<>,
-                           avx2::packed_size_entry,
-                           avx2::pack_entry,
-                           avx2::layer_entry,
-                           avx2::layer_backward_entry,
-                           avx2::sum_entry};
+constexpr Kernels avx2_kernels = avx2::kernels_of("avx2");
 }
 
 #if defined(__clang__)

@@ -16,28 +16,12 @@
 #define GROSS_ISA avx512
 #define GROSS_VECTOR_BYTES 64
 #define GROSS_VECTOR_REGISTERS 32
-#include "kernels.h"
+#include "entries.h"
 
 namespace gross::cpu {
-const Kernels avx512_kernels{"avx512",
-                             avx512::forward_entry<>,
-                             avx512::input_grad_entry<>,
-                             avx512::weight_grad_entry<>,
-                             avx512::packed_size_entry,
-                             avx512::pack_entry,
-                             avx512::layer_entry,
-                             avx512::layer_backward_entry,
-                             avx512::sum_entry};
+constexpr Kernels avx512_kernels = avx512::kernels_of("avx512");
 // The same with AVX512_BF16: the convolution of bfloat16 tensors in pairs of channels.
-const Kernels avx512bf16_kernels{"avx512bf16",
-                                 avx512::forward_entry<avx512::Product::pairs>,
-                                 avx512::input_grad_entry<avx512::Product::pairs>,
-                                 avx512::weight_grad_entry<avx512::Product::pairs>,
-                                 avx512::packed_size_entry,
-                                 avx512::pack_entry,
-                                 avx512::layer_entry,
-                                 avx512::layer_backward_entry,
-                                 avx512::sum_entry};
+constexpr Kernels avx512bf16_kernels = avx512::kernels_of<avx512::Product::pairs>("avx512bf16");
 }  // namespace gross::cpu
 
 #if defined(__clang__)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace gross::cpu {
 
@@ -47,6 +48,9 @@ struct Geometry {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
+// Which of a convolution's two directions: the convolution itself, or its input gradient.
+enum class Pass { forward, backward };
+
 // A layer: pointwise, grouped, pointwise. `geometry` is the grouped convolution's, whose channels
 // are the bottleneck's widths; terms of the pointwise series are [width_in, C_in] and [C_out,
 // width_out].
@@ -72,29 +76,57 @@ struct Threads {
               void* context);
 };
 
+// A convolution, or its input gradient: `source` is what is read, `target` what is written.
+struct Convolution {
+  const Image& source;
+  const Series& series;
+  const Image& target;
+  const Geometry& geometry;
+  Pass pass;
+  const Threads& threads;
+};
+
+// The gradients of a convolution's weights.
+struct WeightGradient {
+  const Image &grad, &input;
+  const Series& series;
+  const SeriesGradient& gradient;
+  const Geometry& geometry;
+  const Threads& threads;
+};
+
+// A layer from packed weights. The first pointwise convolution's output is kept in `inner` where
+// that has data.
+struct LayerForward {
+  const Image& input;
+  const Layer& layer;
+  const void* packed;
+  const Image &inner, &output;
+  const Threads& threads;
+};
+
+// The gradients of a layer from `grad`, its output's. `inner` has data where the first pointwise
+// convolution's output was kept, `output` where relu cut it off.
+struct LayerBackward {
+  const Image &grad, &input;
+  const Layer& layer;
+  const Image &inner, &output;
+  const LayerGradient& gradient;
+  const Threads& threads;
+};
+
 // The kernels for one instruction set; the activations' type is `type`.
 struct Kernels {
   const char* name;
-  void (*forward)(Type type, const Image& input, const Series& series, const Image& output,
-                  const Geometry& geometry, const Threads& threads);
-  void (*input_grad)(Type type, const Image& grad, const Series& series, const Image& grad_input,
-                     const Geometry& geometry, const Threads& threads);
-  void (*weight_grad)(Type type, const Image& grad, const Image& input, const Series& series,
-                      const SeriesGradient& gradient, const Geometry& geometry,
-                      const Threads& threads);
+  int vector_bytes;
+  void (*convolve)(Type type, const Convolution& call);
+  void (*weight_grad)(Type type, const WeightGradient& call);
   // A layer's weights in the order that `layer` reads them: how many numbers of the sum's type they
   // are, and the numbers.
   int64_t (*packed_size)(Type type, const Layer& layer);
   void (*pack)(Type type, const Layer& layer, void* packed, const Threads& threads);
-  // The layer from packed weights. The first pointwise convolution's output is kept in `inner`
-  // where that has data.
-  void (*layer)(Type type, const Image& input, const Layer& layer, const void* packed,
-                const Image& inner, const Image& output, const Threads& threads);
-  // The gradients of a layer from `grad`, its output's. `inner` has data where the first pointwise
-  // convolution's output was kept, `output` where relu cut it off.
-  void (*layer_backward)(Type type, const Image& grad, const Image& input, const Layer& layer,
-                         const Image& inner, const Image& output, const LayerGradient& gradient,
-                         const Threads& threads);
+  void (*layer)(Type type, const LayerForward& call);
+  void (*layer_backward)(Type type, const LayerBackward& call);
   // Σ gate_i t_i of terms of `count` elements each, in their type.
   void (*sum)(const Series& series, int64_t count, void* output, const Threads& threads);
 };
@@ -105,6 +137,19 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512bf16_kernels;
 #endif
+#if defined(GROSS_WIDE)
+// For tests alone: AVX-512's kernels on any processor, see tests/native/wide.cpp.
+extern const Kernels wide_kernels;
+extern const Kernels widebf16_kernels;
+#endif
+
+// One instruction set that this library has kernels for.
+struct InstructionSet {
+  const Kernels* kernels;
+  bool present;  // whether the processor has it
+};
+// From the least to the best.
+std::vector<InstructionSet> instruction_sets();
 
 // The kernels for this machine, or for the instruction set that GROSS_KERNELS_ISA names.
 const Kernels& kernels();

@@ -8,27 +8,35 @@
 
 namespace gross::cpu {
 
-static const Kernels& choose() {
-  const Kernels* best = &portable_kernels;
+std::vector<InstructionSet> instruction_sets() {
+  std::vector<InstructionSet> sets;
+#if defined(GROSS_WIDE)
+  sets.push_back({&wide_kernels, true});
+  sets.push_back({&widebf16_kernels, true});
+#endif
+  sets.push_back({&portable_kernels, true});
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2) best = &avx2_kernels;
-  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (avx512) best = &avx512_kernels;
-  if (avx512bf16) best = &avx512bf16_kernels;
+  sets.push_back({&avx2_kernels, avx2});
+  sets.push_back({&avx512_kernels, avx512});
+  sets.push_back({&avx512bf16_kernels, avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
-  const char* forced = std::getenv("GROSS_KERNELS_ISA");
-  if (!forced || !*forced) return *best;
-  const std::string name = forced;
-  if (name == "portable") return portable_kernels;
-#if defined(__x86_64__)
-  if (name == "avx2" && avx2) return avx2_kernels;
-  if (name == "avx512" && avx512) return avx512_kernels;
-  if (name == "avx512bf16" && avx512bf16) return avx512bf16_kernels;
-#endif
-  throw std::runtime_error("GROSS_KERNELS_ISA: got '" + name +
+  return sets;
+}
+
+static const Kernels& choose() {
+  const char* const named = std::getenv("GROSS_KERNELS_ISA");
+  const bool any = !named || !*named;
+  const Kernels *best = nullptr, *chosen = nullptr;
+  for (const InstructionSet& set : instruction_sets())
+    if (set.present) {
+      best = set.kernels;
+      if (any || best->name == std::string(named)) chosen = best;
+    }
+  if (chosen) return *chosen;
+  throw std::runtime_error("GROSS_KERNELS_ISA: got '" + std::string(named) +
                            "', accepted are portable, avx2, avx512 and avx512bf16 where the "
                            "processor has them; it has up to " +
                            best->name);

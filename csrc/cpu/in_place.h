@@ -3,8 +3,14 @@
 // Their kernels are three columns wide: the one left of, at and right of a pixel. An output vector
 // reads one vector of source channels (group size 1, and those that divide the lanes), or channels
 // that are broadcast. One load of a pixel serves two of its channels and three taps: 14 columns are
-// 84 multiply–adds for 16 loads and 32 shuffles. With planes the copy alone takes a third of the
-// time at group sizes up to 4.
+// 84 multiply–adds for 16 loads and 32 shuffles, and there is no copy, which takes long where group
+// sizes are small.
+#pragma once
+
+#include "correlate.h"
+#include "gradients.h"
+#include "weights.h"
+
 namespace gross::cpu::GROSS_ISA {
 
 // Bytes of pixels that are read and written at once, for one vector of outputs after the other:
@@ -79,8 +85,7 @@ std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const 
 }
 
 // Whether the convolution has tiles for it, and is faster in place. In planes, tiles of several
-// short rows are where few channels are added (4×4, s = 16: 5.5 instead of 7.2 ms; 2×2, s = 4: 3.1
-// instead of 4.2), and phases of one tap where channels are broadcast.
+// short rows are where few channels are added, and phases of one tap where channels are broadcast.
 template <class T>
 bool is_faster_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels) {
   auto faster = [&](const RowTarget& target) {
@@ -111,13 +116,24 @@ struct OutputRow {
   const S *ahead, *ahead_to;
 };
 
+// What one vector of outputs is computed from.
 template <class T>
 struct RowStencil {
   const std::vector<KernelRow>& kernel;
+  const T* weights;
   int64_t weight_stride;  // from one source channel to the next
   const Index<T>* permutation;
   int64_t sources;     // channels per output
   int64_t row_stride;  // from one source row to the next
+  int64_t outputs;     // how many lanes have outputs
+};
+
+// Where in its rows a tile lies.
+struct TileAt {
+  int64_t from;   // in the source's rows: the column left of its first
+  int64_t ahead;  // in the rows that come later: what memory is asked for
+  int64_t to, to_pitch;
+  bool left, right;  // whether the outermost columns lie beyond the border
 };
 
 // Source channel j of each lane's group, of groups of `Quad` channels within 16 bytes. With a
@@ -137,15 +153,13 @@ GROSS_INLINE Vector<T> spread(Vector<T> v, int j) {
 
 // to[segment][column][lane] = Σ_row Σ_source Σ_tap weight[source][row, tap][lane] ·
 // from[segment][row][step · column + tap][source], two source channels at a time: with four the
-// chains of additions to one sum would be too long to overlap (170 instead of 207 GFLOP/s); one
-// that is broadcast. Groups of `Quad` channels lie within 16 bytes. `from` and `to` say where in
-// the rows the tile lies, `from` at the column left of its first, `ahead` what of the later rows to
-// ask memory for; `left` and `right` that the outermost columns lie beyond the border.
+// chains of additions to one sum would be too long to overlap; one that is broadcast. Groups of
+// `Quad` channels lie within 16 bytes.
 template <class T, class S, Fetch fetch, int Quad, int Taps, int Step, int Columns, int Segments>
-__attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, const T* weights,
-                                              const OutputRow<S>* rows, int64_t from, int64_t ahead,
-                                              int64_t to, int64_t to_pitch, int64_t outputs,
-                                              bool left, bool right) {
+__attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil,
+                                              const OutputRow<S>* rows, const TileAt& tile) {
+  const T* const weights = stencil.weights;
+  const auto [from, ahead, to, to_pitch, left, right] = tile;
   constexpr int together = is_permuted(fetch) ? 2 : 1, last = (Columns - 1) * Step + 2;
   Vector<T> sum[Segments][Columns]{};
   const int64_t count = stencil.kernel.size();
@@ -176,7 +190,7 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, cons
 #pragma GCC unroll 8
       for (int segment = 0; segment < Segments; segment++) {
         const PixelRow<S>& row = rows[segment].from[r];
-        if (!row.mask) continue;  // of a 4×4 map a sixth of the multiply–adds, of 2×2 a third
+        if (!row.mask) continue;  // of a 4×4 map a sixth of the multiply–adds
         const S* at = row.at + (fetch == Fetch::broadcast ? from + j : from);
         // Or the compiler would load all pixels before a loop over channels, and keep them in
         // memory.
@@ -216,16 +230,16 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil, cons
 #pragma GCC unroll 16
     for (int k = 0; k < Columns; k++) {
       S* const at = rows[segment].to + to + k * to_pitch;
-      if (fetch != Fetch::broadcast || outputs == lanes<T>)
+      if (fetch != Fetch::broadcast || stencil.outputs == lanes<T>)
         store<T>(at, sum[segment][k]);
       else
-        store_first<T>(at, sum[segment][k], outputs);
+        store_first<T>(at, sum[segment][k], stencil.outputs);
     }
 }
 
 // Rows of a tile of so many columns. Where a pixel serves several channels 7 chains of additions
-// are enough, and two rows of 7 columns took 1.7 times as long at stride 2 (256 channels at 14×14,
-// s = 4); where it serves one, weights are read less often by larger tiles.
+// are enough, and two rows of 7 columns are slower at stride 2; where it serves one, weights are
+// read less often by larger tiles.
 template <Fetch fetch, int columns>
 constexpr int row_segments =
     fetch != Fetch::broadcast && columns >= 7 ? 1 : std::min(max_segments, max_sums / columns);
@@ -233,8 +247,7 @@ constexpr int row_segments =
 template <class T, class S>
 struct RowTile {
   int64_t columns, segments;
-  void (*correlate)(const RowStencil<T>&, const T*, const OutputRow<S>*, int64_t, int64_t, int64_t,
-                    int64_t, int64_t, bool, bool);
+  void (*correlate)(const RowStencil<T>&, const OutputRow<S>*, const TileAt&);
 };
 template <class T, class S, Fetch fetch, int Quad, int Taps, int Step>
 RowTile<T, S> row_tile_of(int64_t width) {
@@ -328,11 +341,13 @@ struct RowUnits {
 
 template <class T, class S>
 void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels,
-                       const Image& source, const Series& series, const Image& target_image,
-                       const Geometry& g, const Threads& threads) {
+                       const Convolution& call) {
+  const Image &source = call.source, &target_image = call.target;
+  const Geometry& g = call.geometry;
+  const Threads& threads = call.threads;
   const int64_t blocks = channels.blocks.size();
   Buffer<T> weights(blocks * channels.packed);
-  pack_blocks<T, S>(series, g, channels, channels.blocks, channels.packed, channels.summed,
+  pack_blocks<T, S>({call.series, g, channels}, channels.blocks, channels.packed, channels.summed,
                     weights.data(), threads);
 
   const RowUnits<T, S> units(targets, source, target_image, g.images, 4 * threads.count);
@@ -347,9 +362,10 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
         units.rows_of(i / parts, target, tile.segments, rows);
         for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; b++) {
           const LaneBlock& block = channels.blocks[b];
-          const RowStencil<T> stencil{target.kernel, g.taps() * lanes<T>,
-                                      channels.permutation_of(b), channels.sources,
-                                      source.stride_h};
+          const RowStencil<T> stencil{target.kernel,       weights.data() + b * channels.packed,
+                                      g.taps() * lanes<T>, channels.permutation_of(b),
+                                      channels.sources,    source.stride_h,
+                                      block.lanes()};
           const int64_t channel = (channels.fetch == Fetch::broadcast
                                        ? block.group
                                        : block.group / channels.together * channels.together) *
@@ -357,11 +373,11 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
           for (size_t first = 0; first < rows.size(); first += tile.segments)
             for (int64_t k = 0; k < target.cols; k += tile.columns) {
               const int64_t col = std::min(k, target.cols - tile.columns);
-              tile.correlate(stencil, weights.data() + b * channels.packed, &rows[first],
-                             col * target.step * source.stride_w + channel,
-                             (b * target.cols + col) * target.step * lanes<T>,
-                             col * to_pitch + block.first(channels), to_pitch, block.lanes(),
-                             col == 0, target.right && col + tile.columns == target.cols);
+              tile.correlate(stencil, &rows[first],
+                             {col * target.step * source.stride_w + channel,
+                              (b * target.cols + col) * target.step * lanes<T>,
+                              col * to_pitch + block.first(channels), to_pitch, col == 0,
+                              target.right && col + tile.columns == target.cols});
             }
         }
       }
@@ -373,12 +389,14 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
 // tap][source] over `count` rows of gradients, for `Rows` rows of the kernel and groups of `Quad`
 // channels: so many chains of additions that they overlap, and no more than registers hold.
 template <class T, class S, int Quad, int Rows, int Step, int Columns>
-__attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, int64_t count,
-                                                     int64_t row_stride, int64_t from,
-                                                     int64_t ahead, int64_t to, int64_t to_pitch,
-                                                     bool left, bool right,
-                                                     const std::vector<KernelRow>& kernel, T* sums,
-                                                     int64_t sum_stride) {
+__attribute__((noinline)) void correlate_row_weights(const std::vector<OutputRow<S>>& output_rows,
+                                                     int64_t row_stride, const TileAt& tile,
+                                                     const std::vector<KernelRow>& kernel,
+                                                     const WeightSums<T>& of) {
+  const OutputRow<S>* const rows = output_rows.data();
+  const int64_t count = output_rows.size();
+  const auto [from, ahead, to, to_pitch, left, right] = tile;
+  const auto [sums, sum_stride] = of;
   constexpr int last = (Columns - 1) * Step + 2;
   for (int first = 0; first < 3; first += Rows) {
     Vector<T> sum[Rows][Quad][3]{};
@@ -442,8 +460,8 @@ __attribute__((noinline)) void correlate_row_weights(const OutputRow<S>* rows, i
 template <class T, class S>
 struct RowWeightsTile {
   int64_t columns;
-  void (*correlate)(const OutputRow<S>*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
-                    bool, const std::vector<KernelRow>&, T*, int64_t);
+  void (*correlate)(const std::vector<OutputRow<S>>&, int64_t row_stride, const TileAt&,
+                    const std::vector<KernelRow>&, const WeightSums<T>&);
 };
 // The next tile of a row of which `rest` columns are left: one that divides them, or the widest.
 template <class T, class S, int Quad, int Rows, int... Columns>
@@ -479,9 +497,10 @@ inline bool has_row_weights(const std::vector<RowTarget>& targets, Fetch fetch) 
 }
 
 template <class T, class S>
-void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels, const Image& grad,
-                          const Image& input, const Series& series, const SeriesGradient& gradient,
-                          const Geometry& g, const Threads& threads) {
+void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels,
+                          const WeightGradient& call) {
+  const Image &grad = call.grad, &input = call.input;
+  const Geometry& g = call.geometry;
   const int64_t blocks = channels.blocks.size(), packed = channels.packed;
   const RowUnits<T, S> units({target}, input, grad, g.images, 1);
   const int64_t slices = std::min(grad_tasks, units.count);
@@ -499,18 +518,18 @@ void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels, 
             const RowWeightsTile<T, S> tile =
                 row_weights_tile<T, S>(channels, target.cols - col, target.step);
             columns = tile.columns;
-            tile.correlate(rows.data(), rows.size(), input.stride_h,
-                           col * target.step * input.stride_w + b * lanes<T>,
-                           (b * target.cols + col) * lanes<T>, col * grad.stride_w + b * lanes<T>,
-                           grad.stride_w, col == 0, target.right && col + columns == target.cols,
-                           target.kernel, sums + b * packed, g.taps() * lanes<T>);
+            tile.correlate(rows, input.stride_h,
+                           {col * target.step * input.stride_w + b * lanes<T>,
+                            (b * target.cols + col) * lanes<T>, col * grad.stride_w + b * lanes<T>,
+                            grad.stride_w, col == 0, target.right && col + columns == target.cols},
+                           target.kernel, {sums + b * packed, g.taps() * lanes<T>});
           }
       }
     }
   };
-  run(threads, slices, work);
-  GradientBlocks<T> output(channels, series, gradient, g);
-  output.write_slices(partial.data(), slices, threads);
+  run(call.threads, slices, work);
+  GradientBlocks<T> output(channels, {call.series, call.gradient, g});
+  output.write_slices(partial.data(), slices, call.threads);
   output.write_gates();
 }
 

@@ -1,5 +1,6 @@
-// What the kernels use of the standard library and of this project, before any unit sets its
-// target.
+// What the kernels use of the standard library and of this project's code for any processor: units
+// include it before they set their target, so that nothing of it is compiled for a processor that
+// may not be there.
 #pragma once
 
 #include <algorithm>
@@ -19,26 +20,4 @@
 #include "../series.h"
 #include "call.h"
 #include "plan.h"
-
-namespace gross::cpu {
-
-// Run f(begin, end) over parts of [0, count) on the caller's threads. Each takes one part after the
-// other, four on average: one that the system wakes late does less. (A thread that has slept starts
-// up to a millisecond late on a virtual machine; a weight gradient of 0.8 ms took 2.1 with one part
-// each.)
-template <class F>
-void run(const Threads& threads, int64_t count, F& f) {
-  struct Parts {
-    F& f;
-    int64_t count, parts;
-    std::atomic<int64_t> next{0};
-  } parts{f, count, std::min<int64_t>(count, threads.count > 1 ? 4 * threads.count : 1)};
-  auto take = [](void* context, int64_t, int64_t) {
-    Parts& all = *static_cast<Parts*>(context);
-    for (int64_t i; (i = all.next++) < all.parts;)
-      all.f(all.count * i / all.parts, all.count * (i + 1) / all.parts);
-  };
-  threads.run(std::min<int64_t>(threads.count, parts.parts), take, &parts);
-}
-
-}  // namespace gross::cpu
+#include "threads.h"

@@ -4,13 +4,20 @@
 // Planes are [vector of channels][source][position][lane]: one position of a plane is a whole
 // vector of consecutive channels, zeros in the lanes that have none. A channels-last tensor is
 // copied; of any other, squares of channels × columns are transposed in registers.
+#pragma once
+
+#include "channels.h"
+#include "vector.h"
+
 namespace gross::cpu::GROSS_ISA {
 
 // Positions that a kernel may read past the last, as zeros.
 constexpr int64_t slack = registers == 32 ? 8 : 4;
 
-// Geometry of the planes of one strip; strides in elements.
+// The planes of one strip; strides in elements.
 struct Planes {
+  const Plan* plan;
+  Strip strip;
   int64_t image_rows;  // rows from one image to the next
   int64_t rows;        // of one image
   int64_t positions;   // of one source
@@ -19,6 +26,8 @@ struct Planes {
   template <class T>
   static Planes of(const Plan& plan, const Strip& strip) {
     Planes planes;
+    planes.plan = &plan;
+    planes.strip = strip;
     planes.image_rows = plan.row_pitch;
     planes.rows = strip.rows + plan.halo();
     // The last row's trailing zeros lie past its pitch. An odd number: planes of a power of two
@@ -34,9 +43,11 @@ struct Planes {
 
   // Rows that are written for image i of a strip. Rows between images that do not share their
   // padding are zeros.
-  int64_t rows_of(int64_t i, const Strip& strip) const {
+  int64_t rows_of(int64_t i) const {
     return i + 1 < strip.images ? std::max(rows, image_rows) : rows;
   }
+  // Positions that hold rows; zeros follow.
+  int64_t used() const { return ((strip.images - 1) * image_rows + rows) * plan->pitch; }
 };
 
 // The columns of a lattice that lie in the image: positions [lead, end) of each row, the first of
@@ -75,12 +86,21 @@ GROSS_INLINE void store_strided(S* to, Vector<T> v, int64_t stride, int64_t coun
   for (int64_t i = 0; i < std::min<int64_t>(count, lanes<T>); i++) to[i * stride] = part[i];
 }
 
-// `count` columns of one row of `channels` channels to consecutive positions of their planes.
+// A row of a tensor from its first column on.
+template <class S>
+struct TensorRow {
+  S* at;
+  int64_t col_stride, channel_stride, channels;
+};
+
+// `count` columns of a row to consecutive positions of their planes.
 template <class T, class S>
-GROSS_INLINE void load_columns(const S* from, int64_t col_stride, int64_t channel_stride,
-                               int64_t count, int64_t channels, T* to, int64_t vector_stride) {
+GROSS_INLINE void load_columns(const TensorRow<const S>& row, int64_t count, T* to,
+                               int64_t vector_stride) {
   constexpr int n = lanes<T>;
+  const auto [first, col_stride, channel_stride, channels] = row;
   if (channel_stride == 1) {
+    const S* from = first;
     for (int64_t k = 0; k < count; k++, from += col_stride, to += n) {
       int64_t c = 0;
       T* vector = to;
@@ -96,20 +116,21 @@ GROSS_INLINE void load_columns(const S* from, int64_t col_stride, int64_t channe
 #pragma GCC unroll 64
       for (int i = 0; i < n; i++)
         square[i] = c + i < channels
-                        ? load_strided<T>(from + (c + i) * channel_stride + k * col_stride,
+                        ? load_strided<T>(first + (c + i) * channel_stride + k * col_stride,
                                           col_stride, count - k)
                         : Vector<T>{};
       transpose<T>(square);
-      T* row = to + k * n;
-      for (int i = 0; i < std::min<int64_t>(n, count - k); i++) store<T>(row + i * n, square[i]);
+      T* position = to + k * n;
+      for (int i = 0; i < std::min<int64_t>(n, count - k); i++)
+        store<T>(position + i * n, square[i]);
     }
 }
 
 // The reverse: `count` positions of one vector of channels to one row of the tensor.
 template <class T, class S>
-GROSS_INLINE void store_columns(const T* from, int64_t count, int64_t channels, S* to,
-                                int64_t col_stride, int64_t channel_stride) {
+GROSS_INLINE void store_columns(const T* from, int64_t count, const TensorRow<S>& row) {
   constexpr int n = lanes<T>;
+  const auto [to, col_stride, channel_stride, channels] = row;
   if (channel_stride == 1) {
     for (int64_t k = 0; k < count; k++)
       store_strided<T>(to + k * col_stride, load<T>(from + k * n), 1, channels);
@@ -126,11 +147,13 @@ GROSS_INLINE void store_columns(const T* from, int64_t count, int64_t channels, 
   }
 }
 
-// Fill the planes of channels [channel, channel + channels) for one strip.
+// Fill the planes of channels [channel, channel + channels).
 template <class T, class S>
-void load_planes(const Image& image, const Plan& plan, const Strip& strip, const Planes& planes,
-                 int64_t channel, int64_t channels, T* to) {
+void load_planes(const Image& image, const Planes& planes, int64_t channel, int64_t channels,
+                 T* to) {
   constexpr int n = lanes<T>;
+  const Plan& plan = *planes.plan;
+  const Strip& strip = planes.strip;
   const S* data =
       static_cast<const S*>(image.data) + strip.image * image.stride_n + channel * image.stride_c;
   const int64_t vectors = ceil_div(channels, n);
@@ -140,7 +163,7 @@ void load_planes(const Image& image, const Plan& plan, const Strip& strip, const
   for (const Lattice& lattice : plan.sources) {
     const Columns columns(lattice, plan, image.width);
     for (int64_t i = 0; i < strip.images; i++)
-      for (int64_t r = 0; r < planes.rows_of(i, strip); r++) {
+      for (int64_t r = 0; r < planes.rows_of(i); r++) {
         T* row = to + (i * planes.image_rows + r) * plan.pitch * n;
         const int64_t y = lattice.first_row + (strip.row + plan.min_row + r) * lattice.row_step;
         if (r >= planes.rows || y < 0 || y >= image.height) {
@@ -148,16 +171,30 @@ void load_planes(const Image& image, const Plan& plan, const Strip& strip, const
           continue;
         }
         zero(row, columns.lead);
-        load_columns<T>(
-            data + i * image.stride_n + y * image.stride_h + columns.first * image.stride_w,
-            lattice.col_step * image.stride_w, image.stride_c, columns.end - columns.lead, channels,
-            row + columns.lead * n, planes.vector_stride);
+        const S* from =
+            data + i * image.stride_n + y * image.stride_h + columns.first * image.stride_w;
+        load_columns<T, S>({from, lattice.col_step * image.stride_w, image.stride_c, channels},
+                           columns.end - columns.lead, row + columns.lead * n,
+                           planes.vector_stride);
         zero(row + columns.end * n, plan.pitch - columns.end);
       }
-    const int64_t used = ((strip.images - 1) * planes.image_rows + planes.rows) * plan.pitch;
-    zero(to + used * n, planes.positions - used);
+    zero(to + planes.used() * n, planes.positions - planes.used());
     to += planes.source_stride;
   }
+}
+
+// The planes of the source channels of a set, cluster by cluster.
+template <class T, class S>
+void load_sources(const Image& image, const Planes& planes, const Channels<T>& channels,
+                  const Set& set, T* to) {
+  const int64_t cluster = channels.together * channels.sources;
+  const int64_t begin = channels.cluster(set.first) * cluster,
+                end = std::min(channels.groups * channels.sources,
+                               (channels.cluster(set.last - 1) + 1) * cluster);
+  // Clusters that fill their vectors lie side by side.
+  const int64_t step = cluster % lanes<T> == 0 ? end - begin : cluster;
+  for (int64_t at = begin; at < end; at += step, to += channels.vectors * planes.vector_stride)
+    load_planes<T, S>(image, planes, at, std::min(step, end - at), to);
 }
 
 }  // namespace gross::cpu::GROSS_ISA

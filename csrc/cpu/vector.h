@@ -1,9 +1,21 @@
 // A small vector type on the compiler's own vector extension: one spelling of every kernel for
 // AVX-512, AVX2, NEON and plain code. Included once per instruction set, inside that set's
 // namespace and target options: GROSS_ISA names the namespace, GROSS_VECTOR_BYTES and
-// GROSS_VECTOR_REGISTERS describe the machine. All of it is inlined, so nothing of it crosses
-// units.
+// GROSS_VECTOR_REGISTERS describe the machine. Where GROSS_LOWERED is defined the machine has no
+// such vectors, and the compiler makes them of what it has. All of it is inlined, so nothing of it
+// crosses units.
+#pragma once
+
+#include "includes.h"
+
 #define GROSS_INLINE __attribute__((always_inline)) inline
+
+// Which of the x86 instructions that have no other name the unit may use.
+#if GROSS_VECTOR_BYTES == 64 && !defined(GROSS_LOWERED)
+#define GROSS_AVX512
+#elif GROSS_VECTOR_BYTES == 32 && !defined(GROSS_LOWERED)
+#define GROSS_AVX2
+#endif
 
 namespace gross::cpu::GROSS_ISA {
 
@@ -121,11 +133,12 @@ GROSS_INLINE void store(S* to, Vector<T> v) {
 }
 
 // Says that a vector is to be loaded once and kept: the compiler would fold the load into each of
-// its uses, and the weight gradient, which uses each three times, would be limited by loads (24 of
-// 24 multiply–adds instead of 11).
+// its uses, and the weight gradient, which uses each three times, would be limited by loads.
 template <class V>
 GROSS_INLINE void keep_in_register([[maybe_unused]] V& v) {
-#if defined(__x86_64__)
+#if defined(GROSS_LOWERED)
+  // No register holds it.
+#elif defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
@@ -141,10 +154,18 @@ GROSS_INLINE void multiply_add(Vector<T>& sum, Vector<T> value, Vector<T> weight
   if constexpr (product == Product::numbers) {
     sum += value * weight;
   } else {
-#if GROSS_VECTOR_BYTES == 64
+#if defined(GROSS_AVX512)
     // By its name: as an intrinsic it would need this whole unit to be compiled for processors that
     // have it.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(value), "v"(weight));
+#else
+    const auto half = [](Words bits) __attribute__((always_inline)) {
+      return __builtin_bit_cast(Vector<T>, bits);
+    };
+    const Words values = __builtin_bit_cast(Words, value),
+                weights = __builtin_bit_cast(Words, weight);
+    sum += half(values & 0xffff0000u) * half(weights & 0xffff0000u);
+    sum += half(values << 16) * half(weights << 16);
 #endif
   }
 }
@@ -152,7 +173,7 @@ GROSS_INLINE void multiply_add(Vector<T>& sum, Vector<T> value, Vector<T> weight
 // The first n lanes, zeros in the others; nothing beyond them is touched.
 template <class T, class S>
 GROSS_INLINE Vector<T> load_first(const S* from, int64_t n) {
-#if GROSS_VECTOR_BYTES == 64
+#if defined(GROSS_AVX512)
   if constexpr (std::is_same_v<S, float>) return _mm512_maskz_loadu_ps((1u << n) - 1, from);
   if constexpr (std::is_same_v<S, double>) return _mm512_maskz_loadu_pd((1u << n) - 1, from);
 #endif
@@ -162,7 +183,7 @@ GROSS_INLINE Vector<T> load_first(const S* from, int64_t n) {
 }
 template <class T, class S>
 GROSS_INLINE void store_first(S* to, Vector<T> v, int64_t n) {
-#if GROSS_VECTOR_BYTES == 64
+#if defined(GROSS_AVX512)
   if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(to, (1u << n) - 1, v);
   if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(to, (1u << n) - 1, v);
 #endif
@@ -208,13 +229,12 @@ GROSS_INLINE Vector<T> permute(Vector<T> v, Vector<Index<T>> index) {
 }
 
 // The same where every lane stays within its 16 bytes: an instruction that leaves the multiply–add
-// units alone, where the general one takes turns with them (25 instead of 29 cycles for 16
-// permutations and 42 multiply–adds, Zen 5).
+// units alone, where the general one takes turns with them.
 template <class T>
 GROSS_INLINE Vector<T> permute_within_quads(Vector<T> v, Vector<Index<T>> index) {
-#if GROSS_VECTOR_BYTES == 64
+#if defined(GROSS_AVX512)
   if constexpr (sizeof(T) == 4) return _mm512_permutevar_ps(v, reinterpret_cast<__m512i>(index));
-#elif GROSS_VECTOR_BYTES == 32
+#elif defined(GROSS_AVX2)
   if constexpr (sizeof(T) == 4) return _mm256_permutevar_ps(v, reinterpret_cast<__m256i>(index));
 #endif
   return permute<T>(v, index);

@@ -274,7 +274,7 @@ def test_every_kernel_is_reached() -> None:
             launch.layout(grad),
             tuple(map(launch.layout, terms[: case.active])),
         )
-        rest = (*case.geometry, "ieee", None)
+        rest = (case.geometry, "ieee", None)
         call = forward_module.Call(False, x, grad.shape, grad.stride(), used, None, *rest)
         tile = tiles.correlation(forward_module.shape_of(call))[0]
         reached.add(("march" if tile.march else "gather", tile.parts > 1, tile.source))

@@ -1,0 +1,112 @@
+// The kernels of one instruction set, written once for all: what a unit includes.
+#pragma once
+
+#include "bottleneck.h"
+#include "bottleneck_backward.h"
+#include "convolve.h"
+#include "in_place.h"
+#include "weight_grad.h"
+
+namespace gross::cpu::GROSS_ISA {
+
+template <class F>
+void with_type(Type type, F f) {
+  switch (type) {
+    case Type::float32: return f(float{});
+    case Type::float64: return f(double{});
+    case Type::bfloat16: return f(bfloat16{});
+    case Type::float16: return f(float16{});
+  }
+}
+
+template <Product product>
+void convolve_entry(Type type, const Convolution& call) {
+  const Geometry& g = call.geometry;
+  const Image &source = call.source, &target = call.target;
+  const Plan plan =
+      call.pass == Pass::forward
+          ? forward_plan(g, source.height, source.width, target.height, target.width)
+          : input_grad_plan(g, target.height, target.width, source.height, source.width);
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(call);
+    const Channels<Sum<S>> channels(g, call.pass);
+    const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(plan, source, target, channels);
+    if (is_faster_in_place(rows, channels))
+      return convolve_in_place<Sum<S>, S>(rows, channels, call);
+    if constexpr (product == Product::pairs && std::is_same_v<S, bfloat16>)
+      if (has_pairs(source, Direction(g, call.pass)))
+        return convolve<float, S, product>(plan, call);
+    convolve<Sum<S>, S>(plan, call);
+  });
+}
+
+template <Product product>
+void weight_grad_entry(Type type, const WeightGradient& call) {
+  const Geometry& g = call.geometry;
+  const Image &input = call.input, &grad = call.grad;
+  const Plan plan = forward_plan(g, input.height, input.width, grad.height, grad.width);
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    const Channels<Sum<S>> channels(g, Pass::forward);
+    if constexpr (product == Product::pairs && std::is_same_v<S, bfloat16>)
+      // Rows of channels are read by broadcasts alone.
+      if (has_pairs(input, channels) && !is_pointwise(g) && channels.fetch == Fetch::broadcast &&
+          Channels<float>(g, Pass::forward, product).fetch == Fetch::broadcast)
+        return weight_grad<float, S, product>(plan, call);
+    const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(plan, input, grad, channels);
+    if (has_row_weights(rows, channels.fetch))
+      return weight_grad_in_place<Sum<S>, S>(rows[0], channels, call);
+    weight_grad<Sum<S>, S>(plan, call);
+  });
+}
+
+inline int64_t packed_size_entry(Type type, const Layer& layer) {
+  int64_t size = 0;
+  with_type(type, [&](auto s) { size = Packing<Sum<decltype(s)>>(layer).size; });
+  return size;
+}
+
+inline void pack_entry(Type type, const Layer& layer, void* packed, const Threads& threads) {
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    pack_layer<Sum<S>, S>(layer, static_cast<Sum<S>*>(packed), threads);
+  });
+}
+
+inline void layer_entry(Type type, const LayerForward& call) {
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    LayerWalk<Sum<S>, S>(call).run();
+  });
+}
+
+inline void layer_backward_entry(Type type, const LayerBackward& call) {
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    LayerBackwardWalk<Sum<S>, S>(call).run();
+  });
+}
+
+inline void sum_entry(const Series& series, int64_t count, void* output, const Threads& threads) {
+  with_type(series.type, [&](auto s) {
+    using S = decltype(s);
+    sum<Sum<S>, S>(series, count, static_cast<S*>(output), threads);
+  });
+}
+
+// The kernels of a unit; with pairs where its processors multiply pairs of bfloat16 numbers.
+template <Product product = Product::numbers>
+constexpr Kernels kernels_of(const char* name) {
+  return {name,
+          GROSS_VECTOR_BYTES,
+          convolve_entry<product>,
+          weight_grad_entry<product>,
+          packed_size_entry,
+          pack_entry,
+          layer_entry,
+          layer_backward_entry,
+          sum_entry};
+}
+
+}  // namespace gross::cpu::GROSS_ISA
