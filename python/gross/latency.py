@@ -73,7 +73,8 @@ class LatencyTable:
         """Time the layers of a supernet on the device that ``example`` is on.
 
         The supernet is exported once for each group size and the exported networks run in turn,
-        again and again in another order, so that a disturbance meets all of them; medians count.
+        again and again in another order, so that a disturbance meets all of them; lower quartiles
+        count.
 
         Args:
             supernet: a network with decomposed layers; left as it is.
@@ -98,16 +99,25 @@ class LatencyTable:
         clocks = [_LayerClock(network, names, example.device) for network in networks]
         dense = dense_network(supernet).eval().to(memory_format=torch.channels_last)
         samples: dict[tuple[int, int], list[float]] = {}
-        rests: list[float] = []
+        totals: list[list[float]] = [[] for _ in networks]
         dense_samples: list[float] = []
         for i in _turns(len(networks) + 1, seconds):
             if i == len(networks):
                 dense_samples.append(_time(dense, example))
                 continue
             total, parts = clocks[i](example)
-            rests.append(total - sum(parts))
+            totals[i].append(total)
             for layer, part in enumerate(parts):
                 samples.setdefault((layer, covering[i][layer]), []).append(part)
+        layers = {
+            name: {size: _typical(samples[i, size]) for size in sizes[i]}
+            for i, name in enumerate(names)
+        }
+        rests = [
+            _typical(total)
+            - sum(layer[size] for layer, size in zip(layers.values(), c, strict=True))
+            for total, c in zip(totals, covering, strict=True)
+        ]
         return cls(
             device_name(example.device),
             torch.get_num_threads(),
@@ -115,11 +125,8 @@ class LatencyTable:
             str(example.dtype).removeprefix("torch."),
             kernels,
             statistics.median(rests),
-            {
-                name: {size: statistics.median(samples[i, size]) for size in sizes[i]}
-                for i, name in enumerate(names)
-            },
-            statistics.median(dense_samples),
+            layers,
+            _typical(dense_samples),
         )
 
     def milliseconds(self, configuration: Sequence[int]) -> float:
@@ -154,7 +161,7 @@ class LatencyTable:
         samples: list[list[float]] = [[] for _ in networks]
         for i in _turns(len(networks), seconds):
             samples[i].append(_time(networks[i], example))
-        measured = tuple(map(statistics.median, samples))
+        measured = tuple(map(_typical, samples))
         return LatencyCheck(tuple(drawn), tuple(map(self.milliseconds, drawn)), measured)
 
     def check_layers(self, supernet: nn.Module) -> None:
@@ -240,12 +247,12 @@ def device_name(device: torch.device) -> str:
 def milliseconds(
     networks: Sequence[nn.Module], example: Tensor, seconds: float = 2.0
 ) -> list[float]:
-    """Median latency of each network, timed in turn."""
+    """Latency of each network, timed in turn."""
     example = _channels_last(example)
     samples: list[list[float]] = [[] for _ in networks]
     for i in _turns(len(networks), seconds):
         samples[i].append(_time(networks[i], example))
-    return list(map(statistics.median, samples))
+    return list(map(_typical, samples))
 
 
 class _LayerClock:
@@ -281,6 +288,11 @@ class _LayerClock:
 
     def _mark(self, layer: int, *_: object) -> None:
         self.marks.append((layer, _now(self.device)))
+
+
+def _typical(samples: Sequence[float]) -> float:
+    """The lower quartile: what other programs take from the machine only ever adds time."""
+    return statistics.quantiles(samples, n=4, method="inclusive")[0]
 
 
 def _turns(count: int, seconds: float) -> Any:
