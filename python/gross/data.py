@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .arguments import check_flag, check_int, check_path, check_type
 from .extras import from_extra
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def decode(path: Path, size: int, draws: random.Random | None = None) -> Tensor:
 
 
 def _open(path: Path) -> Image:
-    with from_extra():
+    with from_extra("train"):
         from PIL import Image, UnidentifiedImageError
     try:
         with Image.open(path) as image:
@@ -362,28 +363,37 @@ def load(
         FileNotFoundError: if there is no such folder, or no CIFAR-10 in ``root``.
         ImportError: if scikit-learn, torchvision or pillow is needed and missing.
     """
+    check_type("name", name, str, "a string")
+    check_int("seed", seed)
+    check_flag("download", download)
+    if root is not None:
+        root = check_path("root", root)
+    if size is not None:
+        check_int("size", size, least=8)
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
         return _folder(name, Path(path), seed, size)
-    if size is not None and (size < 8 or name != "folder"):
+    if size is not None:
         raise ValueError(f"size: got {size} for {name!r}, accepted is one for 'folder:PATH'")
     if name == "digits":
         return _digits(seed)
     if name == "cifar10":
-        return _cifar10(Path("data" if root is None else root), seed, download)
-    raise ValueError(f"data: got {name!r}, accepted are {ACCEPTED}")
+        return _cifar10(Path(root or "data"), seed, download)
+    raise ValueError(f"name: got {name!r}, accepted are {ACCEPTED}")
 
 
 def _digits(seed: int) -> Data:
-    with from_extra():
+    with from_extra("train"):
         from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
     small = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) * (255 / 16)
     large = F.interpolate(small, size=(32, 32), mode="bilinear").round().to(torch.uint8)
     pixels = large.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
     # Flipped digits are other signs.
-    parts = _split(pixels, torch.tensor(labels), (1197, 300, 300), seed, Augmentation(flip=False))
-    return Data("digits", *parts, tuple(map(str, range(10))), (3, 32, 32))
+    train, validation, test = _split(
+        pixels, torch.tensor(labels), (1197, 300, 300), seed, Augmentation(flip=False)
+    )
+    return Data("digits", train, validation, test, tuple(map(str, range(10))), (3, 32, 32))
 
 
 def _cifar10(root: Path, seed: int, download: bool) -> Data:
@@ -460,10 +470,11 @@ def _folder(name: str, folder: Path, seed: int, size: int | None) -> Data:
         held_out = round(VALIDATION_SHARE * len(order))
         files["val"] = files["train"].take(order[:held_out])
         files["train"] = files["train"].take(order[held_out:])
-    parts = [files["train"], files["val"], files.get("test", files["val"])]
     side = _side(files["train"]) if size is None else size
-    splits = _decoded(folder, parts, side) if side <= SMALL else _streamed(parts, side)
-    return Data(name, *splits, tuple(classes), (3, side, side))
+    read = _decoded if side <= SMALL else _streamed
+    train, validation = read(files["train"], side), read(files["val"], side)
+    test = read(files["test"], side) if "test" in files else validation
+    return Data(name, train, validation, test, tuple(classes), (3, side, side))
 
 
 def _classes(folder: Path) -> list[str]:
@@ -500,19 +511,15 @@ def _side(files: _Files) -> int:
     return width if not others and width == height <= SMALL else 224
 
 
-def _decoded(folder: Path, parts: Sequence[_Files], side: int) -> list[Images]:
-    splits: dict[int, Images] = {}
-    for part in parts:
-        if id(part) not in splits:
-            pixels = torch.empty(len(part.paths), side, side, 3, dtype=torch.uint8)
-            for row, path in enumerate(part.paths):
-                pixels[row] = decode(path, side).permute(1, 2, 0)
-            splits[id(part)] = Images(pixels.permute(0, 3, 1, 2), part.labels)
-    return [splits[id(part)] for part in parts]
+def _decoded(files: _Files, side: int) -> Split:
+    pixels = torch.empty(len(files.paths), side, side, 3, dtype=torch.uint8)
+    for row, path in enumerate(files.paths):
+        pixels[row] = decode(path, side).permute(1, 2, 0)
+    return Images(pixels.permute(0, 3, 1, 2), files.labels)
 
 
-def _streamed(parts: Sequence[_Files], side: int) -> list[ImageFiles]:
-    return [ImageFiles(part.paths, part.labels, side) for part in parts]
+def _streamed(files: _Files, side: int) -> Split:
+    return ImageFiles(files.paths, files.labels, side)
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -6,6 +6,7 @@ from ..extras import from_extra
 with from_extra():
     from . import decompose as decompose
     from . import search as search
+    from . import train as train
     from .app import app
 
 __all__ = ["app"]

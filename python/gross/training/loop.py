@@ -7,15 +7,16 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_callable, check_flag, check_int, check_module, check_path
 from ..data import Data
 from ..supernet import (
     Configuration,
@@ -27,19 +28,18 @@ from ..supernet import (
 from . import distributed
 from .checkpoint import Checkpoints, Position
 from .losses import Loss, Metric, accuracy, cross_entropy, distillation
-from .progress import Progress, draws, shown
+from .progress import draws, shown
 from .recipes import Recipe
 from .reconstruct import ResponseLoss
 from .run import RunDirectory
 from .sampling import Sampler
-from .selection import evaluating, selected, training_mode
-
+from .selection import evaluating, selected
 
 #: What a supernet is measured in after each epoch: the place of each layer's group size.
 EXTREMES = (("smallest", 0), ("largest", -1))
 
 
-class Diverged(RuntimeError):
+class DivergenceError(RuntimeError):
     """The loss or a weight is not finite; the message says at which step and in which layer."""
 
 
@@ -95,11 +95,13 @@ def train(
 
     Raises:
         ValueError, TypeError: before any work, for an argument that does not fit.
-        Diverged: if the loss or a weight becomes NaN or infinite; the last checkpoint is kept.
+        DivergenceError: if the loss or a weight becomes NaN or infinite; the last checkpoint is
+            kept.
         Interrupted: after Ctrl-C or SIGTERM, when the step is finished and saved. A second Ctrl-C
             stops at once.
         OSError: if a checkpoint cannot be written; those before it are kept.
     """
+    check_module("model", model)
     chosen = _recipe(recipe, "train", overrides)
     if chosen.objective != "task":
         raise ValueError(f"objective: got {chosen.objective!r}, accepted is 'task': see finetune")
@@ -113,7 +115,7 @@ def finetune(
     data: Data | Iterable[Any],
     recipe: str | os.PathLike[str] | Recipe | None = None,
     *,
-    configuration: Sequence[int] | None = None,
+    configuration: int | Sequence[int] | Mapping[str, int] | None = None,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     metric: Metric | None = None,
@@ -133,7 +135,8 @@ def finetune(
             configuration that it had, or the fixed one.
         recipe: by default "finetune".
         configuration: train this one alone, the paper's "individual" fine-tuning: the terms that
-            make it up move as the weights of a plain bottleneck.
+            make it up move as the weights of a plain bottleneck. As :func:`gross.set_configuration`
+            takes it.
         teacher: the network before its decomposition. Then, unless ``loss`` is given, the loss is
             the divergence of the class probabilities from the teacher's; for other tasks, ``loss=
             gross.training.distillation(teacher, distance)``. A recipe whose ``objective`` is
@@ -143,9 +146,11 @@ def finetune(
 
     Raises:
         ValueError, TypeError: before any work, for an argument that does not fit.
-        Diverged, Interrupted, OSError: as :func:`train`.
+        DivergenceError, Interrupted, OSError: as :func:`train`.
     """
-    layers = decomposed_layers(supernet)
+    layers = decomposed_layers(check_module("supernet", supernet))
+    if teacher is not None:
+        check_module("teacher", teacher)
     if not layers:
         raise ValueError(
             f"supernet: got {type(supernet).__name__} without decomposed layers, accepted is what "
@@ -162,7 +167,7 @@ def finetune(
         )
     else:
         active = tuple(layer.group_size for layer in layers.values())
-        configuration = check_configuration(configuration, sizes, active)
+        configuration = check_configuration(configuration, sizes, active, list(layers))
         sampler = None
     with ExitStack() as stack:
         if chosen.objective == "response":
@@ -184,7 +189,7 @@ def _recipe(
     source: str | os.PathLike[str] | Recipe | None, default: str, overrides: Mapping[str, Any]
 ) -> Recipe:
     if not isinstance(source, Recipe):
-        source = Recipe.load(default if source is None else os.fspath(source))
+        source = Recipe.load(default if source is None else check_path("recipe", source))
     return source.override(overrides)
 
 
@@ -227,7 +232,14 @@ class _Run:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, directory: str | os.PathLike[str] | None, resume: bool) -> History:
-        if resume and directory is None:
+        check_callable("loss", self.loss, "a function of model and batch")
+        for probe in self.metrics.values():
+            check_callable("metric", probe.metric, "a function of the model")
+        check_int("seed", self.seed)
+        check_flag("quiet", self.quiet)
+        if directory is not None:
+            check_path("directory", directory)
+        if check_flag("resume", resume) and directory is None:
             raise ValueError("resume: got no directory, accepted is one that holds a run")
         self.device = next(self.model.parameters()).device
         self.shard = distributed.shard()
@@ -271,7 +283,7 @@ class _Run:
                     f"training images of {self.data.name!r}"
                 )
             return len(self.data.train) // size
-        if isinstance(self.data, Iterator) or not hasattr(self.data, "__len__"):
+        if not isinstance(self.data, Sized):
             raise TypeError(
                 f"data: got {type(self.data).__name__}, accepted are gross.data.load's and sized "
                 "iterables of batches, such as a DataLoader"
@@ -296,8 +308,8 @@ class _Run:
         classes = len(self.data.classes)
         if self.loss is cross_entropy and output.shape[1:] != (classes,):
             raise ValueError(
-                f"data: got {classes} classes in {self.data.name!r}, and {type(self.model).__name__} "
-                f"gives {tuple(output.shape[1:])} numbers an image"
+                f"data: got {classes} classes in {self.data.name!r}, and the outputs of "
+                f"{type(self.model).__name__} have the shape {tuple(output.shape[1:])}"
             )
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -314,8 +326,12 @@ class _Run:
             "recipe": self.recipe.flat(),
             "seed": self.seed,
             "data": self._describe_data(),
-            "model": {n: list(p.shape) for n, p in self.model.named_parameters()},
+            "model": {
+                "class": type(self.model).__name__,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            },
             "configuration": self.configuration,
+            "loss": getattr(self.loss, "__qualname__", type(self.loss).__name__),
         }
         if self.shard.index == 0:
             self.run = RunDirectory.open(folder, identity, resume=resume)
@@ -430,12 +446,11 @@ class _Run:
             with self._autocast():
                 loss = self.loss(model, batch)
             losses.append(loss.item())
-            if not torch.isfinite(loss):
-                break
+            # Also where it is not finite: the other processes wait for the gradients.
             loss.backward()
         mean, stop = distributed.agree(sum(losses) / len(losses), self.stop.is_set(), self.device)
         if not abs(mean) < float("inf"):
-            self._diverged(f"the loss is {mean}", self._first_not_finite(batch))
+            self._diverged(f"the loss is {mean}", position.step + 1, self._first_bad(batch))
         if self.sampler is not None:
             self.sampler.release()
         if self.recipe.optimizer.clip:
@@ -488,7 +503,7 @@ class _Run:
         try:
             self.checkpoints.save(self.position)
         except FloatingPointError as error:
-            self._diverged(f"the weight {error} is not finite", str(error))
+            self._diverged("a weight is not finite", self.position.step, str(error))
 
     def _line(self, epoch: int, loss: float, rate: float) -> str:
         latest = self.records[-1] if self.records else {}
@@ -504,16 +519,17 @@ class _Run:
             f"and resume (directory {self.run.folder})"
         )
 
-    def _diverged(self, what: str, layer: str) -> None:
-        position = self.position
+    def _diverged(self, what: str, step: int, layer: str) -> None:
         kept = self.checkpoints.paths() if self.checkpoints is not None else []
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was kept"
-        raise Diverged(
-            f"{what} at step {position.step + 1} (epoch {position.epoch + 1}), first seen in "
-            f"{layer}; {last}"
+        raise DivergenceError(
+            f"{what} at step {step} (epoch {self._epoch_of(step)}), first seen in {layer}; {last}"
         )
 
-    def _first_not_finite(self, batch: Any) -> str:
+    def _epoch_of(self, step: int) -> int:
+        return (step - 1) // self.steps_an_epoch + 1
+
+    def _first_bad(self, batch: Any) -> str:
         """The first layer with a weight or an output that is not finite, in the order of a
         forward."""
         found: list[str] = []
