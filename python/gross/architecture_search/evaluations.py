@@ -23,7 +23,8 @@ from .progress import Show
 
 #: What a search maximises: a number from the model, which is set to a configuration.
 Metric = Callable[[nn.Module], float]
-#: Configurations of one tree walk, after which the journal is written.
+#: Configurations of one tree walk. They are known together, and the journal is written after it;
+#: other metrics are written down one by one.
 TREE = 64
 
 
@@ -71,7 +72,7 @@ class Evaluations:
         new = sorted(c for c in wanted if c not in self.known)
         self.expected = len(self.known) + len(new)
         processes = shard()
-        step = TREE * processes.count
+        step = (TREE if isinstance(self.metric, Accuracy) else 1) * processes.count
         for start in range(0, len(new), step):
             part = new[start : start + step]
             # Neighbours in the sorted list share the most: every process takes a sub-tree.
