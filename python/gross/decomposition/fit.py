@@ -63,7 +63,7 @@ def fit_layers(
     settings: FitSettings,
     workers: int | None,
     progress: Progress,
-    moments: Mapping[int, Tensor],
+    moments: Mapping[int, Tensor] | None = None,
 ) -> dict[int, list[BlockTerm]]:
     """Fit every group size of each plan's weight.
 
@@ -91,7 +91,7 @@ def fit_layers(
 
         weight = plan.weight.detach()
         series = block_term_series
-        if id(plan.weight) in moments:
+        if moments is not None and id(plan.weight) in moments:
             series = partial(block_term_series_in_metric, moments=moments[id(plan.weight)])
         return series(
             weight.float() if weight.dtype.itemsize < 4 else weight,
