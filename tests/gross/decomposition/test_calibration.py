@@ -363,6 +363,23 @@ def test_the_response_errors_are_saved_with_the_supernet(tmp_path):
     assert reports[0] == reports[1]
 
 
+def test_layers_that_share_a_weight_share_their_moments(monkeypatch):
+    """Catches a shared kernel that is decomposed in the metric of one of its layers alone."""
+    model, images = residual(), correlated(4, 3)
+    seen = {}
+
+    def fit(weight, group_sizes, moments, **options):
+        seen[weight.data_ptr()] = moments
+        return block_term_series_in_metric(weight, group_sizes, moments, **options)
+
+    monkeypatch.setattr("gross.decomposition.fit.block_term_series_in_metric", fit)
+    calibrated(model, images)
+    layers = {"tied": model.tied, "other": model.other}
+    moments = second_moments(model, layers, Calibration(images, torch.device("cpu")))
+    shared = seen[model.tied.weight.data_ptr()]
+    torch.testing.assert_close(shared, moments["tied"] + moments["other"])
+
+
 def test_a_layer_that_no_input_reaches_is_decomposed_without():
     """Catches a division by zero, or a layer missing, where a branch is not taken."""
     report = vars(calibrated(residual(), correlated(4, 3)))["decomposition_report"]
