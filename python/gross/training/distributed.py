@@ -1,0 +1,65 @@
+"""One training on many processes: what ``torchrun`` starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data import Shard
+
+
+def running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def shard() -> Shard:
+    """This process's part of a batch."""
+    return Shard(dist.get_rank(), dist.get_world_size()) if running() else Shard()
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if running():
+        dist.barrier()
+
+
+@contextmanager
+def launched(device: torch.device) -> Iterator[torch.device]:
+    """Within, the processes that ``torchrun`` started are one group: gloo on CPUs, nccl on GPUs.
+
+    Yields this process's device. Outside of ``torchrun`` nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or running():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model that averages gradients over the processes; the model itself where there is one.
+
+    Inactive terms get gradients of zeros from the kernels, so every parameter is always used."""
+    if not running():
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def agree(loss: float, stop: bool, device: torch.device) -> tuple[float, bool]:
+    """The mean loss, and whether any process was asked to stop: the same on all of them."""
+    if not running():
+        return loss, stop
+    values = torch.tensor([loss, float(stop)], dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values[0].item() / dist.get_world_size(), bool(values[1])
