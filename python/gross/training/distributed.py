@@ -18,6 +18,12 @@ def running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def first_process() -> bool:
+    """Whether this is the one process that writes and prints, of those that ``torchrun``
+    started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def shard() -> Shard:
     """This process's part of a batch."""
     return Shard(dist.get_rank(), dist.get_world_size()) if running() else Shard()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,18 @@ from ..supernet import (
 from . import distributed
 from .checkpoint import Checkpoints, Position
 from .losses import Loss, Metric, accuracy, cross_entropy, distillation
-from .progress import Progress, draws, shown
+from .progress import draws, shown
 from .recipes import Recipe
 from .reconstruct import ResponseLoss
 from .run import RunDirectory
 from .sampling import Sampler
-from .selection import evaluating, selected, training_mode
-
+from .selection import evaluating, selected
 
 #: What a supernet is measured in after each epoch: the place of each layer's group size.
 EXTREMES = (("smallest", 0), ("largest", -1))
 
 
-class Diverged(RuntimeError):
+class DivergenceError(RuntimeError):
     """The loss or a weight is not finite; the message says at which step and in which layer."""
 
 
@@ -95,7 +94,8 @@ def train(
 
     Raises:
         ValueError, TypeError: before any work, for an argument that does not fit.
-        Diverged: if the loss or a weight becomes NaN or infinite; the last checkpoint is kept.
+        DivergenceError: if the loss or a weight becomes NaN or infinite; the last checkpoint is
+            kept.
         Interrupted: after Ctrl-C or SIGTERM, when the step is finished and saved. A second Ctrl-C
             stops at once.
         OSError: if a checkpoint cannot be written; those before it are kept.
@@ -143,7 +143,7 @@ def finetune(
 
     Raises:
         ValueError, TypeError: before any work, for an argument that does not fit.
-        Diverged, Interrupted, OSError: as :func:`train`.
+        DivergenceError, Interrupted, OSError: as :func:`train`.
     """
     layers = decomposed_layers(supernet)
     if not layers:
@@ -296,8 +296,8 @@ class _Run:
         classes = len(self.data.classes)
         if self.loss is cross_entropy and output.shape[1:] != (classes,):
             raise ValueError(
-                f"data: got {classes} classes in {self.data.name!r}, and {type(self.model).__name__} "
-                f"gives {tuple(output.shape[1:])} numbers an image"
+                f"data: got {classes} classes in {self.data.name!r}, and the outputs of "
+                f"{type(self.model).__name__} have the shape {tuple(output.shape[1:])}"
             )
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -314,8 +314,12 @@ class _Run:
             "recipe": self.recipe.flat(),
             "seed": self.seed,
             "data": self._describe_data(),
-            "model": {n: list(p.shape) for n, p in self.model.named_parameters()},
+            "model": {
+                "class": type(self.model).__name__,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            },
             "configuration": self.configuration,
+            "loss": getattr(self.loss, "__qualname__", type(self.loss).__name__),
         }
         if self.shard.index == 0:
             self.run = RunDirectory.open(folder, identity, resume=resume)
@@ -435,7 +439,7 @@ class _Run:
             loss.backward()
         mean, stop = distributed.agree(sum(losses) / len(losses), self.stop.is_set(), self.device)
         if not abs(mean) < float("inf"):
-            self._diverged(f"the loss is {mean}", self._first_not_finite(batch))
+            self._diverged(f"the loss is {mean}", position.step + 1, self._first_bad(batch))
         if self.sampler is not None:
             self.sampler.release()
         if self.recipe.optimizer.clip:
@@ -488,7 +492,7 @@ class _Run:
         try:
             self.checkpoints.save(self.position)
         except FloatingPointError as error:
-            self._diverged(f"the weight {error} is not finite", str(error))
+            self._diverged("a weight is not finite", self.position.step, str(error))
 
     def _line(self, epoch: int, loss: float, rate: float) -> str:
         latest = self.records[-1] if self.records else {}
@@ -504,16 +508,17 @@ class _Run:
             f"and resume (directory {self.run.folder})"
         )
 
-    def _diverged(self, what: str, layer: str) -> None:
-        position = self.position
+    def _diverged(self, what: str, step: int, layer: str) -> None:
         kept = self.checkpoints.paths() if self.checkpoints is not None else []
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was kept"
-        raise Diverged(
-            f"{what} at step {position.step + 1} (epoch {position.epoch + 1}), first seen in "
-            f"{layer}; {last}"
+        raise DivergenceError(
+            f"{what} at step {step} (epoch {self._epoch_of(step)}), first seen in {layer}; {last}"
         )
 
-    def _first_not_finite(self, batch: Any) -> str:
+    def _epoch_of(self, step: int) -> int:
+        return (step - 1) // self.steps_an_epoch + 1
+
+    def _first_bad(self, batch: Any) -> str:
         """The first layer with a weight or an output that is not finite, in the order of a
         forward."""
         found: list[str] = []
