@@ -382,8 +382,10 @@ def _digits(seed: int) -> Data:
     large = F.interpolate(small, size=(32, 32), mode="bilinear").round().to(torch.uint8)
     pixels = large.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
     # Flipped digits are other signs.
-    parts = _split(pixels, torch.tensor(labels), (1197, 300, 300), seed, Augmentation(flip=False))
-    return Data("digits", *parts, tuple(map(str, range(10))), (3, 32, 32))
+    train, validation, test = _split(
+        pixels, torch.tensor(labels), (1197, 300, 300), seed, Augmentation(flip=False)
+    )
+    return Data("digits", train, validation, test, tuple(map(str, range(10))), (3, 32, 32))
 
 
 def _cifar10(root: Path, seed: int, download: bool) -> Data:
@@ -460,10 +462,11 @@ def _folder(name: str, folder: Path, seed: int, size: int | None) -> Data:
         held_out = round(VALIDATION_SHARE * len(order))
         files["val"] = files["train"].take(order[:held_out])
         files["train"] = files["train"].take(order[held_out:])
-    parts = [files["train"], files["val"], files.get("test", files["val"])]
     side = _side(files["train"]) if size is None else size
-    splits = _decoded(folder, parts, side) if side <= SMALL else _streamed(parts, side)
-    return Data(name, *splits, tuple(classes), (3, side, side))
+    read = _decoded if side <= SMALL else _streamed
+    train, validation = read(files["train"], side), read(files["val"], side)
+    test = read(files["test"], side) if "test" in files else validation
+    return Data(name, train, validation, test, tuple(classes), (3, side, side))
 
 
 def _classes(folder: Path) -> list[str]:
@@ -500,19 +503,15 @@ def _side(files: _Files) -> int:
     return width if not others and width == height <= SMALL else 224
 
 
-def _decoded(folder: Path, parts: Sequence[_Files], side: int) -> list[Images]:
-    splits: dict[int, Images] = {}
-    for part in parts:
-        if id(part) not in splits:
-            pixels = torch.empty(len(part.paths), side, side, 3, dtype=torch.uint8)
-            for row, path in enumerate(part.paths):
-                pixels[row] = decode(path, side).permute(1, 2, 0)
-            splits[id(part)] = Images(pixels.permute(0, 3, 1, 2), part.labels)
-    return [splits[id(part)] for part in parts]
+def _decoded(files: _Files, side: int) -> Split:
+    pixels = torch.empty(len(files.paths), side, side, 3, dtype=torch.uint8)
+    for row, path in enumerate(files.paths):
+        pixels[row] = decode(path, side).permute(1, 2, 0)
+    return Images(pixels.permute(0, 3, 1, 2), files.labels)
 
 
-def _streamed(parts: Sequence[_Files], side: int) -> list[ImageFiles]:
-    return [ImageFiles(part.paths, part.labels, side) for part in parts]
+def _streamed(files: _Files, side: int) -> Split:
+    return ImageFiles(files.paths, files.labels, side)
 
 
 def _generator(*numbers: int) -> torch.Generator:

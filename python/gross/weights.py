@@ -110,8 +110,10 @@ def write_safetensors(
 
     Raises:
         FileNotFoundError: if the folder does not exist.
+        OSError: if the file cannot be written, as on a full disk.
     """
     with from_extra():
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     path = Path(path)
     if not path.parent.is_dir():
@@ -124,6 +126,8 @@ def write_safetensors(
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
 

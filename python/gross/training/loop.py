@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,7 +271,7 @@ class _Run:
                     f"training images of {self.data.name!r}"
                 )
             return len(self.data.train) // size
-        if isinstance(self.data, Iterator) or not hasattr(self.data, "__len__"):
+        if not isinstance(self.data, Sized):
             raise TypeError(
                 f"data: got {type(self.data).__name__}, accepted are gross.data.load's and sized "
                 "iterables of batches, such as a DataLoader"

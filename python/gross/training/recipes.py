@@ -167,7 +167,7 @@ class Recipe:
 
     def flat(self) -> dict[str, Any]:
         """Every value by its key: ``{"epochs": 15, "optimizer.lr": 0.02, …}``."""
-        flat = {}
+        flat: dict[str, Any] = {}
         for key, value in dataclasses.asdict(self).items():
             if isinstance(value, dict):
                 flat |= {f"{key}.{inner}": v for inner, v in value.items()}
