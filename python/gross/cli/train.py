@@ -17,6 +17,7 @@ from .. import data as data_sets
 from .. import networks, storage
 from .. import weights as weight_files
 from ..training import History, Interrupted, Recipe, distributed, finetune, train
+from ..training.memory import keep_freed_memory
 from ..training.recipes import NAMES as RECIPES
 from ..training.recipes import parse
 from .app import CALLABLE, NAMES, Ints, Json, app, build, failures, show
@@ -214,6 +215,7 @@ def _session(device: str) -> Iterator[torch.device]:
         raise typer.BadParameter(
             f"got {device!r}, and no CUDA device is available", param_hint="--device"
         )
+    keep_freed_memory()
     try:
         with failures(), distributed.launched(torch.device(device)) as place:
             yield place

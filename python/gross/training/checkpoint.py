@@ -185,5 +185,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
         checksum = zlib.crc32(name.encode(), checksum)
         flat = tensors[name].contiguous().view(-1)
         if flat.numel():
-            checksum = zlib.crc32(memoryview(flat.view(torch.uint8).numpy()), checksum)
+            checksum = zlib.crc32(flat.view(torch.uint8).numpy().data, checksum)
     return checksum
