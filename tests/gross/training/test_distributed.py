@@ -15,8 +15,11 @@ from gross.training import distributed
 PROGRAM = """
 import sys, torch, gross
 from gross.data import Data, Images
-from gross.training import Recipe
+from gross.training import Recipe, cross_entropy
 from gross.training.distributed import launched, shard
+def loss(model, batch):
+    assert len(batch[1]) == 16 // shard().count
+    return cross_entropy(model, batch)
 torch.set_num_threads(1)
 torch.manual_seed(0)
 pixels = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
@@ -31,7 +34,7 @@ with launched(torch.device("cpu")):
         )
         supernet = gross.decompose(network, (1, 4, 32), sweeps=1, quiet=True)
         folder = sys.argv[1] + "/" + policy
-        gross.finetune(supernet, data, recipe, directory=folder)
+        gross.finetune(supernet, data, recipe, loss=loss, directory=folder)
         if shard().index == 0:
             gross.save(supernet, folder + "/supernet.safetensors")
 """
@@ -46,8 +49,8 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """Catches processes that draw other configurations, take the same images or other crops of
-    them, release other terms, or gradients that are summed instead of averaged."""
+    """Catches processes that draw other configurations, all take the whole batch, the same images
+    or other crops of them, or gradients that are summed instead of averaged."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     for processes in (1, 2):

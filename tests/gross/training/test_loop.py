@@ -170,6 +170,19 @@ def test_an_individual_configuration_trains_as_a_plain_bottleneck(squares, make_
 # What is minimised and measured -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_terms_that_no_step_used_keep_their_bits(squares, make_supernet, optimizer):
+    """Catches a loop that forgets to release them: momentum and weight decay would move them. At
+    this temperature every step draws the smallest sizes."""
+    supernet = make_supernet()
+    before = state(supernet)
+    options = {"sampling.policy": "temperature", "sampling.alpha": 1e4}
+    options |= {"optimizer.name": optimizer, "optimizer.weight_decay": 0.1}
+    gross.finetune(supernet, squares, ALONE, quiet=True, **options)
+    series = ("pointwise_in", "grouped", "pointwise_out")
+    assert changed(supernet, before) == {f"{layer}.{s}.0" for layer in (3, 5) for s in series}
+
+
 class Task(nn.Module):
     """Images to images: no class anywhere."""
 
