@@ -288,7 +288,7 @@ def decode(path: Path, size: int, draws: random.Random | None = None) -> Tensor:
 
 
 def _open(path: Path) -> Image:
-    with from_extra():
+    with from_extra("train"):
         from PIL import Image, UnidentifiedImageError
     try:
         with Image.open(path) as image:
@@ -375,7 +375,7 @@ def load(
 
 
 def _digits(seed: int) -> Data:
-    with from_extra():
+    with from_extra("train"):
         from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
     small = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) * (255 / 16)

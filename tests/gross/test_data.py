@@ -94,6 +94,16 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
     assert not torch.equal(other, epochs[0])
 
 
+def test_crops_differ_from_batch_to_batch_and_epoch_to_epoch():
+    """Catches draws that begin anew with every batch: all the images here are one."""
+    one = coloured(1)
+    data = Images(one.pixels.repeat(24, 1, 1, 1), torch.arange(24))
+    first, second, third = (x for x, _ in data.epoch(8, seed=0, epoch=0))
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert not torch.equal(first, next(data.epoch(8, seed=0, epoch=1))[0])
+
+
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_batches_depend_on_their_number_alone_and_shards_are_their_parts(kind, tmp_path):
     """Catches augmentation that depends on what was drawn before: a resumed run would go another

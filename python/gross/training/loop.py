@@ -113,7 +113,7 @@ def finetune(
     data: Data | Iterable[Any],
     recipe: str | os.PathLike[str] | Recipe | None = None,
     *,
-    configuration: Sequence[int] | None = None,
+    configuration: int | Sequence[int] | Mapping[str, int] | None = None,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     metric: Metric | None = None,
@@ -133,7 +133,8 @@ def finetune(
             configuration that it had, or the fixed one.
         recipe: by default "finetune".
         configuration: train this one alone, the paper's "individual" fine-tuning: the terms that
-            make it up move as the weights of a plain bottleneck.
+            make it up move as the weights of a plain bottleneck. As :func:`gross.set_configuration`
+            takes it.
         teacher: the network before its decomposition. Then, unless ``loss`` is given, the loss is
             the divergence of the class probabilities from the teacher's; for other tasks, ``loss=
             gross.training.distillation(teacher, distance)``. A recipe whose ``objective`` is
@@ -161,8 +162,8 @@ def finetune(
             supernet, sampling.policy, alpha=sampling.alpha, form=sampling.form, seed=seed
         )
     else:
-        check_configuration(configuration, sizes)
-        configuration = tuple(configuration)
+        active = tuple(layer.group_size for layer in layers.values())
+        configuration = check_configuration(configuration, sizes, active, list(layers))
         sampler = None
     with ExitStack() as stack:
         if chosen.objective == "response":

@@ -66,7 +66,7 @@ class RunDirectory:
             _check_same(json.loads(described.read_text(encoding="utf-8")), now, folder)
         else:
             replace(described, json.dumps({**now, **provenance()}, indent=1))
-        with from_extra():
+        with from_extra("train"):
             from torch.utils.tensorboard import SummaryWriter
         return cls(folder, SummaryWriter(str(folder / "tensorboard")))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from gross_kernels import GroSSConv2d
 
 from ..supernet import decomposed_layers
 from .recipes import Recipe
@@ -29,13 +32,14 @@ def selected(
     """
     parameters = dict(model.named_parameters())
     layers = decomposed_layers(model).values()
-    terms = {id(term) for layer in layers for series in layer._series() for term in series}
+    terms = {id(term) for layer in layers for _, term in _numbered(layer)}
     active = terms
     if configuration is not None:
         active = {
-            id(series[layer.group_sizes.index(size)])
+            id(term)
             for layer, size in zip(layers, configuration, strict=True)
-            for series in layer._series()
+            for number, term in _numbered(layer)
+            if number == layer.group_sizes.index(size)
         }
     trained = {
         name: parameter
@@ -59,6 +63,16 @@ def selected(
             parameter.requires_grad_(required)
         for module, mode in modes.items():
             module.training = mode
+
+
+def _numbered(layer: GroSSConv2d) -> Iterator[tuple[int, nn.Parameter]]:
+    """The terms of a layer's three series, each with its place in the series."""
+    for series in layer._series():
+        for name, parameter in series.named_parameters():
+            # "3"; "3_orig" where it is pruned, "parametrizations.3.original" if parametrised.
+            number = re.search(r"\d+", name)
+            assert number is not None
+            yield int(number[0]), parameter
 
 
 def training_mode(model: nn.Module, recipe: Recipe) -> None:

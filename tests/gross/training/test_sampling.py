@@ -18,7 +18,8 @@ SIZES = (1, 2, 4)
 def make_supernet(layers: int = 2) -> nn.Sequential:
     """Convolutions of eight channels, each but the first with three group sizes."""
     convolutions = [nn.Conv2d(3, 8, 1), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(layers))]
-    return decompose(nn.Sequential(*convolutions), SIZES, method="random", quiet=True)
+    network = nn.Sequential(*convolutions)
+    return decompose(network, SIZES, skip=(), method="random", quiet=True)
 
 
 def images() -> Tensor:
@@ -59,7 +60,8 @@ def test_temperature_is_equation_8_in_both_forms():
     """Catches another exponent: α = 4 read literally draws the smallest size 98 times of 100."""
     convolutions = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, padding=1))
     sizes = (1, 2, 4, 8, 16, 32, 64)
-    supernet = decompose(convolutions, sizes, method="random", quiet=True)
+    structure = {"1": sizes}
+    supernet = decompose(convolutions, structure, method="random", quiet=True)
     literal = torch.tensor([-4.0 * i for i in range(1, 8)]).softmax(0).tolist()
     relative = torch.tensor([-4.0 * i / 7 for i in range(1, 8)]).softmax(0).tolist()
     for form, expected in (("literal", literal), ("relative", relative)):
@@ -217,7 +219,7 @@ def test_layers_that_share_their_terms_release_what_neither_used():
     twin = nn.Conv2d(8, 8, 3, padding=1)
     twin.weight = convolution.weight
     network = nn.Sequential(nn.Conv2d(3, 8, 1), convolution, nn.ReLU(), twin)
-    supernet = decompose(network, SIZES, method="random", quiet=True)
+    supernet = decompose(network, SIZES, skip=(), method="random", quiet=True)
     first, second = decomposed_layers(supernet).values()
     sampler = gross.Sampler(supernet)
     seen = set()
