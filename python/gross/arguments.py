@@ -41,6 +41,12 @@ def check_tensor(name: str, value: object) -> Tensor:
     return tensor
 
 
+def check_callable(name: str, value: object, accepted: str) -> None:
+    """Raise TypeError if ``value`` cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: got {_shown(value)}, accepted is {accepted}")
+
+
 def check_flag(name: str, value: object) -> bool:
     """``value``, if it is True or False; TypeError if not."""
     flag: bool = check_type(name, value, bool, "True or False")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .arguments import check_flag, check_int, check_path, check_type
 from .extras import from_extra
 
 if TYPE_CHECKING:
@@ -362,16 +363,23 @@ def load(
         FileNotFoundError: if there is no such folder, or no CIFAR-10 in ``root``.
         ImportError: if scikit-learn, torchvision or pillow is needed and missing.
     """
+    check_type("name", name, str, "a string")
+    check_int("seed", seed)
+    check_flag("download", download)
+    if root is not None:
+        root = check_path("root", root)
+    if size is not None:
+        check_int("size", size, least=8)
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
         return _folder(name, Path(path), seed, size)
-    if size is not None and (size < 8 or name != "folder"):
+    if size is not None:
         raise ValueError(f"size: got {size} for {name!r}, accepted is one for 'folder:PATH'")
     if name == "digits":
         return _digits(seed)
     if name == "cifar10":
-        return _cifar10(Path("data" if root is None else root), seed, download)
-    raise ValueError(f"data: got {name!r}, accepted are {ACCEPTED}")
+        return _cifar10(Path(root or "data"), seed, download)
+    raise ValueError(f"name: got {name!r}, accepted are {ACCEPTED}")
 
 
 def _digits(seed: int) -> Data:

@@ -25,7 +25,7 @@ def supernet(tmp_path):
     model = networks.build("4-layer")
     torch.save(model.state_dict(), tmp_path / "full.pth")
     path = tmp_path / "supernet.safetensors"
-    gross.save(gross.decompose(model, (1, 4, 32), sweeps=1, quiet=True), path)
+    gross.save(gross.decompose(model, (1, 4, 32), sweeps=1, keep_costlier=True, quiet=True), path)
     return path
 
 
@@ -115,7 +115,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     ("arguments", "status", "message"),
     [
         (["train", "5-layer"], 2, "5-layer"),
-        (["train", "4-layer", "--data", "mnist"], 1, "data: got 'mnist'"),
+        (["train", "4-layer", "--data", "mnist"], 1, "name: got 'mnist'"),
         (["train", "4-layer", "--recipe", "4-layers"], 1, "recipe: got '4-layers'"),
         (["train", "4-layer", "--set", "epochs"], 2, "KEY=VALUE"),
         (["train", "4-layer", "--set", "epoch=3"], 1, "epoch: unknown"),

@@ -190,8 +190,8 @@ def files_epoch(files: ImageFiles, epoch: int) -> float:
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("mnist", {}, ValueError, "data: got 'mnist', accepted are 'digits'"),
-        ("folder:", {}, ValueError, "data: got 'folder:'"),
+        ("mnist", {}, ValueError, "name: got 'mnist', accepted are 'digits'"),
+        ("folder:", {}, ValueError, "name: got 'folder:'"),
         ("folder:absent", {}, FileNotFoundError, "no folder at absent"),
         ("cifar10", {"root": "absent"}, FileNotFoundError, "no CIFAR-10 in absent.*download=True"),
         ("digits", {"size": 64}, ValueError, "size: got 64 for 'digits'"),

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..arguments import check_int, check_module, check_type
+
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, inputs: Tensor | Iterable[Tensor], batch_size: int = 250) -> None:
@@ -25,6 +27,9 @@ def recalibrate(model: nn.Module, inputs: Tensor | Iterable[Tensor], batch_size:
     Raises:
         ValueError: if there are no inputs.
     """
+    check_module("model", model)
+    check_int("batch_size", batch_size, least=1)
+    check_type("inputs", inputs, Iterable, "a Tensor or an iterable of Tensors")
     norms = [
         module
         for module in model.modules()

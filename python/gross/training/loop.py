@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_callable, check_flag, check_int, check_module, check_path
 from ..data import Data
 from ..supernet import (
     Configuration,
@@ -100,6 +101,7 @@ def train(
             stops at once.
         OSError: if a checkpoint cannot be written; those before it are kept.
     """
+    check_module("model", model)
     chosen = _recipe(recipe, "train", overrides)
     if chosen.objective != "task":
         raise ValueError(f"objective: got {chosen.objective!r}, accepted is 'task': see finetune")
@@ -146,7 +148,9 @@ def finetune(
         ValueError, TypeError: before any work, for an argument that does not fit.
         DivergenceError, Interrupted, OSError: as :func:`train`.
     """
-    layers = decomposed_layers(supernet)
+    layers = decomposed_layers(check_module("supernet", supernet))
+    if teacher is not None:
+        check_module("teacher", teacher)
     if not layers:
         raise ValueError(
             f"supernet: got {type(supernet).__name__} without decomposed layers, accepted is what "
@@ -185,7 +189,7 @@ def _recipe(
     source: str | os.PathLike[str] | Recipe | None, default: str, overrides: Mapping[str, Any]
 ) -> Recipe:
     if not isinstance(source, Recipe):
-        source = Recipe.load(default if source is None else os.fspath(source))
+        source = Recipe.load(default if source is None else check_path("recipe", source))
     return source.override(overrides)
 
 
@@ -228,7 +232,14 @@ class _Run:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, directory: str | os.PathLike[str] | None, resume: bool) -> History:
-        if resume and directory is None:
+        check_callable("loss", self.loss, "a function of model and batch")
+        for probe in self.metrics.values():
+            check_callable("metric", probe.metric, "a function of the model")
+        check_int("seed", self.seed)
+        check_flag("quiet", self.quiet)
+        if directory is not None:
+            check_path("directory", directory)
+        if check_flag("resume", resume) and directory is None:
             raise ValueError("resume: got no directory, accepted is one that holds a run")
         self.device = next(self.model.parameters()).device
         self.shard = distributed.shard()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import check_callable, check_int, check_module
 from ..data import Split
 
 #: A scalar from the model and a batch, whatever the loader gives as one.
@@ -28,6 +29,10 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def accuracy(split: Split, batch_size: int = 500) -> Metric:
     """The metric "percentage of right answers on this split", 0 to 100."""
+
+    check_int("batch_size", batch_size, least=1)
+    if not callable(getattr(split, "batches", None)):
+        raise TypeError(f"split: got {type(split).__name__}, accepted is a split of a data set")
 
     @torch.no_grad()
     def percentage(model: nn.Module) -> float:
@@ -57,6 +62,9 @@ def distillation(teacher: nn.Module, distance: Distance = divergence) -> Loss:
             before its decomposition.
         distance: of two outputs; ``torch.nn.functional.mse_loss`` for images.
     """
+
+    check_module("teacher", teacher)
+    check_callable("distance", distance, "a function of two Tensors")
 
     def distance_to_teacher(model: nn.Module, batch: Any) -> Tensor:
         inputs = batch if isinstance(batch, Tensor) else batch[0]

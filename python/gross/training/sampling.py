@@ -13,6 +13,7 @@ from torch import nn
 
 from gross_kernels import GroSSConv2d
 
+from ..arguments import check_choice, check_int, check_module, check_number
 from ..supernet import Configuration, decomposed_layers
 
 Policy = Literal["uniform", "temperature", "sandwich", "fair"]
@@ -69,26 +70,16 @@ class Sampler:
         form: Form = "relative",
         seed: int = 0,
     ) -> None:
-        layers = decomposed_layers(supernet)
+        layers = decomposed_layers(check_module("supernet", supernet))
         if not layers:
             raise ValueError(
                 f"supernet: got {type(supernet).__name__} without decomposed layers, accepted is "
                 "what gross.decompose returns"
             )
-        for name, value, accepted in (
-            ("policy", policy, get_args(Policy)),
-            ("form", form, get_args(Form)),
-        ):
-            if value not in accepted:
-                raise ValueError(
-                    f"{name}: got {value!r}, accepted are {', '.join(map(repr, accepted))}"
-                )
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha: got {alpha}, accepted are finite numbers")
-        self.policy = policy
-        self.alpha = alpha
-        self.form = form
-        self.seed = seed
+        self.policy = check_choice("policy", policy, get_args(Policy))
+        self.form = check_choice("form", form, get_args(Form))
+        self.alpha = check_number("alpha", alpha, "a finite number", -math.inf)
+        self.seed = check_int("seed", seed)
         self._layers = layers
         self._steps = 0
         # The largest size that each series of terms has run at since the last release. Layers may

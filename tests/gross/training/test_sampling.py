@@ -136,7 +136,7 @@ def test_step_sets_its_configuration_even_if_nobody_iterates():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((make_supernet(), "random"), {}, "policy: got 'random', accepted are 'uniform'"),
+        ((make_supernet(), "random"), {}, "policy: got 'random', accepted is one of 'uniform'"),
         ((make_supernet(),), {"form": "i/N"}, "form: got 'i/N'"),
         ((make_supernet(),), {"alpha": float("nan")}, "alpha: got nan"),
         ((nn.Conv2d(3, 8, 3),), {}, "supernet: got Conv2d without decomposed layers"),
