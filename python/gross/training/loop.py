@@ -446,8 +446,7 @@ class _Run:
             with self._autocast():
                 loss = self.loss(model, batch)
             losses.append(loss.item())
-            if not torch.isfinite(loss):
-                break
+            # Also where it is not finite: the other processes wait for the gradients.
             loss.backward()
         mean, stop = distributed.agree(sum(losses) / len(losses), self.stop.is_set(), self.device)
         if not abs(mean) < float("inf"):
