@@ -222,7 +222,7 @@ def block_term(
     groups = width_in // group_size
     blocks = None
     if start is not None:
-        start = _measured(
+        start = measured(
             weight,
             start.pointwise_in,
             expand(start.grouped, group_size, width_in),
@@ -244,7 +244,7 @@ def block_term(
         fitted, errors, stopped = _alternate(kernel, blocks, sweeps, tolerance, ridge, progress)
         fitted = _turned(kernel, fitted, blocks, LAST_RIDGE * ridge)
 
-    fit = _measured(
+    fit = measured(
         weight,
         fitted.inner.flatten(0, 1)[:, :, None, None],
         fitted.core.mul(scale).flatten(0, 1).unflatten(2, weight.shape[2:]).contiguous(),
@@ -318,7 +318,7 @@ def _check(
     return dtype
 
 
-def _measured(weight: Tensor, inner: Tensor, grouped: Tensor, outer: Tensor) -> BlockTerm:
+def measured(weight: Tensor, inner: Tensor, grouped: Tensor, outer: Tensor) -> BlockTerm:
     """A bottleneck in the weight's dtype and on its device, with the error that it has there."""
     fit = BlockTerm(
         inner.to(weight), grouped.to(weight), outer.to(weight), errors=(), stopped="", seconds=0.0

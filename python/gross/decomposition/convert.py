@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gross_kernels import GroSSConv2d
@@ -19,8 +19,9 @@ from ..example import Example, check_call
 from ..macs import MacsReport, macs
 from ..report import error_console
 from ..supernet import decomposed_layers
-from .block_term import BlockTerm
-from .fit import FitSettings, fit_layers, shown_progress
+from .block_term import BlockTerm, measured
+from .calibration import Calibration, second_moments
+from .fit import FitSettings, Progress, fit_layers, shown_progress
 from .plan import (
     GroupSizes,
     Plan,
@@ -32,6 +33,7 @@ from .plan import (
     check_weights,
     make_plans,
 )
+from .refit import match_responses
 from .report import DecomposedLayer, Decomposition
 
 Method = Literal["als", "random"]
@@ -54,6 +56,8 @@ def decompose(
     warm_start: bool = True,
     seed: int = 0,
     workers: int | None = None,
+    calibration: Tensor | Iterable[Any] | None = None,
+    refit: bool = True,
     input_size: Sequence[int] | None = None,
     example: Example | None = None,
     quiet: bool = False,
@@ -98,6 +102,14 @@ def decompose(
         sweeps, tolerance, ridge, warm_start, seed: of the fit.
         workers: how many layers are fitted at a time, each by one thread; by default
             ``torch.get_num_threads()``. The result is the same for any number.
+        calibration: inputs of the model like those it will meet, some dozens and without labels: a
+            tensor ``[N, …]``, or an iterable of model inputs, such as a loader, which is gone
+            through twice (:class:`gross.decomposition.Calibration` has the rules). The kernels are
+            then decomposed in the metric of the patches that they see. The model runs in
+            evaluation mode, and its modes and batch norms are as before afterwards. A layer that
+            no input reaches is decomposed without.
+        refit: with ``calibration``, fit the last pointwise of every layer to the dense network's
+            responses, by least squares (:mod:`gross.decomposition.refit`).
         input_size: shape of one input without the batch dimension, for a network that takes one
             tensor; with it the report counts MACs.
         example: in its place, what the network is called with, as in :func:`gross.macs`.
@@ -112,8 +124,9 @@ def decompose(
     Raises:
         TypeError: before any work, for an argument of another type.
         ValueError: before any work, if no convolution can be decomposed, one that is asked for by
-            name cannot be as asked, the model cannot be copied, or a weight is not finite. What the
-            model itself raises on the input is passed on with a note.
+            name cannot be as asked, the model cannot be copied, a weight is not finite, or there is
+            no calibration data, or data that is not finite or that the model does not accept. What
+            the model itself raises on the input is passed on with a note.
         ImportError: if rich is missing and ``quiet`` is False.
 
     Examples:
@@ -153,6 +166,9 @@ def decompose(
     check_choice("method", method, get_args(Method))
     check_flag("keep_costlier", keep_costlier)
     check_flag("quiet", quiet)
+    check_flag("refit", refit)
+    if calibration is not None and method != "als":
+        raise ValueError(f"calibration: got data for method {method!r}, accepted is 'als'")
     settings = FitSettings(sweeps, tolerance, ridge, warm_start, seed)
     if workers is not None:
         check_int("workers", workers, least=1)
@@ -162,6 +178,9 @@ def decompose(
             "once"
         )
     given = model = unwrapped(model)
+    data = None
+    if calibration is not None:
+        data = Calibration(calibration, next(model.parameters()).device)
     call = check_call(model, input_size, example)
     if convert is not None:
         model = _converted(model, convert)
@@ -175,21 +194,39 @@ def decompose(
     plans, left_alone = make_plans(model, request)
 
     fits: dict[int, list[BlockTerm]] = {}
+    responses: Mapping[str, tuple[float, ...]] = {}
     if method == "als":
         check_weights(plans)
-        with shown_progress(len({id(plan.weight) for plan in plans}), quiet) as progress:
-            fits = fit_layers(plans, settings, workers, progress)
-    # Tensors made under inference mode could never be trained.
-    with torch.inference_mode(False):
-        layers = [_layer(plan, fits.get(id(plan.weight))) for plan in plans]
-    _tie(plans, layers)
-    # Whatever refers to a convolution, the copy refers to the layer instead.
-    replaced = {id(plan.module): layer for plan, layer in zip(plans, layers, strict=True)}
-    decomposed = copy_model(model, replaced)
+    count = len({id(plan.weight) for plan in plans})
+    with shown_progress(count, quiet or method != "als") as progress:
+        if method == "als":
+            moments = {} if data is None else _moments(model, plans, data, progress)
+            fits = fit_layers(plans, settings, workers, progress, moments)
+        # Tensors made under inference mode could never be trained.
+        with torch.inference_mode(False):
+            layers = [_layer(plan, fits.get(id(plan.weight))) for plan in plans]
+        _tie(plans, layers)
+        # Whatever refers to a convolution, the copy refers to the layer instead.
+        replaced = {id(plan.module): layer for plan, layer in zip(plans, layers, strict=True)}
+        decomposed = copy_model(model, replaced)
+        if data is not None:
+            responses = match_responses(
+                model, decomposed, data, refit=refit, progress=progress.calibration
+            )
 
+    described = [_describe(plan, fits.get(id(plan.weight)), macs_before) for plan in plans]
+    if data is not None:
+        described = [
+            replace(
+                layer_report,
+                errors=tuple(_weight_error(plan.weight, layer, s) for s in plan.group_sizes),
+                response_errors=responses.get(plan.name),
+            )
+            for layer_report, plan, layer in zip(described, plans, layers, strict=True)
+        ]
     report = Decomposition(
         method,
-        tuple(_describe(plan, fits.get(id(plan.weight)), macs_before) for plan in plans),
+        tuple(described),
         left_alone,
         sum(p.numel() for p in given.parameters()),
         sum(p.numel() for p in decomposed.parameters()),
@@ -233,6 +270,20 @@ def _converted(model: nn.Module, convert: Convert) -> nn.Module:
         names = ", ".join(kind.__name__ for kind in convert)
         raise ValueError(f"convert: got {names}, accepted are classes of modules in the model")
     return sharing_parameters(model, replaced)
+
+
+def _moments(
+    model: nn.Module, plans: Sequence[Plan], calibration: Calibration, progress: Progress
+) -> dict[int, Tensor]:
+    """The second moments of the patches that meet each weight, by its ``id``."""
+    convolutions = {plan.name: plan.module for plan in plans}
+    by_name = second_moments(model, convolutions, calibration, progress=progress.calibration)
+    moments: dict[int, Tensor] = {}
+    for plan in plans:
+        if plan.name in by_name:
+            key = id(plan.weight)
+            moments[key] = moments.get(key, 0) + by_name[plan.name]
+    return moments
 
 
 # The layers -------------------------------------------------------------------------------------
@@ -319,6 +370,13 @@ def _describe(
         macs_before=macs_before,
         macs=macs_after,
     )
+
+
+def _weight_error(weight: Tensor, layer: GroSSConv2d, group_size: int) -> float:
+    """``‖X − X̂‖/‖X‖`` of the kernel that the layer has at a group size."""
+    state = layer.fold(group_size).state_dict()
+    p, r, q = (state[f"{i}.weight"] for i in range(3))
+    return measured(weight.detach(), p, r, q).relative_error
 
 
 def _joined(earlier: Decomposition, new: Decomposition, supernet: nn.Module) -> Decomposition:

