@@ -65,7 +65,9 @@ def _torchvision(
     return Network("torchvision", name, make, example or (lambda: image(size)))
 
 
-def _timm(name: str, size: int = 64, convert: Callable[[], Convert | None] = lambda: None) -> Network:
+def _timm(
+    name: str, size: int = 64, convert: Callable[[], Convert | None] = lambda: None
+) -> Network:
     return Network(
         "timm",
         name,
@@ -195,6 +197,8 @@ TORCHVISION = (
         min_size=64,
         max_size=64,
         box_score_thresh=0.0,
+        rpn_nms_thresh=1.0,  # As many proposals whatever the weights, and so as many MACs.
+        rpn_post_nms_top_n_test=10,
         num_classes=3,
     ),
     _torchvision(
@@ -270,6 +274,7 @@ NETWORKS = (
         "DPTConfig",
         lambda: {"pixel_values": image(64)},
         image_size=64,
+        initializer_range=0.1,
         hidden_size=64,
         num_hidden_layers=4,
         num_attention_heads=2,
@@ -371,29 +376,12 @@ NETWORKS = (
         channels=(16, 32, 64),
         strides=(2, 2),
     ),
-    _built(
-        "monai",
-        "monai.networks.nets.UNETR",
-        lambda: grey(64),
-        in_channels=1,
-        out_channels=2,
-        img_size=64,
-        spatial_dims=2,
-        hidden_size=48,
-        mlp_dim=48,
-        num_heads=4,
-    ),
     _built("kornia", "kornia.feature.DISK", lambda: image(64)),
-    _built("kornia", "kornia.feature.HardNet", lambda: grey(32)),
-    _built("kornia", "kornia.feature.SOSNet", lambda: grey(32)),
-    _built("kornia", "kornia.feature.HyNet", lambda: grey(32)),
-    _built("kornia", "kornia.feature.TFeat", lambda: grey(32)),
-    _built("kornia", "kornia.feature.KeyNet", lambda: grey(64)),
-    _built("kornia", "kornia.filters.DexiNed", lambda: image(64), pretrained=False),
-    _built(
-        "kornia",
-        "kornia.feature.LoFTR",
-        lambda: {"data": {"image0": grey(64), "image1": grey(64)}},
-        pretrained=None,
-    ),
+    _built("kornia", "kornia.feature.HardNet", lambda: grey(32), pretrained=False),
+    _built("kornia", "kornia.feature.HyNet", lambda: grey(32), pretrained=False),
+    _built("kornia", "kornia.feature.SOSNet", lambda: grey(32), pretrained=False),
+    _built("kornia", "kornia.feature.TFeat", lambda: grey(32), pretrained=False),
+    _built("kornia", "kornia.feature.xfeat.XFeatModel", lambda: image(64)),
+    _built("kornia", "kornia.models.dexined.DexiNed", lambda: image(64), pretrained=False),
+    _built("kornia", "kornia.models.rrdbnet.RRDBNet", lambda: image(16), 3, 3, num_block=2),
 )

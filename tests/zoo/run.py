@@ -20,7 +20,7 @@ from pathlib import Path
 
 import gross
 import torch
-from checks import CHECKS, DenseToo, NothingToDecompose, Subject
+from checks import CHECKS, DenseTooError, NothingToDecomposeError, Subject
 from networks import NETWORKS, Network
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -77,11 +77,11 @@ def check(network: Network) -> Result:
         for name, function in CHECKS.items():
             try:
                 function(subject)
-            except DenseToo as reason:
+            except DenseTooError as reason:
                 result.dense_too[name] = str(reason)
             except Exception as error:
                 result.failed[name] = _message(error)
-    except NothingToDecompose:
+    except NothingToDecomposeError:
         pass
     except Exception as error:
         result.failed["decompose"] = _message(error)
@@ -170,8 +170,9 @@ def page(results: list[Result], command: str) -> str:
         "- **convolutions** of the dense network: all, those of 1×1, those with groups, and those",
         "  that are decomposed at the default settings. The rest are the first one, transposed or",
         "  one-dimensional ones, and those of which no group size is cheaper.",
-        "- **MACs** are the whole dense network's, for the small input that is checked; **s = 4** is",
-        "  their share with every layer at group size 4, or the nearest one below that it has.",
+        "- **MACs** are the whole dense network's, for the small input that is checked; **s = 4**",
+        "  is the share of them with every layer at group size 4, or the nearest one below that it",
+        "  has.",
         '- **failed** names the checks that failed; "dense too" is what the dense network itself',
         "  cannot do.",
         "",
