@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ class Result:
         convolutions, pointwise, grouped: how many the dense network has; 1×1 ones without groups,
             and ones with groups.
         decomposed: how many became layers.
+        converted: whether that took ``convert=``.
         macs: of the dense network, for its example.
         macs_at_size: with every layer at ``checks.SIZE`` or the nearest group size below; None
             where nothing is decomposed.
@@ -58,6 +60,7 @@ class Result:
     pointwise: int = 0
     grouped: int = 0
     decomposed: int = 0
+    converted: bool = False
     macs: int = 0
     macs_at_size: int | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -70,6 +73,7 @@ def check(network: Network) -> Result:
     begin = time.monotonic()
     result = Result(network.name, network.package)
     try:
+        result.converted = network.convert() is not None
         _count(result, network)
         subject = Subject.of(network)
         result.decomposed = len(vars(subject.supernet)["decomposition_report"].layers)
@@ -135,7 +139,7 @@ def row(result: Result) -> tuple[str, ...]:
     dense_too = [f"{name} (dense too)" for name in result.dense_too]
     at_size = "" if result.macs_at_size is None else f"{result.macs_at_size / result.macs:.2f}"
     return (
-        result.network,
+        result.network + (" (convert)" if result.converted else ""),
         str(result.convolutions),
         str(result.pointwise),
         str(result.grouped),
@@ -163,13 +167,14 @@ def page(results: list[Result], command: str) -> str:
     lines = [
         "# Networks",
         "",
-        f"{len(results)} networks that people have, and what `gross.decompose` makes of them: of",
-        f"{len(decomposed)} some convolutions get cheaper, and {failures} of those or the others "
-        "failed a check.",
+        f"What `gross.decompose` makes of {len(results)} networks that people have: of "
+        f"{len(decomposed)} it",
+        f"decomposes convolutions, {failures} failed a check.",
         "",
         "- **convolutions** of the dense network: all, those of 1×1, those with groups, and those",
         "  that are decomposed at the default settings. The rest are the first one, transposed or",
-        "  one-dimensional ones, and those of which no group size is cheaper.",
+        "  one-dimensional ones, and those of which no group size is cheaper. Where it says",
+        "  (convert), `convert=` made plain convolutions of the network's own first.",
         "- **MACs** are the whole dense network's, for the small input that is checked; **s = 4**",
         "  is the share of them with every layer at group size 4, or the nearest one below that it",
         "  has.",
@@ -197,22 +202,16 @@ def page(results: list[Result], command: str) -> str:
         "",
         f"`{command}` made this page, on {_processor()}, one thread a network, with Python",
         f"{platform.python_version()} and",
-        *(f"{part}" for part in _wrapped(versions + ".")),
+        *textwrap.wrap(f"{versions}.", 100),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _wrapped(text: str) -> list[str]:
-    from textwrap import wrap
-
-    return wrap(text, 100)
-
-
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, {os.cpu_count()} processors"
 
 
 # The command ------------------------------------------------------------------------------------

@@ -31,7 +31,12 @@ def test_a_network_without_a_fault_passes():
     """Catches a check that fails without reason, and figures of the wrong row."""
     result = check(SMALL)
     assert result.failed == result.dense_too == {}
-    assert (result.convolutions, result.pointwise, result.grouped, result.decomposed) == (2, 0, 0, 1)
+    assert (result.convolutions, result.pointwise, result.grouped, result.decomposed) == (
+        2,
+        0,
+        0,
+        1,
+    )
     dense = 3 * 32 * 9 * 49 * 2 + 32 * 49 * 2 + 32 * 32 * 9 * 25 * 2 + 32 * 25 * 2 + 2 * 32 * 5
     assert result.macs == dense
     bottleneck = 32 * 32 * 49 + 32 * 4 * 9 * 25 + 32 * 32 * 25
@@ -107,4 +112,4 @@ def test_the_page_shows_failures():
     text = page([replace(result, package="torch")], "scripts/check_zoo.sh")
     assert "| small | 2 | 0 | 0 | 1 |" in text
     assert "| pickle: AssertionError: a \\| b |" in text
-    assert "1 networks" in text
+    assert "1 failed a check" in text
