@@ -59,7 +59,7 @@ class Subject:
     def of(cls, network: Network) -> Subject:
         """Raises NothingToDecomposeError where that is what :func:`gross.decompose` says."""
         torch.manual_seed(0)
-        dense = network.make().eval()
+        dense = made(network)
         example = network.example()
         with torch.no_grad():
             call(dense, example)  # What it makes on its first call is there before it is copied.
@@ -105,6 +105,16 @@ class Subject:
             quiet=True,
         )
         return dense, exact.eval(), example
+
+
+def made(network: Network) -> nn.Module:
+    """The network in evaluation mode, with no branch switched off: fresh ones often begin with a
+    norm or gain of about 0, behind which no convolution has an effect."""
+    model = network.make().eval()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("bias") and parameter.abs().max() < 1e-3:
+            nn.init.constant_(parameter, 0.5)
+    return model
 
 
 def call(model: Callable[..., Any], example: Example) -> Any:
@@ -331,8 +341,6 @@ def check_file(subject: Subject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "supernet.safetensors"
         gross.save(subject.supernet, path)
-        for name, tensor in subject.supernet.state_dict().items():
-            assert isinstance(tensor, Tensor), name
         loaded = gross.load(path, subject.network.make(), convert=subject.network.convert())
     assert gross.configuration(loaded) == gross.configuration(subject.supernet)
     same(tensors(call(loaded.eval(), subject.example)), subject.output, 0.0)
@@ -356,8 +364,8 @@ def check_pickle(subject: Subject) -> None:
 
 @torch.no_grad()
 def check_bfloat16(subject: Subject) -> None:
-    """In 16 bits the error is at most twice that of the same network of plain convolutions."""
-    plain = folded(subject.supernet, gross.configuration(subject.supernet))
+    """In 16 bits the error is at most twice that of plain convolutions with the same weights, and
+    one unit in the last place of the largest number."""
 
     def in_16_bits(model: nn.Module) -> Callable[..., Any]:
         copied = copy.deepcopy(model).bfloat16()
@@ -366,13 +374,18 @@ def check_bfloat16(subject: Subject) -> None:
         )
 
     found = transformed(subject, in_16_bits)
-    expected = tensors(call(in_16_bits(plain), subject.example))
     assert all(each.isfinite().all() for each in found), "not finite"
-    shapes = [[each.shape for each in outputs] for outputs in (found, expected, subject.output)]
-    if shapes[0] != shapes[2] or shapes[1] != shapes[2]:
+    # The terms are rounded one by one: what that costs is no kernel's error.
+    rounded = copy.deepcopy(subject.supernet).bfloat16().float()
+    plain = folded(rounded, gross.configuration(rounded))
+    expected = tensors(call(plain, subject.example))
+    of_plain = tensors(call(in_16_bits(plain), subject.example))
+    shapes = [[each.shape for each in outputs] for outputs in (found, of_plain, expected)]
+    if not shapes[0] == shapes[1] == shapes[2]:
         return  # Rounding has moved a detector's choice.
-    error, accepted = (difference(each, subject.output) for each in (found, expected))
-    assert error <= 2 * accepted + 1e-3, f"error {error:.1e}, plain convolutions {accepted:.1e}"
+    error, accepted = difference(found, expected), difference(of_plain, expected)
+    accepted = 2 * accepted + 2**-8
+    assert error <= accepted, f"differs by {error:.1e}, accepted is {accepted:.1e}"
 
 
 @torch.no_grad()
