@@ -279,7 +279,7 @@ def check_macs(subject: Subject) -> None:
     for configuration in (gross.configuration(supernet), smallest):
         _check_count(
             report.with_configuration(configuration),
-            folded(supernet, configuration),
+            gross.export(supernet, configuration),
             subject.example,
         )
 
@@ -314,23 +314,10 @@ def _check_count(report: gross.MacsReport, plain: nn.Module, example: Example) -
     )
 
 
-def folded(supernet: nn.Module, configuration: Any) -> nn.Module:
-    """A configuration as a network of plain convolutions."""
-    if hasattr(gross, "export"):
-        exported: nn.Module = gross.export(supernet, configuration)
-        return exported
-    given = gross.configuration(supernet)
-    gross.set_configuration(supernet, configuration)
-    memo: dict[int, Any] = {id(each): each.fold() for each in decomposed_layers(supernet).values()}
-    plain = copy.deepcopy(supernet, memo)
-    gross.set_configuration(supernet, given)
-    return plain
-
-
 @torch.no_grad()
 def check_deployment(subject: Subject) -> None:
     """The network of plain convolutions that is deployed computes the same."""
-    plain = folded(subject.supernet, gross.configuration(subject.supernet))
+    plain = gross.export(subject.supernet)
     assert not decomposed_layers(plain)
     same(tensors(call(plain, subject.example)), subject.output)
 
@@ -377,7 +364,7 @@ def check_bfloat16(subject: Subject) -> None:
     assert all(each.isfinite().all() for each in found), "not finite"
     # The terms are rounded one by one: what that costs is no kernel's error.
     rounded = copy.deepcopy(subject.supernet).bfloat16().float()
-    plain = folded(rounded, gross.configuration(rounded))
+    plain = gross.export(rounded)
     expected = tensors(call(plain, subject.example))
     of_plain = tensors(call(in_16_bits(plain), subject.example))
     shapes = [[each.shape for each in outputs] for outputs in (found, of_plain, expected)]
