@@ -178,7 +178,7 @@ TORCHVISION = (
     _torchvision("resnext50_32x4d"),
     _torchvision("densenet121"),
     _torchvision("googlenet", init_weights=False),
-    _torchvision("inception_v3", 96, init_weights=False),
+    _torchvision("inception_v3", 96, init_weights=True),
     _torchvision("squeezenet1_1"),
     _torchvision("shufflenet_v2_x0_5"),
     _torchvision("mobilenet_v2"),

@@ -200,9 +200,12 @@ def page(results: list[Result], command: str) -> str:
         "",
         "## Where this is from",
         "",
-        f"`{command}` made this page, on {_processor()}, one thread a network, with Python",
-        f"{platform.python_version()} and",
-        *textwrap.wrap(f"{versions}.", 100),
+        *textwrap.wrap(
+            f"`{command}` made this page, on {_processor()}, one thread a network, with Python "
+            f"{platform.python_version()}, {versions}.",
+            100,
+            break_on_hyphens=False,
+        ),
     ]
     return "\n".join(lines) + "\n"
 

@@ -10,7 +10,7 @@ EXPECTED = {
     "densenet121": (58, set()),
     "googlenet": (19, set()),
     "fcn_resnet50": (17, set()),
-    "deeplabv3_resnet50": (20, set()),
+    "deeplabv3_resnet50": (17, set()),
     "raft_small": (18, {"bfloat16", "fx"}),
     "fasterrcnn_resnet50_fpn": (21, {"bfloat16", "fx", "export"}),
 }
