@@ -185,8 +185,9 @@ def page(results: list[Result], command: str) -> str:
         "network's within 1e-5 of the largest; a configuration changes them and comes back bit for",
         "bit; gradients are the dense network's; MACs are what torch's own counter counts; a file,",
         "`copy.deepcopy` and `pickle` give it back bit for bit; in bfloat16 the error is at most",
-        "twice that of plain convolutions; channels-last, `pack`, `torch.fx`, `torch.export` (or",
-        "`torch.jit.trace`) and the network that is deployed compute the same.",
+        "twice that of plain convolutions and a unit in the last place; channels-last, `pack`,",
+        "`torch.fx`, `torch.export` (or `torch.jit.trace`) and the network that is deployed compute",
+        "the same.",
     ]
     for package in packages:
         lines += ["", f"## {package}", "", "| " + " | ".join(HEADINGS) + " |"]
