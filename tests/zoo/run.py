@@ -186,8 +186,8 @@ def page(results: list[Result], command: str) -> str:
         "bit; gradients are the dense network's; MACs are what torch's own counter counts; a file,",
         "`copy.deepcopy` and `pickle` give it back bit for bit; in bfloat16 the error is at most",
         "twice that of plain convolutions and a unit in the last place; channels-last, `pack`,",
-        "`torch.fx`, `torch.export` (or `torch.jit.trace`) and the network that is deployed compute",
-        "the same.",
+        "`torch.fx`, `torch.export` (or `torch.jit.trace`) and the network that is deployed",
+        "compute the same.",
     ]
     for package in packages:
         lines += ["", f"## {package}", "", "| " + " | ".join(HEADINGS) + " |"]
