@@ -16,7 +16,12 @@ TORCH_ATTRIBUTES = {*vars(nn.Conv2d(1, 1, 1, device="meta")), "_compiled_call_im
 CopyTensor = Callable[[Tensor, dict[int, Any]], Tensor]
 
 
-def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None) -> nn.Module:
+def copy_model(
+    model: nn.Module,
+    replaced: Mapping[int, nn.Module] | None = None,
+    *,
+    with_attributes: bool = True,
+) -> nn.Module:
     """A copy of a network that shares nothing with it.
 
     Unlike with ``copy.deepcopy``, tensors that have a history (what a network keeps from its last
@@ -24,7 +29,9 @@ def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None
 
     Args:
         replaced: other modules by the ``id`` of those whose place they take, wherever the model
-            refers to them. They get copies of the attributes that a user has set on those.
+            refers to them.
+        with_attributes: give the others copies of the attributes that a user, or a class that is
+            not torch's, has set on those.
 
     Raises:
         ValueError: if something cannot be copied, with the module that holds it.
@@ -32,7 +39,7 @@ def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None
     memo: dict[int, Any] = dict(replaced or {})
     copied = _copied(model, memo, _detached)
     for module in model.modules():
-        if id(module) in (replaced or {}):
+        if with_attributes and id(module) in (replaced or {}):
             attributes = _copied(model, memo, _detached, own_attributes(module))
             vars(memo[id(module)]).update(attributes)
     for parameter in model.parameters():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from gross_kernels import GroSSConv2d, pack
 
-from .copying import unwrapped
+from .copying import copy_model, unwrapped
 from .extras import from_extra
 from .supernet import check_configuration, decomposed_layers
 from .supernet import configuration as active_configuration
@@ -24,7 +23,7 @@ TOLERANCE = 1e-3
 
 def export(
     supernet: nn.Module,
-    configuration: Sequence[int] | None = None,
+    configuration: int | Sequence[int] | Mapping[str, int] | None = None,
     *,
     example: Tensor | None = None,
     kernels: bool = False,
@@ -33,8 +32,7 @@ def export(
 
     Args:
         supernet: a network with decomposed layers; left as it is.
-        configuration: one group size per decomposed layer, in network order; by default the
-            active ones.
+        configuration: as :func:`gross.set_configuration` takes it; by default the active one.
         example: an input. With it the outputs of both networks are compared.
         kernels: keep decomposed layers, of the one group size, on this package's kernels, packed
             where they are in evaluation mode. By default each becomes three ``nn.Conv2d``, and the
@@ -44,19 +42,23 @@ def export(
         A new network in evaluation mode and channels-last.
 
     Raises:
-        ValueError: if the configuration is not the supernet's.
+        ValueError: if the configuration is not the supernet's, or something in the network cannot
+            be copied.
         RuntimeError: if the outputs for ``example`` differ by more than rounding.
     """
     layers = decomposed_layers(supernet)
     if configuration is None:
         configuration = active_configuration(supernet)
     sizes = [layer.group_sizes for layer in layers.values()]
-    configuration = check_configuration(configuration, sizes, active_configuration(supernet))
-    memo: dict[int, object] = {
+    configuration = check_configuration(
+        configuration, sizes, active_configuration(supernet), list(layers)
+    )
+    replaced: dict[int, nn.Module] = {
         id(layer): _single(layer, size) if kernels else layer.fold(size)
         for layer, size in zip(layers.values(), configuration, strict=True)
     }
-    exported = copy.deepcopy(unwrapped(supernet), memo).eval().to(memory_format=torch.channels_last)
+    exported = copy_model(unwrapped(supernet), replaced, with_attributes=False).eval()
+    exported = exported.to(memory_format=torch.channels_last)
     vars(exported).pop("decomposition_report", None)
     if kernels:
         pack(exported)

@@ -6,7 +6,6 @@ configurations are counted in milliseconds and the smallest is known without loo
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..copying import unwrapped
+from ..copying import copy_model, unwrapped
 from ..macs import macs
 from ..supernet import Configuration, check_configuration, decomposed_layers
 
@@ -182,11 +181,11 @@ def costs_of(
 def dense_network(supernet: nn.Module) -> nn.Module:
     """The network with a plain convolution, freshly drawn, for each decomposed layer: what it was
     before its decomposition, up to the weights."""
-    memo: dict[int, object] = {}
+    dense: dict[int, nn.Module] = {}
     for layer in decomposed_layers(supernet).values():
         weight = layer.grouped[0]
         mode: Any = layer.padding_mode
-        memo[id(layer)] = nn.Conv2d(
+        dense[id(layer)] = nn.Conv2d(
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
@@ -198,7 +197,7 @@ def dense_network(supernet: nn.Module) -> nn.Module:
             device=weight.device,
             dtype=weight.dtype,
         ).train(layer.training)
-    return copy.deepcopy(unwrapped(supernet), memo)
+    return copy_model(unwrapped(supernet), dense, with_attributes=False)
 
 
 def _number(name: str, amount: Amount, cost: Cost) -> float:

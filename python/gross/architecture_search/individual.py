@@ -3,7 +3,6 @@ fine-tuning does, and better than shortcuts?"""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..copying import copy_model
 from ..data import Data
 from ..evaluation import Accuracy, evaluate
 from ..supernet import Configuration, check_configuration, decomposed_layers
@@ -204,7 +204,7 @@ def _finetune(
     """Fine-tune one configuration; its accuracies, as the journal has them."""
     partial, seed = partial_and_seed
     run = folder / "-".join(map(str, configuration))
-    network = copy.deepcopy(decomposed).to(memory_format=torch.channels_last)
+    network = copy_model(decomposed).to(memory_format=torch.channels_last)
     began = time.perf_counter()
     history = finetune(
         network,

@@ -46,6 +46,30 @@ def test_the_export_gives_the_supernets_outputs(images, kernels):
         assert all(len(layer.group_sizes) == 1 for layer in decomposed_layers(network).values())
 
 
+def test_a_network_that_keeps_its_last_activations(images):
+    """Catches a copy that torch refuses: what a network keeps of a call with gradients has a
+    history. RAFT and nnU-Net are such networks."""
+
+    class Keeping(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            self.kept = super().forward(input)
+            return self.kept
+
+    net = Keeping(supernet())
+    net(images).sum().backward()
+    network = gross.export(net, WANTED)
+    torch.testing.assert_close(network(images), expected(net, WANTED, images))
+
+
+def test_configurations_in_every_form(images):
+    """Catches a configuration that ``set_configuration`` takes and ``export`` does not."""
+    net = supernet()
+    names = dict(zip(decomposed_layers(net), WANTED, strict=True))
+    for given, sizes in ((names, WANTED), (1, (1, 1, 1, 1))):
+        network = gross.export(net, given)
+        torch.testing.assert_close(network(images), expected(net, sizes, images))
+
+
 def test_the_active_configuration_is_the_default_and_strides_batch_norms_and_shortcuts_stay():
     """Catches geometry that the three convolutions lose."""
     torch.manual_seed(0)

@@ -238,6 +238,19 @@ def test_costs_are_those_of_the_exported_network():
     assert costs["parameters"].dense == sum(p.numel() for p in _dense().parameters())
 
 
+def test_costs_of_a_network_that_keeps_its_last_activations():
+    """Catches a copy that torch refuses, because a call with gradients gave a tensor a history."""
+
+    class Keeping(nn.Sequential):
+        def forward(self, input):
+            self.kept = super().forward(input)
+            return self.kept
+
+    net = Keeping(supernet())
+    net(torch.randn(2, *INPUT)).sum().backward()
+    assert costs_of(net, INPUT)["macs"].dense == macs(_dense(), INPUT).total
+
+
 def _dense() -> nn.Module:
     body = [p for _ in range(4) for p in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
     head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)]
