@@ -69,15 +69,17 @@ EOF
 
 check_headers() {
   fetch_headers
-  local include=$folder/torch-$torch/include compile sources toolkit
+  local include=$folder/torch-$torch/include compile sources=() toolkit
   compile=("${CXX:-c++}" -std=c++17 -fsyntax-only -Wall -Werror -DTORCH_STABLE_ONLY
     -DTORCH_TARGET_VERSION=0x020a000000000000 '-DGROSS_BUILD_FLAGS=""'
     -isystem "$include" -isystem "$include/torch/csrc/api/include")
   toolkit=${CUDA_HOME:-/usr/local/cuda}/include
   # What a source reads, by itself or through other headers; those that are not found count, too.
-  mapfile -t sources < <(find csrc -name '*.cpp' -o -name '*.cu' | sort | while read -r source; do
-    "${CXX:-c++}" -std=c++17 -M -MG -x c++ "$source" | grep -q '\btorch/' && echo "$source"
-  done)
+  local read
+  while read -r source; do
+    read=$("${CXX:-c++}" -std=c++17 -M -MG -x c++ "$source")
+    if [[ $read == *torch/* ]]; then sources+=("$source"); fi
+  done < <(find csrc -name '*.cpp' -o -name '*.cu' | sort)
   ((${#sources[@]} >= 2)) || fail "the sources that include torch are not found: ${sources[*]}"
   for source in "${sources[@]}"; do
     echo "check_versions: $source against the headers of torch $torch"
