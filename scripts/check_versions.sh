@@ -70,8 +70,8 @@ EOF
 check_headers() {
   fetch_headers
   local include=$folder/torch-$torch/include compile sources=() toolkit
-  compile=("${CXX:-c++}" -std=c++17 -fsyntax-only -Wall -Werror -DTORCH_STABLE_ONLY
-    -DTORCH_TARGET_VERSION=0x020a000000000000 '-DGROSS_BUILD_FLAGS=""'
+  compile=("${CXX:-c++}" -std=c++17 -fsyntax-only -fvisibility=hidden -Wall -Werror
+    -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION=0x020a000000000000 '-DGROSS_BUILD_FLAGS=""'
     -isystem "$include" -isystem "$include/torch/csrc/api/include")
   toolkit=${CUDA_HOME:-/usr/local/cuda}/include
   # What a source reads, by itself or through other headers; those that are not found count, too.
