@@ -82,6 +82,8 @@ def test_the_end_of_one_fit_is_the_end_of_all(error):
     plans, _ = make_plans(network(), Request((1, 2), skip=()))
     settings = module.FitSettings(10**9, 0.0, 1e-2, True, 0)
     before = threading.active_count()
+    # A process that a shell started in the background ignores the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     class Interrupted(module.Progress):
         def sweep(self, name: str, group_size: int, sweep: int, error_: float) -> None:
@@ -91,8 +93,11 @@ def test_the_end_of_one_fit_is_the_end_of_all(error):
                 else:
                     raise error("no")
 
-    with pytest.raises(error):
-        module.fit_layers(plans, settings, 2, Interrupted())
+    try:
+        with pytest.raises(error):
+            module.fit_layers(plans, settings, 2, Interrupted())
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert threading.active_count() == before
 
 

@@ -47,7 +47,7 @@ def test_archive(tmp_path: Path) -> None:
     ("folder", "extras"),
     [
         ("gross_kernels", ()),
-        ("python/gross", ("train", "search")),
+        ("python/gross", ("train", "search", "onnx")),
         ("examples", ("demo",)),
         ("benchmarks", ("bench",)),
         ("tests", ("test",)),

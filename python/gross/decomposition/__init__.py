@@ -2,10 +2,8 @@
 
 from . import block_term, vbmf
 from .block_term import BlockTerm, block_term_series
-from .calibration import Calibration, second_moments
+from .calibration import Calibration
 from .convert import decompose
-from .metric import block_term_series_in_metric
-from .refit import match_responses
 from .report import DecomposedLayer, Decomposition
 
 __all__ = [
@@ -15,9 +13,6 @@ __all__ = [
     "Decomposition",
     "block_term",
     "block_term_series",
-    "block_term_series_in_metric",
     "decompose",
-    "match_responses",
-    "second_moments",
     "vbmf",
 ]

@@ -44,6 +44,8 @@ from ..arguments import (
 )
 from ..extras import from_extra
 
+__all__ = ["BlockTerm", "block_term", "block_term_series"]
+
 #: Largest Gram matrix of the core that is factorised. Beyond it, this many steps of conjugate
 #: gradients from the last core reach the same error within 0.1 %, for 2048 rows (64 channels at s =
 #: 32) in a tenth of the time.

@@ -4,8 +4,8 @@ sees."""
 import gross
 import pytest
 import torch
-from gross.decomposition import Calibration, match_responses, refit
-from gross.decomposition.refit import LeastSquares
+from gross.decomposition import Calibration, refit
+from gross.decomposition.refit import LeastSquares, match_responses
 from gross.supernet import set_configuration
 from torch import nn
 
