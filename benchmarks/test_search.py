@@ -77,4 +77,9 @@ def _compare(
 
 
 def _network(name: str) -> nn.Module:
-    return supernet(name).eval().to(DEVICE).to(memory_format=torch.channels_last)
+    """Fresh weights, and no biases: in a deep network they would decide alone, for every image."""
+    net = supernet(name).eval().to(DEVICE).to(memory_format=torch.channels_last)
+    for parameter_name, parameter in net.named_parameters():
+        if parameter_name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return net
