@@ -8,13 +8,10 @@ import gross
 import pytest
 import torch
 import torch.nn.functional as F
-from gross.decomposition import (
-    Calibration,
-    block_term_series,
-    block_term_series_in_metric,
-    second_moments,
-)
+from gross.decomposition import Calibration, block_term_series
 from gross.decomposition.block_term import block_term
+from gross.decomposition.calibration import second_moments
+from gross.decomposition.metric import block_term_series_in_metric
 from gross.supernet import decomposed_layers, set_configuration
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
