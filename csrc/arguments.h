@@ -164,13 +164,12 @@ struct LayerCall {
   std::optional<Tensor> wide_bias;
   Layer layer{};
 
-  LayerCall(const Tensor& input, const LayerWeights& given, const Steps& steps, bool relu)
+  LayerCall(const Tensor& input, const LayerWeights& given, const Steps& steps)
       : call(input, channels_of(given.pointwise_in, "pointwise_in"),
              {given.grouped, given.active, given.gates}, steps, "grouped") {
     layer.geometry = call.geometry;
     layer.in_channels = input.size(1);
     layer.out_channels = channels_of(given.pointwise_out, "pointwise_out");
-    layer.relu = relu;
     layer.grouped = call.series;
     STD_TORCH_CHECK(layer.in_channels > 0 && layer.out_channels > 0,
                     "input, pointwise_out: accepted is at least one channel");

@@ -5,16 +5,20 @@
 
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
+#include "program.h"
 #include "packed.h"
 #include "tensors.h"
 
 namespace {
 
 using namespace gross::cpu;
+
+Finish finish_of(bool relu) { return {relu ? Activation::relu : Activation::none}; }
 
 Tensor series_conv2d(const Tensor& input, const std::vector<Tensor>& terms, const Tensor& active,
                      const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding,
@@ -117,7 +121,7 @@ std::tuple<Tensor, Tensor> bottleneck(const Tensor& input, const std::vector<Ten
                                       const Ints& padding, const Ints& dilation, bool relu,
                                       bool keep_inner) {
   const LayerCall of(input, {pointwise_in, grouped, pointwise_out, bias, active, gates},
-                     {stride, padding, dilation}, relu);
+                     {stride, padding, dilation});
   const Geometry& g = of.call.geometry;
   Tensor output = empty_image(g.images, of.layer.out_channels, of.call.out_h, of.call.out_w, input);
   Tensor inner = keep_inner
@@ -126,7 +130,7 @@ std::tuple<Tensor, Tensor> bottleneck(const Tensor& input, const std::vector<Ten
   if (output.numel() > 0)
     kernels().layer(of.call.type, {image_of(input), of.layer, weights_of(pack(of, input)),
                                    keep_inner ? image_of(inner) : Image{}, image_of(output),
-                                   torch_threads(of.products(input))});
+                                   finish_of(relu), torch_threads(of.products(input))});
   return {output, inner};
 }
 
@@ -149,13 +153,12 @@ Tensor bottleneck_packed(const Tensor& input, const Tensor& packed, const Ints& 
                   g.out_channels, " channels");
   layer.in_channels = input.size(1);
   layer.out_channels = shape[3];
-  layer.relu = relu;
   const auto [out_h, out_w] = output_size(input, g);
   check_packed(packed, type, layer);
   Tensor output = empty_image(g.images, layer.out_channels, out_h, out_w, input);
   if (output.numel() > 0)
     kernels().layer(type, {image_of(input), layer, weights_of(packed), Image{}, image_of(output),
-                           torch_threads(products_of(layer, input, out_h, out_w))});
+                           finish_of(relu), torch_threads(products_of(layer, input, out_h, out_w))});
   return output;
 }
 
@@ -225,7 +228,7 @@ bottleneck_backward(const Tensor& grad, const Tensor& input, const Tensor& inner
                     const std::optional<Tensor>& gates, const Ints& stride, const Ints& padding,
                     const Ints& dilation, bool relu, const std::vector<bool>& needs) {
   const LayerWeights given{pointwise_in, grouped, pointwise_out, bias, active, gates};
-  const LayerCall of(input, given, {stride, padding, dilation}, relu);
+  const LayerCall of(input, given, {stride, padding, dilation});
   const Call& call = of.call;
   auto is_like = [&](const Tensor& tensor, int64_t channels, int64_t height, int64_t width) {
     return tensor.is_cpu() && tensor.dim() == 4 && tensor.size(0) == call.geometry.images &&
@@ -267,13 +270,21 @@ Tensor bottleneck_pack(const Tensor& like, const std::vector<Tensor>& pointwise_
       zero{0, 0};
   const Tensor input = torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device());
   return pack(LayerCall(input, {pointwise_in, grouped, pointwise_out, bias, active, gates},
-                        {one, zero, one}, false),
+                        {one, zero, one}),
               like);
+}
+
+// What the steps are called, `text`, is for shapes while a graph is traced.
+std::vector<Tensor> program_run(const std::vector<Tensor>& inputs, const Tensor& program,
+                                const std::string&) {
+  return ProgramRun(inputs, program).run();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gross, CPU, m) {
+  m.impl("program_pack", TORCH_BOX(&pack_program));
+  m.impl("program_run", TORCH_BOX(&program_run));
   m.impl("series_conv2d", TORCH_BOX(&series_conv2d));
   m.impl("series_conv2d_backward", TORCH_BOX(&series_conv2d_backward));
   m.impl("series_sum", TORCH_BOX(&series_sum));

@@ -14,7 +14,7 @@ namespace gross::cpu {
 // As many bytes as two cache lines, so that the weights after it are aligned as the tensor is.
 struct PackedHeader {
   char magic[8] = {'G', 'r', 'o', 'S', 'S', 'p', 'k', 'd'};
-  int32_t version = 1;  // of the order in which weights follow; every change of it counts
+  int32_t version = 2;  // of the order in which weights follow; every change of it counts
   int32_t vector_bytes;
   int32_t type;  // of the activations
   int32_t zero = 0;

@@ -23,14 +23,14 @@ inline Geometry pointwise_geometry(int64_t from, int64_t to) {
 }
 
 // How a layer's weights are packed: P by vectors of the grouped convolution's sources, R by its
-// blocks, Q by vectors of outputs, the bias.
+// blocks, Q by vectors of outputs, the bias, PReLU's slopes.
 template <class T>
 struct Packing {
   Channels<T> grouped;
   Geometry first, last;  // the pointwise convolutions'
   std::vector<LaneBlock> inputs, inner, outputs;
   int64_t inner_size, output_size;  // numbers per vector of P and Q
-  int64_t at_grouped, at_last, at_bias, size;
+  int64_t at_grouped, at_last, at_bias, at_slopes, size;
 
   explicit Packing(const Layer& layer)
       : grouped(layer.geometry, Pass::forward),
@@ -44,7 +44,8 @@ struct Packing {
     at_grouped = count(inner) * inner_size;
     at_last = at_grouped + count(grouped.blocks) * grouped.packed;
     at_bias = at_last + count(outputs) * output_size;
-    size = at_bias + count(outputs) * lanes<T>;
+    at_slopes = at_bias + count(outputs) * lanes<T>;
+    size = at_slopes + count(outputs) * lanes<T>;
   }
 
   PackedWeights<T> first_weights(const T* packed, int64_t vector, int64_t vectors) const {
@@ -82,11 +83,10 @@ void pack_layer(const Layer& layer, T* to, const Threads& threads) {
         const LaneBlock& block = packing.outputs[v];
         pack_weights<T, S>({layer.pointwise_out, packing.last, last}, block, sum,
                            to + packing.at_last + v * packing.output_size);
-        T* bias = to + packing.at_bias + v * lanes<T>;
-        store<T>(bias, layer.bias
-                           ? load_strided<T>(static_cast<const T*>(layer.bias) + block.output, 1,
-                                             block.outputs)
-                           : Vector<T>{});
+        store_outputs(layer.bias, block.output, block.outputs,
+                      to + packing.at_bias + v * lanes<T>);
+        store_outputs(layer.slopes, block.output, block.outputs,
+                      to + packing.at_slopes + v * lanes<T>);
       }
     }
   };
@@ -186,7 +186,7 @@ class LayerWalk {
     if (call_.inner.data)
       multiply_image<T, S>(
           {call_.input, packing_.inputs, call_.inner, packing_.inner, call_.layer.geometry.images},
-          packing_.first_weights(packed_, 0, inner_vectors_), call_.threads);
+          packing_.first_weights(packed_, 0, inner_vectors_), {}, call_.threads);
     if (shared_)
       walk_together();
     else
@@ -369,8 +369,12 @@ class LayerWalk {
   void multiply_last(const Strip& strip, int64_t first, int64_t last, const T* grouped,
                      T* spare) const {
     const int64_t width = call_.output.width;
+    const auto& [activation, residual, residual_last] = call_.finish;
     const Epilogue<T> epilogue{packed_ + packing_.at_bias + first * lanes<T>,
-                               call_.layer.relu ? Activation::relu : Activation::none};
+                               packed_ + packing_.at_slopes + first * lanes<T>,
+                               activation,
+                               residual_last,
+                               residual};
     multiply_to_tensor<T, S>(
         {grouped, lanes<T>, stride_, &packing_.grouped.blocks},
         packing_.last_weights(packed_, first, last - first), epilogue,

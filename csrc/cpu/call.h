@@ -10,6 +10,9 @@ namespace gross::cpu {
 
 enum class Type { float32, float64, bfloat16, float16 };
 
+// The first three are applied while sums are in registers.
+enum class Activation : int64_t { none, relu, prelu, relu6, silu };
+
 constexpr int max_terms = 16;
 
 // A four-dimensional activation tensor; strides in elements, any values.
@@ -58,8 +61,15 @@ struct Layer {
   Series pointwise_in, grouped, pointwise_out;
   Geometry geometry;
   int64_t in_channels, out_channels;
-  const void* bias;  // [C_out] of the sum's type, or null
-  bool relu;
+  const void* bias;    // [C_out] of the sum's type, or null
+  const void* slopes;  // of PReLU, likewise
+};
+
+// What becomes of a sum, beside its bias: act(sum + residual), or act(sum) + residual.
+struct Finish {
+  Activation activation = Activation::none;
+  const Image* residual = nullptr;
+  bool residual_last = false;
 };
 
 // Where a layer's gradients go; what is null is not computed.
@@ -102,6 +112,34 @@ struct LayerForward {
   const Layer& layer;
   const void* packed;
   const Image &inner, &output;
+  const Finish& finish;
+  const Threads& threads;
+};
+
+// A grouped or dense convolution to be packed: weights, [C_out] of bias and of PReLU's slopes of
+// the sum's type, or null.
+struct Kernel {
+  Series series;
+  Geometry geometry;
+  const void *bias, *slopes;
+};
+
+// A convolution from packed weights.
+struct PackedConvolution {
+  const Image& source;
+  const void* packed;
+  const Image& target;
+  const Geometry& geometry;
+  const Finish& finish;
+  const Threads& threads;
+};
+
+// The largest number, or the mean, of each window of a channel; `geometry` says which windows.
+struct Pooling {
+  const Image &source, &target;
+  const Geometry& geometry;
+  bool mean;
+  const Finish& finish;
   const Threads& threads;
 };
 
@@ -126,6 +164,11 @@ struct Kernels {
   int64_t (*packed_size)(Type type, const Layer& layer);
   void (*pack)(Type type, const Layer& layer, void* packed, const Threads& threads);
   void (*layer)(Type type, const LayerForward& call);
+  // The same of a single convolution.
+  int64_t (*packed_kernel_size)(Type type, const Geometry& geometry);
+  void (*pack_kernel)(Type type, const Kernel& kernel, void* packed, const Threads& threads);
+  void (*convolve_packed)(Type type, const PackedConvolution& call);
+  void (*pool)(Type type, const Pooling& call);
   void (*layer_backward)(Type type, const LayerBackward& call);
   // Σ gate_i t_i of terms of `count` elements each, in their type.
   void (*sum)(const Series& series, int64_t count, void* output, const Threads& threads);

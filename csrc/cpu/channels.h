@@ -35,10 +35,12 @@ struct Direction {
         outputs(pass == Pass::backward ? g.group_size : g.outputs_per_group()) {}
 };
 
-// A convolution of single pixels with all channels.
+// A convolution of single pixels with all channels, at any stride or at each pixel.
+inline bool reads_pixels(const Geometry& g) {
+  return g.taps() == 1 && g.groups() == 1 && g.padding_h == 0 && g.padding_w == 0;
+}
 inline bool is_pointwise(const Geometry& g) {
-  return g.taps() == 1 && g.groups() == 1 && g.stride_h == 1 && g.stride_w == 1 &&
-         g.padding_h == 0 && g.padding_w == 0;
+  return reads_pixels(g) && g.stride_h == 1 && g.stride_w == 1;
 }
 
 // The outputs of one vector of lanes: `outputs` of each of `groups` groups, from `output` on.

@@ -10,9 +10,10 @@ namespace gross::cpu::GROSS_ISA {
 template <class T, class S, Product product = Product::numbers>
 class PlaneConvolution {
  public:
-  PlaneConvolution(const Plan& plan, const Convolution& call)
+  PlaneConvolution(const Plan& plan, const Convolution& call, const Prepared<T>* prepared)
       : plan_(plan),
         call_(call),
+        prepared_(prepared),
         direction_(call.geometry, call.pass),
         channels_(call.geometry, call.pass, product),
         sets_(sets_of(channels_, set_vectors, 1)),
@@ -23,7 +24,7 @@ class PlaneConvolution {
     sets_ =
         sets_of(channels_, set_vectors,
                 std::max<int64_t>(sets_.size(), ceil_div(4 * call.threads.count, strips_.size())));
-    weight_size_ = largest(sets_) * channels_.packed;
+    weight_size_ = prepared ? 0 : largest(sets_) * channels_.packed;
     for (const Strip& strip : strips_)
       plane_size_ = std::max(
           plane_size_, source_vectors(channels_, sets_) * Planes::of<T>(plan, strip).vector_stride);
@@ -41,7 +42,7 @@ class PlaneConvolution {
       int64_t assembled = -1;
       for (int64_t unit = begin; unit < end; unit++) {
         const Set& set = sets_[unit / strip_count];
-        if (assembled != unit / strip_count) assemble(set, memory);
+        if (assembled != unit / strip_count && !prepared_) assemble(set, memory);
         assembled = unit / strip_count;
         const Planes planes = Planes::of<T>(plan_, strips_[unit % strip_count]);
         load(set, planes, memory.planes);
@@ -97,14 +98,22 @@ class PlaneConvolution {
     const Runs runs = runs_of<T>(target, planes);
     const Tile<T> tile = tile_for<T, product>(channels_.fetch, target.cols);
     segments_of<T>(image, plan_, target, strip, tile.columns, segments);
+    const T* const weights =
+        prepared_ ? prepared_->weights + set.first * channels_.packed : memory.weights;
+    Epilogue<T> all = prepared_ ? prepared_->epilogue : Epilogue<T>{};
+    const bool displaced = displaces<T, S>(all, image);
+    std::vector<Segment> residual_segments;
+    if (all.residual)
+      segments_of<T>(*all.residual, plan_, target, strip, tile.columns, residual_segments);
     for (int64_t b = set.first; b < set.last; b++) {
+      const Epilogue<T> epilogue = all.from(b);
       const Stencil<T> stencil{memory.planes +
                                    channels_.plane_of(b, set.first) * planes.vector_stride +
                                    channels_.first_lane(b),
                                planes.vector_stride,
                                channels_.sources,
                                runs,
-                               memory.weights + (b - set.first) * channels_.packed,
+                               weights + (b - set.first) * channels_.packed,
                                call_.geometry.taps() * lanes<T>,
                                channels_.permutation_of(b)};
       const LaneBlock& block = channels_.blocks[b];
@@ -112,23 +121,37 @@ class PlaneConvolution {
                     block.first(channels_) * image.stride_c;
       const int64_t col_stride = target.lattice.col_step * image.stride_w;
       if constexpr (std::is_same_v<S, T>)
-        if (image.stride_c == 1 && block.lanes() == lanes<T>) {
+        if (image.stride_c == 1 && block.lanes() == lanes<T> && displaced) {
           // The source's pixels one strip further, where they lie as the target's do.
           const T* ahead = alike_ ? static_cast<const T*>(source.data) +
                                         (to - static_cast<T*>(image.data)) +
                                         (strip.images > 1 ? strip.images * source.stride_n
                                                           : (strip.rows + 1) * source.stride_h)
                                   : nullptr;
-          correlate_tiles(stencil, tile, segments, {to, col_stride, ahead});
+          correlate_tiles(stencil, tile, segments,
+                          {to, col_stride, ahead, epilogue.is_empty() ? nullptr : &epilogue});
           continue;
         }
+      Finishing<T, S> finishing;
+      if (!epilogue.is_empty()) finishing.epilogue = &epilogue;
+      if (all.residual) {
+        const Image& residual = *all.residual;
+        finishing.residual = {static_cast<const S*>(residual.data) +
+                                  strip.image * residual.stride_n +
+                                  block.first(channels_) * residual.stride_c,
+                              target.lattice.col_step * residual.stride_w, residual.stride_c,
+                              block.lanes()};
+        finishing.segments = &residual_segments;
+      }
       correlate_converted<T, S>(stencil, tile, segments,
-                                {to, col_stride, image.stride_c, block.lanes()}, memory.spare);
+                                {to, col_stride, image.stride_c, block.lanes()}, memory.spare,
+                                finishing);
     }
   }
 
   const Plan& plan_;
   const Convolution& call_;
+  const Prepared<T>* const prepared_;
   Direction direction_;
   Channels<T> channels_;
   std::vector<Set> sets_;
@@ -138,8 +161,8 @@ class PlaneConvolution {
 };
 
 template <class T, class S, Product product = Product::numbers>
-void convolve(const Plan& plan, const Convolution& call) {
-  PlaneConvolution<T, S, product>(plan, call).run();
+void convolve(const Plan& plan, const Convolution& call, const Prepared<T>* prepared = nullptr) {
+  PlaneConvolution<T, S, product>(plan, call, prepared).run();
 }
 
 }  // namespace gross::cpu::GROSS_ISA

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "channels.h"
+#include "epilogue.h"
 #include "memory.h"
 #include "planes.h"
 #include "vector.h"
@@ -236,13 +237,14 @@ struct Whole {
   T* to;
   int64_t col_stride;
   const T* ahead = nullptr;  // what memory is asked for meanwhile, at the same places from here on
+  const Epilogue<T>* epilogue = nullptr;
 };
 
 // All tiles of one target for one vector of outputs.
 template <class T>
 GROSS_INLINE void correlate_tiles(const Stencil<T>& stencil, const Tile<T>& tile,
                                   const std::vector<Segment>& segments, const Whole<T>& target) {
-  const auto [to, col_stride, ahead] = target;
+  const auto [to, col_stride, ahead, epilogue] = target;
   const int64_t count = segments.size();
   auto segment = [&](int64_t i) -> const Segment& { return segments[std::min(i, count - 1)]; };
   for (int64_t first = 0; first < count; first += tile.segments) {
@@ -262,16 +264,28 @@ GROSS_INLINE void correlate_tiles(const Stencil<T>& stencil, const Tile<T>& tile
         for (int64_t k = 0; k < tile.columns; k++)
           __builtin_prefetch(ahead + segment(first + i).to + k * col_stride, 0, 2);
     tile.correlate(stencil, sources, targets, col_stride);
+    if (epilogue)
+      for (int64_t i = 0; i < std::min(tile.segments, count - first); i++)
+        finish<T>(targets[i], tile.columns, col_stride, *epilogue);
   }
 }
+
+// Rows of a residual, and where its segments are.
+template <class T, class S>
+struct Finishing {
+  const Epilogue<T>* epilogue = nullptr;
+  TensorRow<const S> residual{};
+  const std::vector<Segment>* segments = nullptr;
+};
 
 // The same to a tensor that does not hold whole vectors of channels in the sum's type: tile by tile
 // through `spare`.
 template <class T, class S>
 void correlate_converted(const Stencil<T>& stencil, const Tile<T>& tile,
-                         const std::vector<Segment>& segments, const TensorRow<S>& target,
-                         T* spare) {
+                         const std::vector<Segment>& segments, const TensorRow<S>& target, T* spare,
+                         const Finishing<T, S>& finishing = {}) {
   const int64_t count = segments.size();
+  const auto& [epilogue, residual, residual_segments] = finishing;
   for (int64_t first = 0; first < count; first += tile.segments) {
     const T* sources[max_segments];
     T* targets[max_segments];
@@ -283,6 +297,14 @@ void correlate_converted(const Stencil<T>& stencil, const Tile<T>& tile,
     TensorRow<S> row = target;
     for (int64_t i = 0; i < std::min(tile.segments, count - first); i++) {
       row.at = target.at + segments[first + i].to;
+      if (epilogue) {
+        const S* const others =
+            epilogue->residual ? residual.at + (*residual_segments)[first + i].to : nullptr;
+        finish_sums<T>(targets[i], tile.columns, lanes<T>, *epilogue, [&](int64_t k) {
+          return load_strided<T>(others + k * residual.col_stride, residual.channel_stride,
+                                 residual.channels);
+        });
+      }
       store_columns<T>(targets[i], tile.columns, row);
     }
   }

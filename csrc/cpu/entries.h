@@ -5,6 +5,8 @@
 #include "bottleneck_backward.h"
 #include "convolve.h"
 #include "in_place.h"
+#include "pool.h"
+#include "prepared.h"
 #include "weight_grad.h"
 
 namespace gross::cpu::GROSS_ISA {
@@ -29,7 +31,8 @@ void convolve_entry(Type type, const Convolution& call) {
           : input_grad_plan(g, target.height, target.width, source.height, source.width);
   with_type(type, [&](auto s) {
     using S = decltype(s);
-    if (is_pointwise(g)) return convolve_pointwise<Sum<S>, S>(call);
+    if (call.pass == Pass::forward ? reads_pixels(g) : is_pointwise(g))
+      return convolve_pointwise<Sum<S>, S>(call);
     const Channels<Sum<S>> channels(g, call.pass);
     const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(plan, source, target, channels);
     if (is_faster_in_place(rows, channels))
@@ -81,6 +84,34 @@ inline void layer_entry(Type type, const LayerForward& call) {
   });
 }
 
+inline int64_t packed_kernel_size_entry(Type type, const Geometry& geometry) {
+  int64_t size = 0;
+  with_type(type, [&](auto s) { size = KernelPacking<Sum<decltype(s)>>(geometry).size; });
+  return size;
+}
+
+inline void pack_kernel_entry(Type type, const Kernel& kernel, void* packed,
+                              const Threads& threads) {
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    pack_kernel<Sum<S>, S>(kernel, static_cast<Sum<S>*>(packed), threads);
+  });
+}
+
+inline void convolve_packed_entry(Type type, const PackedConvolution& call) {
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    convolve_prepared<Sum<S>, S>(call);
+  });
+}
+
+inline void pool_entry(Type type, const Pooling& call) {
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    pool<Sum<S>, S>(call);
+  });
+}
+
 inline void layer_backward_entry(Type type, const LayerBackward& call) {
   with_type(type, [&](auto s) {
     using S = decltype(s);
@@ -105,6 +136,10 @@ constexpr Kernels kernels_of(const char* name) {
           packed_size_entry,
           pack_entry,
           layer_entry,
+          packed_kernel_size_entry,
+          pack_kernel_entry,
+          convolve_packed_entry,
+          pool_entry,
           layer_backward_entry,
           sum_entry};
 }

@@ -302,9 +302,10 @@ struct RowUnits {
     count = ceil_div(total, together);
   }
 
-  // The target's rows of one unit; filled up to a multiple of `segments` with the last of them.
-  void rows_of(int64_t unit, const RowTarget& target, int64_t segments,
-               std::vector<OutputRow<S>>& rows) const {
+  // The target's rows of one unit, and how many they are; filled up to a multiple of `segments`
+  // with the last of them.
+  int64_t rows_of(int64_t unit, const RowTarget& target, int64_t segments,
+                  std::vector<OutputRow<S>>& rows) const {
     const S* const from = static_cast<const S*>(source.data);
     S* const to = static_cast<S*>(target_image.data);
     auto target_row = [&](int64_t n, int64_t y) {
@@ -335,20 +336,26 @@ struct RowUnits {
       row.ahead_to = target_row(later / height, later_y);
       rows.push_back(row);
     }
+    const int64_t different = rows.size();
     while (!rows.empty() && rows.size() % segments) rows.push_back(rows.back());
+    return different;
   }
 };
 
 template <class T, class S>
 void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>& channels,
-                       const Convolution& call) {
+                       const Convolution& call, const Prepared<T>* prepared = nullptr) {
   const Image &source = call.source, &target_image = call.target;
   const Geometry& g = call.geometry;
   const Threads& threads = call.threads;
   const int64_t blocks = channels.blocks.size();
-  Buffer<T> weights(blocks * channels.packed);
-  pack_blocks<T, S>({call.series, g, channels}, channels.blocks, channels.packed, channels.summed,
-                    weights.data(), threads);
+  Buffer<T> packed(prepared ? 0 : blocks * channels.packed);
+  if (!prepared)
+    pack_blocks<T, S>({call.series, g, channels}, channels.blocks, channels.packed, channels.summed,
+                      packed.data(), threads);
+  const T* const weights = prepared ? prepared->weights : packed.data();
+  Epilogue<T> all = prepared ? prepared->epilogue : Epilogue<T>{};
+  displaces<T, S>(all, target_image);
 
   const RowUnits<T, S> units(targets, source, target_image, g.images, 4 * threads.count);
   // A few rows are shared by blocks.
@@ -359,10 +366,11 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
       for (const RowTarget& target : targets) {
         const RowTile<T, S> tile = row_tile_for<T, S>(channels, target);
         const int64_t to_pitch = target.lattice.col_step * target_image.stride_w, part = i % parts;
-        units.rows_of(i / parts, target, tile.segments, rows);
+        const int64_t different = units.rows_of(i / parts, target, tile.segments, rows);
         for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; b++) {
+          const Epilogue<T> epilogue = all.from(b);
           const LaneBlock& block = channels.blocks[b];
-          const RowStencil<T> stencil{target.kernel,       weights.data() + b * channels.packed,
+          const RowStencil<T> stencil{target.kernel,       weights + b * channels.packed,
                                       g.taps() * lanes<T>, channels.permutation_of(b),
                                       channels.sources,    source.stride_h,
                                       block.lanes()};
@@ -378,6 +386,12 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
                               (b * target.cols + col) * target.step * lanes<T>,
                               col * to_pitch + block.first(channels), to_pitch, col == 0,
                               target.right && col + tile.columns == target.cols});
+              if constexpr (std::is_same_v<S, T>)
+                for (int64_t r = first;
+                     !epilogue.is_empty() && r < std::min<int64_t>(different, first + tile.segments);
+                     r++)
+                  finish<T>(rows[r].to + col * to_pitch + block.first(channels), tile.columns,
+                            to_pitch, epilogue, block.lanes());
             }
         }
       }

@@ -56,6 +56,12 @@ __attribute__((noinline)) void multiply(const Pixels<T>& source, const PackedWei
     for (int v = 0; v < Vectors; v++)
 #pragma GCC unroll 16
       for (int k = 0; k < Count; k++) sum[v][k] = load<T>(epilogue.bias + v * lanes<T>);
+  if (epilogue.residual && !epilogue.residual_last)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; v++)
+#pragma GCC unroll 16
+      for (int k = 0; k < Count; k++)
+        sum[v][k] += load<T>(displaced(to[k] + v * to_stride, epilogue.displacement));
   const T *from = source.at, *weights = packed.at;
   const int64_t pitch = source.pitch, weight_stride = packed.stride;
   for (const LaneBlock& block : *source.vectors) {
@@ -82,12 +88,29 @@ __attribute__((noinline)) void multiply(const Pixels<T>& source, const PackedWei
     }
     from += source.vector_stride;
   }
-  const Activation activation = epilogue.activation;
+  auto store_all = [&](auto activation) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-  for (int v = 0; v < Vectors; v++)
+    for (int v = 0; v < Vectors; v++) {
+      const Vector<T> slope = activation == Activation::prelu
+                                  ? load<T>(epilogue.slopes + v * lanes<T>)
+                                  : Vector<T>{};
 #pragma GCC unroll 16
-    for (int k = 0; k < Count; k++)
-      store<T>(to[k] + v * to_stride, activated<T>(sum[v][k], activation));
+      for (int k = 0; k < Count; k++)
+        store<T>(to[k] + v * to_stride, activated<activation, T>(sum[v][k], slope));
+    }
+  };
+  if (!epilogue.in_registers()) {
+    store_all(std::integral_constant<Activation, Activation::none>{});
+    const Epilogue<T> rest = epilogue.after_sum();
+    for (int v = 0; v < Vectors; v++)
+      for (int k = 0; k < Count; k++) finish<T>(to[k] + v * to_stride, 1, 0, rest.from(v));
+  } else if (epilogue.activation == Activation::none) {
+    store_all(std::integral_constant<Activation, Activation::none>{});
+  } else if (epilogue.activation == Activation::relu) {
+    store_all(std::integral_constant<Activation, Activation::relu>{});
+  } else {
+    store_all(std::integral_constant<Activation, Activation::prelu>{});
+  }
 }
 
 constexpr int max_pixels = registers == 32 ? 14 : 6;
@@ -177,14 +200,15 @@ struct TensorPixels {
 // holds a tile where the tensor has another type, another format or part of a vector.
 template <class T, class S>
 void multiply_to_tensor(const Pixels<T>& source, const PackedWeights<T>& weights,
-                        const Epilogue<T>& epilogue, const std::vector<LaneBlock>& vectors,
+                        Epilogue<T> epilogue, const std::vector<LaneBlock>& vectors,
                         const TensorPixels& target, T* spare) {
   const Image& image = target.tensor;
   const int64_t pixels = image.height * image.width;
   S* const data = static_cast<S*>(image.data) + target.image * image.stride_n;
   int64_t direct = 0;
   if constexpr (std::is_same_v<S, T>)
-    if (image.stride_c == 1 && image.stride_n == pixels * image.stride_w) {
+    if (image.stride_c == 1 && image.stride_n == pixels * image.stride_w &&
+        displaces<T, S>(epilogue, image)) {
       while (direct < weights.vectors && vectors[direct].outputs == lanes<T>) direct++;
       T* const to = data + target.pixel * image.stride_w + vectors[0].output;
       Ahead<T> next;
@@ -198,13 +222,16 @@ void multiply_to_tensor(const Pixels<T>& source, const PackedWeights<T>& weights
           },
           [](int64_t, int64_t, int64_t, int64_t) {});
     }
+  // A residual is read where it lies, for a tile of finished sums.
+  Epilogue<T> before = epilogue.from(direct), after;
+  if (epilogue.residual) {
+    after = before.after_sum();
+    after.residual = epilogue.residual;
+    before.activation = Activation::none;
+    before.residual = nullptr;
+  }
   multiply_all<T>(
-      {source,
-       target.count,
-       weights.from(direct),
-       max_pixels * lanes<T>,
-       epilogue.from(direct),
-       {}},
+      {source, target.count, weights.from(direct), max_pixels * lanes<T>, before, {}},
       [&](int64_t, int64_t taken, int64_t, T** at) {
         for (int64_t k = 0; k < taken; k++) at[k] = spare + k * lanes<T>;
       },
@@ -212,11 +239,23 @@ void multiply_to_tensor(const Pixels<T>& source, const PackedWeights<T>& weights
         for (int64_t v = 0; v < together; v++) {
           const LaneBlock& block = vectors[direct + vector + v];
           for (int64_t k = 0, run; k < taken; k += run) {
-            const int64_t at = target.pixel + first + k;
-            run = std::min(taken - k, pixels - at % pixels);
-            store_columns<T, S>(spare + (v * max_pixels + k) * lanes<T>, run,
-                                {data + at / pixels * image.stride_n +
-                                     at % pixels * image.stride_w + block.output * image.stride_c,
+            const int64_t at = target.pixel + first + k, n = target.image + at / pixels,
+                          pixel = at % pixels;
+            run = std::min(taken - k, pixels - pixel);
+            T* const sums = spare + (v * max_pixels + k) * lanes<T>;
+            if (after.residual)
+              finish_sums<T>(sums, run, lanes<T>, after.from(vector + v), [&](int64_t i) {
+                const Image& residual = *after.residual;
+                return load_strided<T>(static_cast<const S*>(residual.data) +
+                                           n * residual.stride_n +
+                                           (pixel + i) / residual.width * residual.stride_h +
+                                           (pixel + i) % residual.width * residual.stride_w +
+                                           block.output * residual.stride_c,
+                                       residual.stride_c, block.outputs);
+              });
+            store_columns<T, S>(sums, run,
+                                {data + at / pixels * image.stride_n + pixel * image.stride_w +
+                                     block.output * image.stride_c,
                                  image.stride_w, image.stride_c, block.outputs});
           }
         }
@@ -286,42 +325,66 @@ struct PointwiseImages {
   int64_t images;
 };
 
-// A packed pointwise convolution of whole images.
+// A packed pointwise convolution of whole images: threads share the strips, and of few pixels the
+// vectors of outputs.
 template <class T, class S>
 void multiply_image(const PointwiseImages& of, const PackedWeights<T>& weights,
-                    const Threads& threads) {
+                    const Epilogue<T>& epilogue, const Threads& threads) {
   const Image& source = of.source;
   constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
-  const int64_t together = std::max<int64_t>(1, strip_pixels / (source.height * source.width)),
+  const int64_t pixels = source.height * source.width,
+                together = std::max<int64_t>(1, strip_pixels / pixels),
                 rows = std::max<int64_t>(1, strip_pixels / source.width);
-  const std::vector<std::vector<Strip>> parts =
-      thread_strips(of.images, source.height, rows, together, 4 * threads.count);
+  const bool few = of.images * pixels <= max_pixels * threads.count;
+  const std::vector<std::vector<Strip>> parts = thread_strips(
+      of.images, source.height, rows, together, few ? 1 : 4 * threads.count);
+  const int64_t pairs = ceil_div(weights.vectors, 2),
+                sets = few ? std::min<int64_t>(pairs, 4 * threads.count) : 1;
   auto work = [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; part++)
-      for (const Strip& strip : parts[part]) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t set = unit % sets, first = 2 * (pairs * set / sets),
+                    last = std::min(2 * (pairs * (set + 1) / sets), weights.vectors);
+      PackedWeights<T> some = weights.from(first);
+      some.vectors = last - first;
+      const std::vector<LaneBlock> outputs(of.outputs.begin() + first, of.outputs.begin() + last);
+      for (const Strip& strip : parts[unit / sets]) {
         const int64_t count = strip.images * strip.rows * source.width;
         T* const spare = scratch<T>(spare_size + static_cast<int64_t>(of.inputs.size()) *
                                                      (count | 1) * lanes<T>);
-        const Pixels<T> pixels = source_pixels<T, S>(source, strip, of.inputs, spare + spare_size);
-        multiply_to_tensor<T, S>(pixels, weights, {}, of.outputs,
+        const Pixels<T> from = source_pixels<T, S>(source, strip, of.inputs, spare + spare_size);
+        multiply_to_tensor<T, S>(from, some, epilogue.from(first), outputs,
                                  {of.target, strip.image, strip.row * source.width, count}, spare);
       }
+    }
   };
-  run(threads, parts.size(), work);
+  run(threads, parts.size() * sets, work);
 }
 
-// A pointwise convolution, or its input gradient.
+// The pixels of a tensor that a pointwise convolution at a stride reads.
+inline Image strided_pixels(const Image& image, const Geometry& g) {
+  Image some = image;
+  some.height = ceil_div(image.height, g.stride_h);
+  some.width = ceil_div(image.width, g.stride_w);
+  some.stride_h *= g.stride_h;
+  some.stride_w *= g.stride_w;
+  return some;
+}
+
+// A pointwise convolution, or its input gradient at stride 1.
 template <class T, class S>
-void convolve_pointwise(const Convolution& call) {
+void convolve_pointwise(const Convolution& call, const Prepared<T>* prepared = nullptr) {
   const Direction d(call.geometry, call.pass);
   const std::vector<LaneBlock> inputs = vectors_of<T>(d.sources, d.sources),
                                outputs = vectors_of<T>(d.outputs, d.outputs);
   const int64_t size = d.sources * lanes<T>, vectors = outputs.size();
-  Buffer<T> packed(vectors * size);
-  pack_blocks<T, S>({call.series, call.geometry, d}, outputs, size, size, packed.data(),
-                    call.threads);
-  multiply_image<T, S>({call.source, inputs, call.target, outputs, call.geometry.images},
-                       {packed.data(), size, vectors}, call.threads);
+  Buffer<T> packed(prepared ? 0 : vectors * size);
+  if (!prepared)
+    pack_blocks<T, S>({call.series, call.geometry, d}, outputs, size, size, packed.data(),
+                      call.threads);
+  multiply_image<T, S>({strided_pixels(call.source, call.geometry), inputs, call.target, outputs,
+                        call.geometry.images},
+                       {prepared ? prepared->weights : packed.data(), size, vectors},
+                       prepared ? prepared->epilogue : Epilogue<T>{}, call.threads);
 }
 
 // D[source][lane] += Σ_pixel grads[pixel][lane] · from[pixel][source] for one or two vectors of

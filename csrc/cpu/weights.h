@@ -123,6 +123,13 @@ void pack_weights(const SummedWeights& of, const LaneBlock& block, T* sum, T* to
         to + j * taps * lanes<T>);
 }
 
+// One vector of numbers of outputs, zeros where there are none.
+template <class T>
+void store_outputs(const void* numbers, int64_t first, int64_t count, T* to) {
+  store<T>(to, numbers ? load_strided<T>(static_cast<const T*>(numbers) + first, 1, count)
+                       : Vector<T>{});
+}
+
 // Those of all blocks, `packed` numbers each; a block's summed rows take `summed`.
 template <class T, class S>
 void pack_blocks(const SummedWeights& of, const std::vector<LaneBlock>& blocks, int64_t packed,

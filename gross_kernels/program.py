@@ -1,0 +1,231 @@
+"""Programs: a network, or a part of one, that runs in one call of the operator
+``gross::program_run``.
+
+A program is a list of :class:`Step`: layers, convolutions, linear layers and pooling, each with all
+that follows it until its output is stored: ``act(x + bias + residual)``, or ``act(x + bias) +
+residual``. ``gross::program_pack`` puts the steps and their weights into one tensor of bytes, in
+the order of this processor's kernels. Between the steps nothing returns to torch, and nothing is
+allocated: on the CPU a step costs a few microseconds beside its arithmetic.
+
+:func:`define` is what a program computes, in PyTorch's own operators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .geometry import Geometry
+
+KINDS = ("layer", "convolution", "linear", "max_pool", "mean_pool", "mean")
+ACTIVATIONS = ("none", "relu", "prelu", "relu6", "silu")
+
+_library = torch.library.Library("gross", "FRAGMENT")
+for _schema in (
+    "program_pack(Tensor like, Tensor[] weights, int[] steps, int inputs, int[] returned) "
+    "-> Tensor",
+    "program_run(Tensor[] inputs, Tensor program, str steps) -> Tensor[]",
+):
+    _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a program. Values are numbered: the program's inputs first, then what each step
+    writes.
+
+    Attributes:
+        kind: one of :data:`KINDS`. "layer" is pointwise → grouped → pointwise; "convolution" has
+            the channels ``width_in`` → ``width_out``, which are ``in_channels`` →
+            ``out_channels``; "linear" reads all channels of all pixels, pixel by pixel, as one;
+            "mean" is over whole images.
+        source, residual: the values that it reads; -1 for no residual.
+        activation: one of :data:`ACTIVATIONS`.
+        residual_last: whether the residual is added after the activation.
+        weights: number of its first weight (P, R and Q of a layer), -1 for none.
+        bias, slopes: numbers of its other weights, -1 for none.
+    """
+
+    kind: str
+    source: int
+    residual: int = -1
+    activation: str = "none"
+    residual_last: bool = False
+    in_channels: int = 0
+    width: tuple[int, int] = (0, 0)
+    group_size: int = 0
+    out_channels: int = 0
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    weights: int = -1
+    bias: int = -1
+    slopes: int = -1
+
+    def numbers(self, target: int) -> list[int]:
+        """The step as csrc/program.h reads it."""
+        return [
+            KINDS.index(self.kind),
+            self.source,
+            target,
+            self.residual,
+            ACTIVATIONS.index(self.activation),
+            int(self.residual_last),
+            self.in_channels,
+            *self.width,
+            self.group_size,
+            self.out_channels,
+            *self.kernel_size,
+            *self.stride,
+            *self.padding,
+            *self.dilation,
+            self.weights,
+            self.bias,
+            self.slopes,
+            0,
+        ]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A program without its weights: its steps, how many inputs it has, and which values it
+    returns."""
+
+    steps: tuple[Step, ...]
+    inputs: int
+    returned: tuple[int, ...]
+
+    def pack(self, weights: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The program with its weights in this processor's order, for activations of ``like``'s
+        dtype: a tensor of bytes."""
+        numbers = [
+            number
+            for i, step in enumerate(self.steps)
+            for number in step.numbers(self.inputs + i)
+        ]
+        return torch.ops.gross.program_pack(
+            like, list(weights), numbers, self.inputs, list(self.returned)
+        )
+
+    def text(self) -> str:
+        """The same as text, for :func:`from_text`."""
+        steps = [astuple(step) for step in self.steps]
+        return json.dumps([steps, self.inputs, self.returned], separators=(",", ":"))
+
+
+def from_text(text: str) -> Steps:
+    """The steps that :meth:`Steps.text` wrote."""
+    rows, inputs, returned = json.loads(text)
+    names = [field.name for field in fields(Step)]
+    steps = [
+        Step(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in zip(names, row, strict=True)
+            }
+        )
+        for row in rows
+    ]
+    return Steps(tuple(steps), inputs, tuple(returned))
+
+
+def run(inputs: Sequence[Tensor], program: Tensor, text: str) -> list[Tensor]:
+    """What the program returns for these inputs, ``[N, C, H, W]`` or ``[N, C]``, of the dtype that
+    it was packed for; channels-last."""
+    return torch.ops.gross.program_run.default(inputs, program, text)
+
+
+def define(inputs: Sequence[Tensor], weights: Sequence[Tensor], steps: Steps) -> list[Tensor]:
+    """What :func:`run` returns, in PyTorch's own operators."""
+    values = list(inputs)
+    for step in steps.steps:
+        value = _sum(step, values[step.source], weights)
+        if step.bias >= 0:
+            bias = weights[step.bias].to(value.dtype)
+            value = value + bias.view(1, -1, *[1] * (value.dim() - 2))
+        residual = values[step.residual] if step.residual >= 0 else None
+        if residual is not None and not step.residual_last:
+            value = value + residual
+        value = _activated(step, value, weights)
+        if residual is not None and step.residual_last:
+            value = value + residual
+        values.append(value)
+    return [values[i] for i in steps.returned]
+
+
+def _sum(step: Step, source: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    if step.kind == "max_pool":
+        return F.max_pool2d(source, step.kernel_size, step.stride, step.padding, step.dilation)
+    if step.kind == "mean_pool":
+        return F.avg_pool2d(source, step.kernel_size, step.stride, step.padding)
+    if step.kind == "mean":
+        return source.mean((2, 3), keepdim=True)
+    first, *others = [
+        weight.to(source.dtype)
+        for weight in weights[step.weights : step.weights + (3 if step.kind == "layer" else 1)]
+    ]
+    if step.kind == "linear":
+        # Pixel by pixel, and of each all channels.
+        pixels = source if source.dim() == 2 else source.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(pixels, first[:, :, 0, 0])
+    geometry = (step.stride, step.padding, step.dilation, step.width[0] // step.group_size)
+    if step.kind == "convolution":
+        return F.conv2d(source, first, None, *geometry)
+    middle, last = others
+    return F.conv2d(F.conv2d(F.conv2d(source, first), middle, None, *geometry), last)
+
+
+def _activated(step: Step, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    if step.activation == "relu":
+        return F.relu(value)
+    if step.activation == "relu6":
+        return F.relu6(value)
+    if step.activation == "silu":
+        return F.silu(value)
+    if step.activation == "prelu":
+        return F.prelu(value, weights[step.slopes].to(value.dtype))
+    return value
+
+
+@torch.library.register_fake("gross::program_run", lib=_library)
+def _program_shape(inputs: list[Tensor], program: Tensor, text: str) -> list[Tensor]:
+    steps = from_text(text)
+    shapes: list[tuple[Any, ...]] = [tuple(tensor.shape) for tensor in inputs]
+    for step in steps.steps:
+        shapes.append(_shape(step, shapes[step.source]))
+    return [
+        inputs[0].new_empty(shape).contiguous(
+            memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        )
+        for shape in (shapes[i] for i in steps.returned)
+    ]
+
+
+def _shape(step: Step, source: tuple[Any, ...]) -> tuple[Any, ...]:
+    images, channels = source[:2]
+    if step.kind == "linear":
+        return images, step.out_channels
+    if step.kind == "mean":
+        return images, channels, 1, 1
+    geometry = Geometry(step.stride, step.padding, step.dilation)
+    size = geometry.output_size(source[2:], step.kernel_size)
+    return images, channels if step.weights < 0 else step.out_channels, *size
+
+
+@torch.library.register_fake("gross::program_pack", lib=_library)
+def _program_pack_shape(like: Tensor, *_: Any) -> Tensor:
+    # How many bytes depends on the processor's vectors.
+    size = torch.library.get_ctx().new_dynamic_size()
+    return like.new_empty(size, dtype=torch.uint8)
+
+
+if ops.load_error is not None:
+    _library.impl("program_pack", ops.missing, "CPU")
+    _library.impl("program_run", ops.missing, "CPU")
