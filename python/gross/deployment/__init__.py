@@ -1,0 +1,7 @@
+"""From a supernet and a configuration to a network that is fast, and to files."""
+
+from .exporting import export
+from .files import load_program, save_program
+from .plan import Report
+
+__all__ = ["Report", "export", "load_program", "save_program"]

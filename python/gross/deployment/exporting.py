@@ -1,0 +1,194 @@
+"""From a supernet and a configuration to the network that is deployed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gross_kernels import GroSSConv2d, pack
+
+from ..arguments import check_module
+from ..copying import copy_model, unwrapped
+from ..supernet import check_configuration, decomposed_layers
+from ..supernet import configuration as active_configuration
+from . import graph
+from .fusing import fuse
+from .plan import Report, choose
+from .programs import build
+
+#: Largest difference from the supernet's output, relative to the largest magnitude, that an export
+#: may have: sums in another order.
+TOLERANCE = 1e-3
+
+
+def export(
+    supernet: nn.Module,
+    configuration: int | Sequence[int] | Mapping[str, int] | None = None,
+    *,
+    example: Tensor | None = None,
+    kernels: bool = True,
+    tune: bool = False,
+) -> nn.Module:
+    """The network that one configuration of a supernet is, with nothing of the others in it, as
+    fast as this package can run it.
+
+    Batch norms are folded into the layers, convolutions and linear layers before them (or after
+    them, where no padding comes between). Activations (ReLU, ReLU6, SiLU, PReLU, LeakyReLU) and
+    residual additions become the end of what they follow. Layers, convolutions, linear layers and
+    pooling then run as programs (:mod:`gross_kernels.program`), in one call for all that follow
+    one another. Each decomposed layer runs as the bottleneck that it is, or as the dense
+    convolution that its product is, whichever is faster. What no program knows stays as it is:
+    ``exported.report`` says what and why, and ``print(exported.report)`` shows the plan.
+
+    Args:
+        supernet: a network with decomposed layers, from one tensor to whatever it returns; left as
+            it is. A network without any is exported likewise.
+        configuration: as :func:`gross.set_configuration` takes it; by default the active one.
+        example: an input, of any batch size. The outputs of both networks are compared on it. With
+            ``kernels`` it is needed; a network that flattens images larger than 1×1 will take
+            other sizes no longer.
+        kernels: run on this package's kernels. Without, each decomposed layer becomes three
+            ``nn.Conv2d``, and the network needs PyTorch alone: ready for ONNX, and for training.
+        tune: time how each layer can run on this machine and take the fastest, instead of
+            predicting it.
+
+    Returns:
+        A new network in evaluation mode, for inference.
+
+    Raises:
+        TypeError: if ``example`` is missing or no tensor.
+        ValueError: if the configuration is not the supernet's, the example does not fit the
+            network, or something in the network cannot be copied.
+        RuntimeError: if the outputs for ``example`` differ by more than rounding.
+    """
+    layers = decomposed_layers(check_module("supernet", supernet))
+    if configuration is None:
+        configuration = active_configuration(supernet)
+    sizes = [layer.group_sizes for layer in layers.values()]
+    configuration = check_configuration(
+        configuration, sizes, active_configuration(supernet), list(layers)
+    )
+    _check_example(supernet, example, kernels)
+    if any(m.training for m in supernet.modules() if isinstance(m, _TRAINED)):
+        warnings.warn(
+            "supernet: got a network in training mode; what is exported is in evaluation mode, "
+            "with batch norm's statistics so far and without dropout",
+            stacklevel=2,
+        )
+    replaced: dict[int, nn.Module] = {
+        id(layer): _single(layer, size) if kernels else layer.fold(size)
+        for layer, size in zip(layers.values(), configuration, strict=True)
+    }
+    plain = copy_model(unwrapped(supernet), replaced, with_attributes=False).eval()
+    vars(plain).pop("decomposition_report", None)
+    exported = plain.to(memory_format=torch.channels_last)
+    if kernels and example is not None:
+        expected = _output(supernet, configuration, example)
+        exported = _deployed(plain, example, tune)
+        _compare(expected, exported, example)
+    elif example is not None:
+        _compare(_output(supernet, configuration, example), exported, example)
+    return exported
+
+
+#: What computes something else in training.
+_TRAINED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+def _deployed(plain: nn.Module, example: Tensor, tune: bool) -> nn.Module:
+    """The network as programs, with its report."""
+    try:
+        with torch.no_grad():
+            traced = graph.trace(plain, example)
+    except graph.Untraceable as error:
+        report = Report([], {"the network": f"it could not be read as a graph ({error})"})
+        exported = plain
+    else:
+        steps, left = fuse(traced)
+        rows = choose(traced, steps, example, tune)
+        report = Report(rows, left)
+        exported = build(traced, steps).eval()
+    pack(exported)
+    exported.report = report  # type: ignore[assignment]
+    return exported
+
+
+def _check_example(supernet: nn.Module, example: Tensor | None, kernels: bool) -> None:
+    if example is None:
+        if kernels:
+            raise TypeError(
+                "example: got None, accepted is an input of the network (or kernels=False, for "
+                "plain convolutions)"
+            )
+        return
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example: got {type(example).__name__}, accepted is a torch.Tensor")
+    parameter = next(supernet.parameters(), None)
+    if parameter is not None and parameter.device != example.device:
+        raise ValueError(
+            f"example: got a tensor on {example.device}, accepted is one on {parameter.device}, "
+            "where the network is"
+        )
+
+
+def _output(supernet: nn.Module, configuration: Sequence[int], example: Tensor) -> object:
+    from ..evaluation import inference
+
+    with inference(supernet, configuration):
+        try:
+            return supernet(example)
+        except Exception as error:
+            raise ValueError(
+                f"example: got {tuple(example.shape)}, accepted is what the network takes: {error}"
+            ) from error
+
+
+def _single(layer: GroSSConv2d, size: int) -> GroSSConv2d:
+    """The layer with one group size, and the sums of its terms as that one's terms."""
+    folded = layer.fold(size)
+    single = GroSSConv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        1,
+        layer.bias is not None,
+        layer.padding_mode,
+        layer.grouped[0].device,
+        layer.grouped[0].dtype,
+        group_sizes=(size,),
+        width=layer.width,
+        relu=layer.relu,
+    )
+    with torch.no_grad():
+        for series, conv in zip(single._series(), folded, strict=False):
+            series[0].copy_(conv.weight)
+        if single.bias is not None and layer.bias is not None:
+            single.bias.copy_(layer.bias)
+    return single.eval()
+
+
+def _compare(expected: object, exported: nn.Module, example: Tensor) -> None:
+    """Raise RuntimeError where the two networks' outputs differ by more than rounding."""
+    with torch.no_grad():
+        found = exported(example)
+    tolerance = TOLERANCE if example.dtype not in (torch.bfloat16, torch.float16) else 0.1
+    for wanted, got in zip(tensors_of(expected), tensors_of(found), strict=True):
+        if not wanted.is_floating_point():
+            continue
+        error = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+        if not error <= tolerance and bool(wanted.isfinite().all()):
+            raise RuntimeError(
+                f"example: the exported network's outputs differ by {error:.2g} of the largest, "
+                f"accepted is {tolerance}"
+            )
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """The tensors of a network's output, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -1,0 +1,114 @@
+"""Exported networks as files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..extras import from_extra
+from ..supernet import decomposed_layers
+from .programs import has_programs
+
+
+def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
+    """Write an exported network as a file.
+
+    Args:
+        network: from :func:`export`; for ``.onnx`` with ``kernels=False``.
+        example: an input; the file takes any batch size.
+        path: a ``.pt2`` file of ``torch.export``, for :func:`load_program`, or an ``.onnx`` file.
+            Both hold plain weights and serve every processor; programs are packed where the file
+            is loaded.
+
+    Raises:
+        ValueError: for another suffix, or a network with decomposed layers.
+        ImportError: if onnx and onnxscript are needed and missing.
+    """
+    target = Path(path)
+    if target.suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"path: got {path}, accepted are .pt2 and .onnx files")
+    if target.suffix == ".onnx" and (decomposed_layers(network) or has_programs(network)):
+        raise ValueError(
+            "network: got this package's kernels, accepted for .onnx is one of "
+            "export(kernels=False)"
+        )
+    part = target.with_name(f"{target.stem}.{os.getpid()}.part{target.suffix}")
+    # A batch of one would be taken for a constant.
+    example = torch.cat([example, example]) if len(example) == 1 else example
+    batch = {0: torch.export.Dim("batch", min=1)}
+    try:
+        if target.suffix == ".pt2":
+            program = torch.export.export(network, (example,), dynamic_shapes=(batch,))
+            torch.export.save(program, part)
+        else:
+            with from_extra("onnx"):
+                import onnxscript  # noqa: F401
+            torch.onnx.export(
+                network,
+                (example,),
+                part,
+                dynamo=True,
+                dynamic_shapes=(batch,),
+                external_data=False,
+                input_names=["input"],
+                output_names=["output"],
+                verbose=False,
+            )
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+
+def load_program(path: str | os.PathLike[str]) -> nn.Module:
+    """The network of a ``.pt2`` file, with its programs packed for this processor.
+
+    ``torch.export.load(path).module()`` is the same network, but packs its weights at every call.
+
+    Raises:
+        ValueError: if there is no such file, or it is none of :func:`save_program`'s, or damaged,
+            or from a newer version.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise ValueError(f"path: got {path}, accepted is a file that save_program wrote")
+    try:
+        program = torch.export.load(source)
+        network = program.module(check_guards=False)
+    except Exception as error:
+        raise ValueError(
+            f"path: {path} cannot be read, accepted is a .pt2 file that save_program wrote with "
+            f"this or an older version: {str(error).strip().splitlines()[0]}"
+        ) from error
+    fold_packing(network)
+    return network
+
+
+def fold_packing(network: fx.GraphModule) -> None:
+    """Pack the programs of a network from ``torch.export`` once, in place."""
+    graph = network.graph
+    for i, node in enumerate(list(graph.nodes)):
+        if node.target is not torch.ops.gross.program_pack.default:
+            continue
+        like, weights, *rest = node.args
+        tensors = [_constant(network, weight) for weight in weights]
+        packed = node.target(tensors[0].new_empty(0), tensors, *rest)
+        network.register_buffer(f"packed_{i}", packed, persistent=False)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(f"packed_{i}"))
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    network.recompile()
+
+
+def _constant(network: nn.Module, node: object) -> Tensor:
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        raise ValueError("network: got a program whose weights are computed, accepted are constants")
+    found: Any = network
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    return found.detach()

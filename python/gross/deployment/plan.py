@@ -1,0 +1,212 @@
+"""How each decomposed layer runs: as the bottleneck that it is, in one pass or in three, or as the
+dense convolution that is its product."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gross_kernels.program import run
+
+from ..report import size, text
+from .fusing import Fused
+from .graph import shape_of
+from .programs import encode
+
+#: Multiply–accumulates per second and thread, in 10⁹, of a float32 step: pointwise products and
+#: dense convolutions, and the grouped part of a layer by its group size. Measured on an AMD EPYC
+#: (Zen 5, AVX-512); only ratios decide.
+PRODUCT_RATE = 115.0
+DENSE_RATE = 112.0
+GROUPED_RATES = {1: 30.0, 2: 60.0, 4: 85.0, 8: 90.0, 16: 95.0, 32: 105.0}
+#: Seconds that a candidate is timed for.
+SECONDS = 0.03
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of the plan.
+
+    Attributes:
+        name: where the network has it.
+        choice: "fused", "parts" or "merged" of a decomposed layer; else the kind of step.
+        followed_by: what it does beside: "batch norm", "relu", "sum" …
+        milliseconds: by choice, predicted for one thread or measured with torch's threads; empty
+            where there was no choice.
+        output: shape of its output for the example.
+    """
+
+    name: str
+    choice: str
+    followed_by: tuple[str, ...]
+    milliseconds: Mapping[str, float]
+    output: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an exported network runs, and what is left to PyTorch.
+
+    Attributes:
+        steps: in order.
+        left: operations that no program has, by name, with the reason.
+    """
+
+    steps: list[Row]
+    left: Mapping[str, str]
+
+    def __str__(self) -> str:
+        from rich.table import Table
+
+        table = Table("layer", "runs as", "followed by", "output", "ms", title="deployment")
+        for row in self.steps:
+            times = ", ".join(f"{name} {ms:.3f}" for name, ms in row.milliseconds.items())
+            table.add_row(
+                row.name, row.choice, ", ".join(row.followed_by), size(row.output), times
+            )
+        lines = [text(table)]
+        if self.left:
+            left = Table("left to PyTorch", "because")
+            for name, why in self.left.items():
+                left.add_row(name, why)
+            lines.append(text(left))
+        return "\n".join(lines)
+
+
+def choose(
+    traced: fx.GraphModule, steps: dict[fx.Node, Fused], example: Tensor, tune: bool
+) -> list[Row]:
+    """Choose how each decomposed layer runs, in place, and say so.
+
+    Args:
+        traced: the network; a layer in three passes gets two nodes more.
+        steps: of the network, in order.
+        example: an input of the network: its dtype and device count.
+        tune: time the choices instead of predicting them.
+    """
+    rows = []
+    for node, made in list(steps.items()):
+        choice = made.operation.kind
+        times: dict[str, float] = {}
+        if choice == "layer":
+            with traced.graph.inserting_before(node):
+                inner = [traced.graph.call_function(_between) for _ in range(2)]
+            candidates = {"fused": [made], "merged": [_merged(made)], "parts": _parts(made, inner)}
+            if tune and example.device.type == "cpu":
+                times = _measured(candidates, example)
+            else:
+                times = {name: _predicted(some) for name, some in candidates.items()}
+            choice = min(times, key=lambda name: times[name])
+            steps |= {one.node: one for one in candidates[choice]}
+        rows.append(Row(made.name, choice, tuple(made.followed_by), times, shape_of(node) or ()))
+    return rows
+
+
+def _between() -> None:
+    """Stands in a graph for a value between a layer's parts, which only programs see."""
+
+
+def _merged(made: Fused) -> Fused:
+    """The layer as the dense convolution that it is: Q · R · P, exactly, for P has no bias that
+    padding would cut off."""
+    operation = made.operation
+    first, middle, last = (weight.double() for weight in operation.weights)
+    groups = operation.groups
+    inner = torch.einsum(
+        "gosyx,gsc->gocyx",
+        middle.view(groups, -1, *middle.shape[1:]),
+        first.view(groups, -1, first.shape[1]),
+    ).flatten(0, 1)
+    kernel = torch.einsum("po,ocyx->pcyx", last[:, :, 0, 0], inner)
+    kernel = kernel.to(operation.weights[0].dtype)
+    return replace(
+        made,
+        operation=replace(operation, kind="convolution", weights=(kernel,), groups=1),
+    )
+
+
+def _parts(made: Fused, inner: Sequence[fx.Node]) -> list[Fused]:
+    """The layer as three convolutions, through the values `inner`."""
+    operation, (p, r) = made.operation, inner
+    first, middle, last = operation.weights
+    pointwise: dict[str, Any] = {
+        "kind": "convolution", "bias": None, "kernel_size": (1, 1), "stride": (1, 1),
+        "padding": (0, 0), "dilation": (1, 1), "groups": 1,
+    }  # fmt: skip
+    return [
+        Fused(replace(operation, weights=(first,), **pointwise), made.name, p, made.source),
+        Fused(
+            replace(operation, kind="convolution", weights=(middle,), bias=None), made.name, r, p
+        ),
+        replace(
+            made,
+            operation=replace(
+                operation, weights=(last,), **pointwise | {"bias": operation.bias}
+            ),
+            source=r,
+        ),
+    ]
+
+
+def _predicted(candidate: Sequence[Fused]) -> float:
+    """Milliseconds by :data:`PRODUCT_RATE` and the others, on one thread."""
+    seconds = 0.0
+    made = candidate[-1]
+    output = shape_of(made.node)
+    read = shape_of(candidate[0].source)
+    if output is None or read is None:
+        return 0.0
+    written = output[0] * output[2] * output[3]
+    before = read[0] * read[2] * read[3]
+    for one in candidate:
+        kernels = one.operation.weights
+        macs = [kernel.numel() for kernel in kernels]
+        if len(kernels) == 3:
+            rate = _grouped_rate(kernels[1].shape[1])
+            seconds += (before * macs[0] + written * macs[2]) / PRODUCT_RATE
+            seconds += written * macs[1] / rate
+        elif one.operation.kernel_size == (1, 1):
+            # In three passes what lies between them goes through memory.
+            seconds += 1.3 * (written if one is made else before) * macs[0] / PRODUCT_RATE
+        else:
+            dense = one.operation.groups == 1
+            rate = DENSE_RATE if dense else _grouped_rate(kernels[0].shape[1]) / 1.3
+            seconds += written * macs[0] / rate
+    return seconds / 1e6
+
+
+def _grouped_rate(group_size: int) -> float:
+    known = [size for size in GROUPED_RATES if size <= group_size]
+    return GROUPED_RATES[max(known)]
+
+
+def _measured(candidates: Mapping[str, list[Fused]], example: Tensor) -> dict[str, float]:
+    """Milliseconds with torch's threads: medians of turns, candidate after candidate."""
+    made = candidates["fused"][0]
+    sources = [made.source] if made.residual is None else [made.source, made.residual]
+    tensors = []
+    for node in sources:
+        made_of = torch.randn(shape_of(node) or (), device=example.device).to(example.dtype)
+        tensors.append(made_of.contiguous(memory_format=torch.channels_last))
+    calls: dict[str, Callable[[], object]] = {}
+    for name, candidate in candidates.items():
+        steps, weights = encode(candidate, sources, [made.node])
+        program = steps.pack(weights, example.new_empty(0))
+        calls[name] = partial(run, tensors, program, steps.text())
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        end = time.perf_counter() + SECONDS * len(calls)
+        while time.perf_counter() < end or len(times["fused"]) < 5:
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - began)
+    return {name: 1e3 * sorted(of)[len(of) // 2] for name, of in times.items()}
