@@ -7,6 +7,7 @@
 // the steps, and their weights in the kernels' order.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -251,8 +252,8 @@ inline char* thread_memory(int64_t size) {
   if (memory.size < size) {
     std::free(memory.at);
     memory.size = 0;
-    const int64_t need = round_up(size, 2 << 20);
-    memory.at = static_cast<char*>(std::aligned_alloc(2 << 20, need));
+    const int64_t need = round_up(size, 4096);
+    memory.at = static_cast<char*>(std::aligned_alloc(4096, need));
     if (!memory.at) throw std::bad_alloc();
     memory.size = need;
   }

@@ -170,7 +170,7 @@ void layer_case() {
   // Wide layers of one small image are those whose channels, not rows, the threads share.
   const int64_t widest = c.h * c.w > 64 || pick(0, 3) ? 40 : 200;
   layer.in_channels = pick(1, widest), layer.out_channels = pick(1, widest);
-  layer.relu = pick(0, 1);
+  const bool relu = pick(0, 1);
   const std::string where = std::to_string(layer.in_channels) + "→(" + c.where + ")→" +
                             std::to_string(layer.out_channels);
   struct Weight {
@@ -206,7 +206,7 @@ void layer_case() {
   std::vector<char> packed(tested().packed_size(type, layer) * size_of(wide));
   tested().pack(type, layer, packed.data(), two_threads);
   tested().layer(type, {input.image(), layer, packed.data(), keep ? inner.image() : Image{},
-                        output.image(), two_threads});
+                        output.image(), {relu ? Activation::relu : Activation::none}, two_threads});
 
   const bool for_input = pick(0, 3), for_first = pick(0, 3), for_middle = pick(0, 3),
              for_last = pick(0, 3), for_bias = pick(0, 1), for_gates = pick(0, 1);
@@ -220,7 +220,7 @@ void layer_case() {
   wants(gradient.pointwise_in, first, for_first), wants(gradient.grouped, middle, for_middle),
       wants(gradient.pointwise_out, last, for_last);
   tested().layer_backward(type, {grad.image(), input.image(), layer, keep ? inner.image() : Image{},
-                                 layer.relu ? output.image() : Image{}, gradient, two_threads});
+                                 relu ? output.image() : Image{}, gradient, two_threads});
 
   auto at = [](int64_t n, int64_t channels, int64_t i, int64_t h, int64_t y, int64_t w, int64_t x) {
     return ((n * channels + i) * h + y) * w + x;
@@ -274,8 +274,8 @@ void layer_case() {
             sum += gate * last.value.at(last.value.index(o, j, 0, 0)) *
                    r[at(n, g.out_channels, j, c.out_h, y, c.out_w, x)];
           const double got = output.at(output.index(n, o, y, x));
-          compare(type, "layer", got, layer.relu ? std::max(sum, 0.0) : sum, where);
-          const double dy = layer.relu && got <= 0 ? 0 : grad.at(grad.index(n, o, y, x));
+          compare(type, "layer", got, relu ? std::max(sum, 0.0) : sum, where);
+          const double dy = relu && got <= 0 ? 0 : grad.at(grad.index(n, o, y, x));
           of_bias[o] += dy;
           for (int64_t j = 0; j < g.out_channels; j++) {
             const int64_t to = at(n, g.out_channels, j, c.out_h, y, c.out_w, x);
