@@ -8,7 +8,9 @@ The counting rule, which reproduces the papers' tables:
 - a batch norm counts two per output element;
 - biases of linear layers, activations, pooling and the sums of a series count nothing;
 - of a decomposed layer, the first pointwise convolution counts at the input's resolution, the
-  grouped and the last pointwise one at the output's.
+  grouped and the last pointwise one at the output's;
+- where a decomposed layer pads with other values than zeros, its first pointwise runs, and counts,
+  on the padded map, unless that has more than three times the pixels.
 
 So every count is affine in the group sizes, ``fixed + Σ_i per_group_size_i · s_i``. Layers are what
 PyTorch calls modules: a convolution that a model computes by calling a function is not seen."""
@@ -26,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gross_kernels import GroSSConv2d, SeriesConv2d
+from gross_kernels.geometry import first_size
 from gross_kernels.series import convolution_macs
 
 from .arguments import check_module
@@ -56,8 +59,9 @@ class LayerMacs:
         group_size: the one that is counted. None for a layer that is not decomposed, which counts
             as fixed.
         first_call: how many other layers were called before it; None if it was not called.
-        input_pixels, output_pixels: spatial positions over all its calls and all their images; 0
-            for a layer without any.
+        input_pixels, output_pixels: spatial positions over all its calls and all their images, of
+            the input with its border where a decomposed layer in its place pads first; 0 for a
+            layer without any.
     """
 
     name: str
@@ -271,7 +275,12 @@ def _pixels(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int, int]:
     if isinstance(layer, nn.Linear | _BatchNorm):
         return 0, 0
     assert isinstance(layer, GroSSConv2d | SeriesConv2d | _ConvNd)
-    return input.numel() // layer.in_channels, output.numel() // layer.out_channels
+    pixels = input.numel() // layer.in_channels
+    if isinstance(layer, nn.Conv2d) and pixels:
+        left, right, top, bottom = layer._reversed_padding_repeated_twice
+        size, sides = input.shape[-2:], ((top, bottom), (left, right))
+        pixels = pixels // math.prod(size) * math.prod(first_size(size, sides, layer.padding_mode))
+    return pixels, output.numel() // layer.out_channels
 
 
 def _macs_of_call(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int, int]:
