@@ -32,7 +32,7 @@ from gross_kernels.geometry import first_size
 from gross_kernels.series import convolution_macs
 
 from .arguments import check_module
-from .copying import plain_name
+from .copying import check_open, closed_parts, plain_name, unwrapped
 from .example import Example, check_call, run_copy
 from .report import size, text
 from .supernet import Configuration, check_configuration, decomposed_layers
@@ -193,7 +193,8 @@ def macs(
     :meth:`MacsReport.with_configuration`.
 
     Args:
-        model: any network, decomposed or not.
+        model: any network, decomposed or not; of one inside ``torch.compile`` or ``DataParallel``,
+            the network itself is counted.
         input_size: shape of one input without the batch dimension, such as ``(3, 224, 224)``, for a
             network that takes one tensor of floating point.
         configuration: as :func:`gross.set_configuration` takes it; by default the active one.
@@ -208,9 +209,16 @@ def macs(
         TypeError: for an argument of another type.
         ValueError: for an input size that is not made of positive ints, a configuration that does
             not fit, none or both of ``input_size`` and ``example``, or a model that cannot be
-            copied. What the model itself raises on the input is passed on with a note.
+            copied, or parts of which are programs of TorchScript or ``torch.export``. What the
+            model itself raises on the input is passed on with a note.
     """
-    check_module("model", model)
+    model = unwrapped(check_module("model", model))
+    check_open(model)
+    for name, program in closed_parts(model).items():
+        raise ValueError(
+            f"model: got {name!r}, {program}, whose layers are no modules to count; accepted is a "
+            "network with what it was made from in its place"
+        )
     call = check_call(model, input_size, example)
     if call is None:
         raise ValueError("input_size: got None, accepted is the shape of one input, or an example")
