@@ -521,9 +521,7 @@ class GroSSConv2d(_SeriesModule):
         check_input(input, weights.grouped[0])
         check_gates(gates, weights.grouped)
         check_input_channels(input, self.in_channels)
-        later = self.padding_mode != "zeros" and not pads_first(
-            input.shape[-2:], self._padding_per_side()
-        )
+        later = self.padding_mode != "zeros" and self._pads_later(input.shape[-2:])
         padded, geometry = self._padded(input, later)
         packed = self._packed
         if later:
@@ -569,6 +567,12 @@ class GroSSConv2d(_SeriesModule):
         if name == "weight":
             raise AttributeError(_READ_ONLY)
         super().register_parameter(name, param)
+
+    def _pads_later(self, input_size: Sequence[int]) -> bool:
+        """Whether to pad a map after the first pointwise, in a mode other than zeros."""
+        # A program that is exported serves maps of any size.
+        exporting = torch.compiler.is_exporting()
+        return not exporting and not pads_first(input_size, self._padding_per_side())
 
     def _keeps_inner(self) -> bool:
         # Reading the first pointwise's output back is cheaper than computing it again from 128
