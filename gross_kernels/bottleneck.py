@@ -12,7 +12,7 @@ into the kernel's order beforehand, by ``bottleneck_pack``; what it returns serv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,9 +76,18 @@ def _read(arguments: Sequence[Any]) -> tuple[Weights, Geometry, Sequence[Any]]:
     return Weights(*arguments[:6]), Geometry(*arguments[6:9]), arguments[9:]
 
 
-def parts(input: Tensor, weights: Weights, geometry: Geometry, relu: bool) -> tuple[Tensor, Tensor]:
+def parts(
+    input: Tensor,
+    weights: Weights,
+    geometry: Geometry,
+    relu: bool,
+    pad: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """The layer as three convolutions, differentiable: the operator's definition, and what runs
     where it has no kernel.
+
+    Args:
+        pad: applied to the first pointwise's output; the geometry's padding comes on top of it.
 
     Returns:
         output ``[N, C_out, H', W']`` of ``input`` ``[N, C_in, H, W]``, and the first pointwise's
@@ -87,6 +96,9 @@ def parts(input: Tensor, weights: Weights, geometry: Geometry, relu: bool) -> tu
     active, gates = weights.active, weights.gates
     first = functional.series_sum(weights.pointwise_in, active, gates)
     inner = F.conv2d(input, first.to(input.dtype))
+    if pad is not None:
+        # Padding in a mode other than zeros loses the memory format.
+        inner = pad(inner).contiguous(memory_format=memory_format(input))
     middle = functional.apply(inner, weights.grouped, active, gates, geometry)
     last = functional.series_sum(weights.pointwise_out, active, gates)
     bias = None if weights.bias is None else weights.bias.to(middle.dtype)

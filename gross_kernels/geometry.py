@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -57,6 +58,35 @@ def same_padding(
     size; an odd total puts the larger half after, as ``torch.nn.Conv2d`` does."""
     totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def padded_size(input_size: Sequence[int], sides: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Rows and columns of a map with what is added (before, after) them."""
+    h, w = (size + sum(added) for size, added in zip(input_size, sides, strict=True))
+    return h, w
+
+
+#: How many times its pixels a map has with its padding at most for one pass over the padded map to
+#: be faster than three that compute nothing on the border.
+LARGEST_BORDER = 3
+
+
+def pads_first(input_size: Sequence[int], sides: Sequence[tuple[int, int]]) -> bool:
+    """Whether a layer that pads with other values than zeros pads its input, and computes its first
+    pointwise on the border, too, or that pointwise's output: it has no bias, so they are the same.
+    Arguments are those of :func:`padded_size`."""
+    return math.prod(padded_size(input_size, sides)) <= LARGEST_BORDER * math.prod(input_size)
+
+
+def first_size(
+    input_size: Sequence[int], sides: Sequence[tuple[int, int]], padding_mode: str
+) -> tuple[int, int]:
+    """Rows and columns on which a layer computes its first pointwise. Arguments are those of
+    :func:`padded_size`, and the layer's ``padding_mode``."""
+    if padding_mode == "zeros":
+        # The grouped convolution pads both sides alike; one more row or column comes first.
+        return padded_size(input_size, [(0, after - before) for before, after in sides])
+    return padded_size(input_size, sides if pads_first(input_size, sides) else ((0, 0), (0, 0)))
 
 
 def integer(name: str, value: Any, least: int | None = None, accepted: str = "an int") -> int:

@@ -29,7 +29,16 @@ from .checks import (
     check_one_of,
 )
 from .functional import apply, explicit_padding, series_sum
-from .geometry import Geometry, check_padding, integer, pair, same_padding
+from .geometry import (
+    Geometry,
+    check_padding,
+    first_size,
+    integer,
+    padded_size,
+    pads_first,
+    pair,
+    same_padding,
+)
 from .library import call, clock, recomputed
 from .packing import Packed
 from .series import (
@@ -183,24 +192,29 @@ class _SeriesModule(nn.Module):
         arguments = (input,) if gates is None else (input, gates)
         return input.tracer.create_proxy("call_module", path, arguments, {})
 
-    def _padded(self, input: Tensor) -> tuple[Tensor, Geometry]:
+    def _padded(self, input: Tensor, later: bool = False) -> tuple[Tensor, Geometry]:
         """The input with a batch dimension, channels-last where the weights are (``nn.Conv2d``'s
-        output then is, too), and with what of its padding is not left to the convolution."""
+        output then is, too), and with what of its padding is not left to the convolution, nor to
+        :meth:`_pad` for ``later``."""
         if input.dim() == 3:
             input = input.unsqueeze(0)
         padding = self.padding
         if self.padding_mode != "zeros":
-            # The first pointwise of a whole layer has no bias, so padding before it, in any mode,
-            # is padding after it.
-            (top, bottom), (left, right) = self._padding_per_side()
-            input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
             padding = (0, 0)
+            if not later:
+                input = self._pad(input)
         if self._channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
         input, padding = explicit_padding(input, self.kernel_size, padding, self.dilation)
         geometry = Geometry(self.stride, padding, self.dilation)
-        geometry.check_fits(input.shape[-2:], self.kernel_size)
+        size: Sequence[int] = input.shape[-2:]
+        geometry.check_fits(self._padded_size(size) if later else size, self.kernel_size)
         return input, geometry
+
+    def _pad(self, input: Tensor) -> Tensor:
+        """The input padded in a mode other than zeros."""
+        (top, bottom), (left, right) = self._padding_per_side()
+        return F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
 
     def _padding_per_side(self) -> tuple[tuple[int, int], ...]:
         if self.padding == "same":
@@ -209,13 +223,11 @@ class _SeriesModule(nn.Module):
             return ((0, 0), (0, 0))
         return tuple((p, p) for p in self.padding)
 
+    def _padded_size(self, input_size: int | Sequence[int]) -> tuple[int, int]:
+        return padded_size(pair("input_size", input_size), self._padding_per_side())
+
     def _output_size(self, input_size: int | Sequence[int]) -> tuple[int, int]:
-        padded = [
-            size + before + after
-            for size, (before, after) in zip(
-                pair("input_size", input_size), self._padding_per_side(), strict=True
-            )
-        ]
+        padded = self._padded_size(input_size)
         geometry = Geometry(self.stride, (0, 0), self.dilation)
         h, w = geometry.output_size(padded, self.kernel_size)
         if h < 1 or w < 1:
@@ -338,8 +350,9 @@ class GroSSConv2d(_SeriesModule):
             ``in_channels``.
         relu: clamp the output at zero; in the fused kernel this costs nothing.
 
-    On the CPU the layer runs in one pass (``gross::bottleneck``) unless ``GROSS_KERNELS_FUSED=0``;
-    :meth:`pack` makes inference with small batches faster still.
+    On the CPU the layer runs in one pass (``gross::bottleneck``) unless ``GROSS_KERNELS_FUSED=0``,
+    or ``padding_mode`` is not "zeros" and more than triples the map's pixels; :meth:`pack` makes
+    inference with small batches faster still.
 
     Shape:
         input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's
@@ -508,9 +521,12 @@ class GroSSConv2d(_SeriesModule):
         check_input(input, weights.grouped[0])
         check_gates(gates, weights.grouped)
         check_input_channels(input, self.in_channels)
-        padded, geometry = self._padded(input)
+        later = self.padding_mode != "zeros" and self._pads_later(input.shape[-2:])
+        padded, geometry = self._padded(input, later)
         packed = self._packed
-        if packed is not None and packed.serves(padded, weights):
+        if later:
+            output, _ = bottleneck.parts(padded, weights, geometry, self.relu, self._pad)
+        elif packed is not None and packed.serves(padded, weights):
             output = packed(padded, self.kernel_size, geometry, self.relu)
         elif dispatch.choose_layer(input.device.type).name == "fused":
             output, _ = call(
@@ -551,6 +567,12 @@ class GroSSConv2d(_SeriesModule):
         if name == "weight":
             raise AttributeError(_READ_ONLY)
         super().register_parameter(name, param)
+
+    def _pads_later(self, input_size: Sequence[int]) -> bool:
+        """Whether to pad a map after the first pointwise, in a mode other than zeros."""
+        # A program that is exported serves maps of any size.
+        exporting = torch.compiler.is_exporting()
+        return not exporting and not pads_first(input_size, self._padding_per_side())
 
     def _keeps_inner(self) -> bool:
         # Reading the first pointwise's output back is cheaper than computing it again from 128
@@ -660,12 +682,17 @@ class GroSSConv2d(_SeriesModule):
         active one).
 
         The first pointwise counts at the input's resolution, the grouped and the last pointwise at
-        the output's; a bias counts one per output element."""
+        the output's; a bias counts one per output element. Where ``padding_mode`` is not "zeros",
+        the first pointwise runs on the padded map, and counts so, unless that has more than three
+        times the pixels: it is then padded afterwards."""
         size = self._size(group_size)
         output = self._output_size(input_size)
         width_in, width_out = self.width
+        first = first_size(
+            pair("input_size", input_size), self._padding_per_side(), self.padding_mode
+        )
         return (
-            convolution_macs(width_in, self.in_channels, (1, 1), pair("input_size", input_size))
+            convolution_macs(width_in, self.in_channels, (1, 1), first)
             + convolution_macs(width_out, size, self.kernel_size, output)
             + convolution_macs(self.out_channels, width_out, (1, 1), output, self.bias is not None)
         )

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 #: What torch itself sets on a convolution, and on any module.
@@ -108,6 +109,40 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def closed_parts(model: nn.Module) -> dict[str, str]:
+    """The parts of a network whose layers are no modules that could be seen or replaced, by
+    qualified name, and what each is: programs of TorchScript and of ``torch.export``. Parts without
+    parameters, such as activations, are left out."""
+    closed: dict[str, str] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") or not outer for outer in closed)
+        if inside or (name and next(module.parameters(), None) is None):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            closed[name] = "a program of TorchScript"
+        elif isinstance(module, fx.GraphModule) and any(map(_is_aten, module.graph.nodes)):
+            closed[name] = "a program of torch.export"
+    return closed
+
+
+def check_open(model: nn.Module) -> None:
+    """Check that the layers of a network can be seen, of its outermost module at least.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    program = closed_parts(model).get("")
+    if program is not None:
+        raise ValueError(
+            f"model: got {type(model).__name__}, {program}, accepted is the network that it was "
+            "made from: its layers are modules"
+        )
+
+
+def _is_aten(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.namespace == "aten"
 
 
 def plain_name(name: str) -> str:

@@ -8,7 +8,9 @@ The counting rule, which reproduces the papers' tables:
 - a batch norm counts two per output element;
 - biases of linear layers, activations, pooling and the sums of a series count nothing;
 - of a decomposed layer, the first pointwise convolution counts at the input's resolution, the
-  grouped and the last pointwise one at the output's.
+  grouped and the last pointwise one at the output's;
+- where a decomposed layer pads with other values than zeros, its first pointwise runs, and counts,
+  on the padded map, unless that has more than three times the pixels.
 
 So every count is affine in the group sizes, ``fixed + Σ_i per_group_size_i · s_i``. Layers are what
 PyTorch calls modules: a convolution that a model computes by calling a function is not seen."""
@@ -26,10 +28,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gross_kernels import GroSSConv2d, SeriesConv2d
+from gross_kernels.geometry import first_size
 from gross_kernels.series import convolution_macs
 
 from .arguments import check_module
-from .copying import plain_name
+from .copying import check_open, closed_parts, plain_name, unwrapped
 from .example import Example, check_call, run_copy
 from .report import size, text
 from .supernet import Configuration, check_configuration, decomposed_layers
@@ -56,8 +59,9 @@ class LayerMacs:
         group_size: the one that is counted. None for a layer that is not decomposed, which counts
             as fixed.
         first_call: how many other layers were called before it; None if it was not called.
-        input_pixels, output_pixels: spatial positions over all its calls and all their images; 0
-            for a layer without any.
+        input_pixels, output_pixels: spatial positions over all its calls and all their images, of
+            the input with its border where a decomposed layer in its place pads first; 0 for a
+            layer without any.
     """
 
     name: str
@@ -189,7 +193,8 @@ def macs(
     :meth:`MacsReport.with_configuration`.
 
     Args:
-        model: any network, decomposed or not.
+        model: any network, decomposed or not; of one inside ``torch.compile`` or ``DataParallel``,
+            the network itself is counted.
         input_size: shape of one input without the batch dimension, such as ``(3, 224, 224)``, for a
             network that takes one tensor of floating point.
         configuration: as :func:`gross.set_configuration` takes it; by default the active one.
@@ -204,9 +209,16 @@ def macs(
         TypeError: for an argument of another type.
         ValueError: for an input size that is not made of positive ints, a configuration that does
             not fit, none or both of ``input_size`` and ``example``, or a model that cannot be
-            copied. What the model itself raises on the input is passed on with a note.
+            copied, or parts of which are programs of TorchScript or ``torch.export``. What the
+            model itself raises on the input is passed on with a note.
     """
-    check_module("model", model)
+    model = unwrapped(check_module("model", model))
+    check_open(model)
+    for name, program in closed_parts(model).items():
+        raise ValueError(
+            f"model: got {name!r}, {program}, whose layers are no modules to count; accepted is a "
+            "network with what it was made from in its place"
+        )
     call = check_call(model, input_size, example)
     if call is None:
         raise ValueError("input_size: got None, accepted is the shape of one input, or an example")
@@ -271,7 +283,12 @@ def _pixels(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int, int]:
     if isinstance(layer, nn.Linear | _BatchNorm):
         return 0, 0
     assert isinstance(layer, GroSSConv2d | SeriesConv2d | _ConvNd)
-    return input.numel() // layer.in_channels, output.numel() // layer.out_channels
+    pixels = input.numel() // layer.in_channels
+    if isinstance(layer, nn.Conv2d) and pixels:
+        left, right, top, bottom = layer._reversed_padding_repeated_twice
+        size, sides = input.shape[-2:], ((top, bottom), (left, right))
+        pixels = pixels // math.prod(size) * math.prod(first_size(size, sides, layer.padding_mode))
+    return pixels, output.numel() // layer.out_channels
 
 
 def _macs_of_call(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int, int]:

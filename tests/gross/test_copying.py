@@ -1,6 +1,7 @@
 """Copies of networks: what a copy of the model in the supernet, or in a count, has kept."""
 
 import threading
+from collections.abc import Iterator
 
 import gross
 import pytest
@@ -171,6 +172,72 @@ def test_a_compiled_network_or_part_of_one_is_decomposed_under_its_own_names():
         assert gross.configuration(supernet) == (4, 4)
         assert [layer.name for layer in supernet.decomposition_report.layers] == ["1", "2"]
         assert supernet.decomposition_report.layers[0].macs[0] > 0
+
+
+WRAPPERS = {
+    "compile": torch.compile,
+    "data parallel": nn.DataParallel,
+    "distributed": nn.parallel.DistributedDataParallel,
+    "compiled, parallel": lambda model: nn.DataParallel(torch.compile(model)),
+    "distributed, compiled": lambda model: torch.compile(
+        nn.parallel.DistributedDataParallel(model)
+    ),
+}
+
+
+@pytest.fixture
+def alone(tmp_path) -> Iterator[None]:
+    """A process group of this process alone, which ``DistributedDataParallel`` needs."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_network_counts_as_the_network_itself(wrap, alone):
+    """Catches ``KeyError`` where wrappers prefix the names, of the dense network and of its
+    supernet, and a configuration by names that the wrapped one does not have."""
+    dense = network()
+    supernet = structured(dense)
+    for model in (dense, supernet):
+        report = gross.macs(wrap(model), (3, 9, 9))
+        assert [layer.name for layer in report.layers] == ["0", "1", "2"]
+        assert report == gross.macs(model, (3, 9, 9))
+    by_name = gross.macs(wrap(supernet), (3, 9, 9), {"2": 1})
+    assert by_name.total == gross.macs(supernet, (3, 9, 9), (4, 1)).total
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("supernet", [False, True])
+def test_programs_are_not_counted_as_nothing(supernet):
+    """Catches zero MACs, and no convolutions, of a network whose layers are not seen."""
+    model = (structured(network()) if supernet else network()).eval()
+    image = torch.randn(1, 3, 9, 9)
+    traced = torch.jit.trace(model, image)
+    for program in (
+        traced,
+        torch.jit.freeze(traced),
+        torch.export.export(model, (image,)).module(),
+    ):
+        for call in (lambda p=program: gross.macs(p, (3, 9, 9)), lambda p=program: structured(p)):
+            with pytest.raises(ValueError, match="accepted is the network that it was made from"):
+                call()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_program_inside_a_network():
+    """Catches a count without it, and a report that does not name it; and an error for an
+    activation, in which there is nothing to count."""
+    parted = network()
+    parted[2] = torch.jit.script(parted[2])
+    parted.append(torch.jit.script(nn.SiLU()))
+    assert structured(parted).decomposition_report.left_alone["2"] == "a program of TorchScript"
+    with pytest.raises(ValueError, match="got '2', a program of TorchScript"):
+        gross.macs(parted, (3, 9, 9))
+    parted[2] = network()[2]
+    assert gross.macs(parted, (3, 9, 9)).total == gross.macs(network(), (3, 9, 9)).total
 
 
 def test_a_supernet_made_under_inference_mode_trains():

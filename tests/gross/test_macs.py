@@ -181,6 +181,25 @@ def test_flop_counter_agrees_on_a_supernet():
         assert 2 * gross.macs(supernet, (3, 16, 16)).total == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("kernel", [(3, 1), (7, 5)])
+def test_flop_counter_agrees_where_padding_is_not_zeros(kernel: tuple[int, int]) -> None:
+    """Catches a border on which the first pointwise runs (kernel 3×1), and one on which it does not
+    (kernel 7×5), counted otherwise, by ``gross.macs`` or by the report of the decomposition."""
+    padding = tuple(k // 2 for k in kernel)
+    geometry = {"padding": padding, "padding_mode": "reflect", "bias": False}
+    model = nn.Sequential(nn.Conv2d(8, 8, kernel, **geometry))
+    supernet = gross.decompose(
+        model, {"0": (1, 2, 4)}, method="random", quiet=True, input_size=(8, 4, 5)
+    )
+    (layer,) = supernet.decomposition_report.layers
+    for size, reported in zip((1, 2, 4), layer.macs, strict=True):
+        gross.set_configuration(supernet, size)
+        with FlopCounterMode(display=False) as counter:
+            supernet(torch.zeros(1, 8, 4, 5))
+        assert 2 * gross.macs(supernet, (8, 4, 5)).total == counter.get_total_flops()
+        assert 2 * reported == counter.get_total_flops()
+
+
 def test_biases_and_batch_norms_count_as_the_rule_says():
     """Catches a bias counted per channel instead of per output element, a batch norm counted once,
     a linear bias counted at all."""

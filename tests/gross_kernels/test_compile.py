@@ -118,6 +118,7 @@ def test_compiled_active_out_of_range() -> None:
         (GroSSConv2d, "same", "zeros"),
         (GroSSConv2d, "same", "circular"),
         (GroSSConv2d, 2, "reflect"),
+        (GroSSConv2d, 4, "reflect"),  # after the first pointwise
         (SeriesConv2d, 1, "zeros"),
     ],
 )
@@ -251,6 +252,17 @@ def test_export(index: int) -> None:
     program = torch.export.export(network, (input,), dynamic_shapes=shapes)
     for batch in (input, torch.randn(5, 8, 6, 5)):
         assert torch.equal(program.module()(batch), network(batch))
+
+
+def test_export_for_any_size_of_maps() -> None:
+    """Catches a program that holds for maps of some sizes alone, because larger ones are padded
+    before the first pointwise and smaller ones after it."""
+    network = nn.Sequential(GroSSConv2d(8, 8, 7, padding=3, padding_mode="reflect"))
+    sizes = {2: torch.export.Dim("rows", min=4), 3: torch.export.Dim("columns", min=4)}
+    exported = torch.export.export(network, (torch.randn(2, 8, 12, 14),), dynamic_shapes=(sizes,))
+    for size in ((4, 4), (5, 9), (30, 40)):
+        input = torch.randn(2, 8, *size)
+        assert_equal([exported.module()(input)], [network(input)], 1e-5)
 
 
 def test_export_survives_a_file(tmp_path) -> None:

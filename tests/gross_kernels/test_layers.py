@@ -14,7 +14,9 @@ from torch.nn.utils import parametrize
 from torch.testing._internal import common_nn
 from torch.testing._internal.common_modules import module_db
 
+import gross_kernels
 from gross_kernels import GroSSConv2d, SeriesConv2d
+from gross_kernels.geometry import padded_size
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 SIZES = (1, 2, 4, 8)
@@ -345,15 +347,88 @@ def test_gates_scale_each_series_once() -> None:
 
 @every_layer
 def test_macs(conv: nn.Conv2d, width: tuple[int, int], sizes: tuple[int, ...]) -> None:
-    """Catches a count that differs from torch's count of the folded layer, plus one per output
-    element for a bias."""
+    """Catches a count that differs from torch's count of what runs, plus one per output element for
+    a bias; and work that the folded layer does not have, but for a border that is padded first."""
     layer = GroSSConv2d(*arguments(conv), group_sizes=sizes, width=width)
+    input = torch.randn(1, 6, 9, 8)
     for size in sizes:
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-            output = layer.fold(size)(torch.randn(1, 6, 9, 8))
+        layer.group_size = size
+        output, macs = counted(layer, input)
         bias = output.numel() if conv.bias is not None else 0
-        assert layer.macs((9, 8), size) == counter.get_total_flops() // 2 + bias
+        assert layer.macs((9, 8), size) == macs + bias
+        if conv.padding_mode == "zeros" and conv.padding != "same":
+            assert counted(layer.fold(size), input)[1] == macs
     assert layer.macs((9, 8)) == layer.macs((9, 8), sizes[-1])
+
+
+def counted(module: nn.Module, input: Tensor) -> tuple[Tensor, int]:
+    """A module's output, and the MACs of it by torch's count."""
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        output = module(input)
+    return output, counter.get_total_flops() // 2
+
+
+MODES = ("reflect", "replicate", "circular")
+#: Geometry, and the size of a map that is padded first or, at the end, after the first pointwise.
+PADDED = {
+    "first": ({"kernel_size": 3, "padding": 1}, (9, 8), True),
+    "one side": ({"kernel_size": (2, 3), "padding": "same"}, (6, 5), True),
+    "just": ({"kernel_size": 3, "padding": 2, "dilation": 2}, (6, 5), True),
+    "above": ({"kernel_size": 3, "padding": 2, "dilation": 2}, (5, 5), False),
+    "stride": ({"kernel_size": (5, 3), "padding": (3, 2), "stride": (2, 1)}, (4, 4), False),
+    "kernel": ({"kernel_size": 7, "padding": 3}, (4, 5), False),
+    "same": ({"kernel_size": (4, 6), "padding": "same", "dilation": (2, 1)}, (4, 6), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("geometry", "size", "first"), PADDED.values(), ids=PADDED)
+@pytest.mark.parametrize("fused", [True, False])
+def test_padding_modes(
+    mode: str, geometry: dict, size: tuple[int, int], first: bool, fused: bool
+) -> None:
+    """Catches padding after the first pointwise that is not padding before it, in values and in
+    gradients, and products on a border that is most of the map, or that ``macs`` does not count."""
+    layer = GroSSConv2d(6, 5, padding_mode=mode, group_sizes=(1, 4), width=(8, 8), **geometry)
+    layer = layer.double().eval()
+    input = torch.randn(2, 6, *size, dtype=torch.float64)
+    for group_size in (1, 4):
+        layer.group_size = group_size
+        folded = layer.fold()
+        with gross_kernels.use_fused(fused):
+            inputs = [input.clone().requires_grad_() for _ in range(2)]
+            output, expected = (f(x) for f, x in zip((layer, folded), inputs, strict=True))
+            assert_close(output, expected, 1e-12)
+            sought = [inputs[0], layer.pointwise_in[0], layer.grouped[0], layer.pointwise_out[0]]
+            found = torch.autograd.grad(output.square().sum(), [*sought, layer.bias])
+            first_conv, middle, last = folded
+            weights = [inputs[1], first_conv.weight, middle.weight, last.weight, last.bias]
+            grads = list(torch.autograd.grad(expected.square().sum(), weights))
+            if group_size == 4:
+                # The first term lies in blocks of one channel on the diagonal of the second's.
+                own = torch.arange(8) % 4
+                grads[2] = grads[2][torch.arange(8), own][:, None]
+            for one, other in zip(found, grads, strict=True):
+                assert_close(one, other, 1e-11)
+            images, macs = counted(layer, input)
+            assert 2 * layer.macs(size) == macs + images.numel()
+            _, after = counted(folded, input)
+            border = padded_size(size, layer._padding_per_side())
+            extra = math.prod(border) - math.prod(size) if first else 0
+            assert macs == after + 2 * 8 * 6 * extra
+            with torch.inference_mode():
+                assert_close(layer.pack()(input), expected, 1e-12)
+                assert_close(layer(input[0]), expected[0], 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_modes_keep_the_memory_format(mode: str) -> None:
+    """Catches an output of another memory format than the input's where padding comes later."""
+    layer = GroSSConv2d(4, 4, 7, padding=3, padding_mode=mode)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        output = layer(torch.randn(2, 4, 4, 4).to(memory_format=layout))
+        assert output.is_contiguous(memory_format=layout)
 
 
 def test_macs_by_hand() -> None:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from gross_kernels import GroSSConv2d
 
 from ..arguments import check_choice, check_flag, check_int, check_module, check_type
-from ..copying import copy_attributes, copy_model, sharing_parameters, unwrapped
+from ..copying import check_open, copy_attributes, copy_model, sharing_parameters, unwrapped
 from ..example import Example, check_call
 from ..macs import MacsReport, macs
 from ..report import error_console
@@ -124,7 +124,8 @@ def decompose(
     Raises:
         TypeError: before any work, for an argument of another type.
         ValueError: before any work, if no convolution can be decomposed, one that is asked for by
-            name cannot be as asked, the model cannot be copied, a weight is not finite, or there is
+            name cannot be as asked, the model cannot be copied or is a program of TorchScript or
+            ``torch.export``, a weight is not finite, or there is
             no calibration data, or data that is not finite or that the model does not accept. What
             the model itself raises on the input is passed on with a note.
         ImportError: if rich is missing and ``quiet`` is False.
@@ -178,6 +179,7 @@ def decompose(
             "once"
         )
     given = model = unwrapped(model)
+    check_open(model)
     data = None
     if calibration is not None:
         data = Calibration(calibration, next(model.parameters()).device)

@@ -20,7 +20,7 @@ from gross_kernels import GroSSConv2d
 from gross_kernels.series import check_group_sizes
 
 from ..arguments import check_ints, check_pair, check_type
-from ..copying import own_attributes, plain_name
+from ..copying import closed_parts, own_attributes, plain_name
 from ..macs import MacsReport
 from ..supernet import decomposed_layers
 from .report import names_by_reason
@@ -151,6 +151,7 @@ def make_plans(model: nn.Module, request: Request) -> tuple[list[Plan], dict[str
         for name, module in model.named_modules()
         if isinstance(module, _ConvNd) and not isinstance(module, nn.Conv2d)
     }
+    left_alone |= {plain_name(name): program for name, program in closed_parts(model).items()}
     seen: set[nn.Module] = set()
     for name, conv in found:
         if conv in seen:
