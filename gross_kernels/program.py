@@ -106,9 +106,7 @@ class Steps:
         """The program with its weights in this processor's order, for activations of ``like``'s
         dtype: a tensor of bytes."""
         numbers = [
-            number
-            for i, step in enumerate(self.steps)
-            for number in step.numbers(self.inputs + i)
+            number for i, step in enumerate(self.steps) for number in step.numbers(self.inputs + i)
         ]
         return torch.ops.gross.program_pack(
             like, list(weights), numbers, self.inputs, list(self.returned)
@@ -201,7 +199,9 @@ def _program_shape(inputs: list[Tensor], program: Tensor, text: str) -> list[Ten
     for step in steps.steps:
         shapes.append(_shape(step, shapes[step.source]))
     return [
-        inputs[0].new_empty(shape).contiguous(
+        inputs[0]
+        .new_empty(shape)
+        .contiguous(
             memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format
         )
         for shape in (shapes[i] for i in steps.returned)

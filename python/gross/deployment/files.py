@@ -63,7 +63,6 @@ def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[st
         part.unlink(missing_ok=True)
 
 
-
 def load_program(path: str | os.PathLike[str]) -> nn.Module:
     """The network of a ``.pt2`` file, with its programs packed for this processor.
 
@@ -107,7 +106,9 @@ def fold_packing(network: fx.GraphModule) -> None:
 
 def _constant(network: nn.Module, node: object) -> Tensor:
     if not isinstance(node, fx.Node) or node.op != "get_attr":
-        raise ValueError("network: got a program whose weights are computed, accepted are constants")
+        raise ValueError(
+            "network: got a program whose weights are computed, accepted are constants"
+        )
     found: Any = network
     for part in str(node.target).split("."):
         found = getattr(found, part)

@@ -121,8 +121,10 @@ def _undo_mutation(traced: fx.GraphModule) -> None:
         for user in list(written.users):
             if order[user] > order[node]:
                 user.replace_input_with(written, node)
-            elif user is not node and any(order[later] > order[node] for later in user.users) and (
-                read(traced, user) is None or user.op == "call_method"
+            elif (
+                user is not node
+                and any(order[later] > order[node] for later in user.users)
+                and (read(traced, user) is None or user.op == "call_method")
             ):
                 raise Untraceable(f"{node.name}: writes into what {user.name} may have a view of")
 
@@ -327,17 +329,24 @@ _MODULES: dict[type[nn.Module], Callable[[Any, tuple], Operation | None]] = {
     nn.PReLU: lambda m, inputs: _slopes(inputs, m.weight.detach()),
     nn.LeakyReLU: lambda m, inputs: _slopes(inputs, torch.tensor([m.negative_slope])),
     nn.Hardtanh: lambda m, inputs: _hardtanh(inputs, m.min_val, m.max_val),
-    nn.MaxPool2d: lambda m, inputs: None
-    if m.return_indices
-    else _max_pool(inputs, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode),
+    nn.MaxPool2d: lambda m, inputs: (
+        None
+        if m.return_indices
+        else _max_pool(inputs, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
+    ),
     nn.AvgPool2d: lambda m, inputs: _mean_pool(
-        inputs, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad,
+        inputs,
+        m.kernel_size,
+        m.stride,
+        m.padding,
+        m.ceil_mode,
+        m.count_include_pad,
         m.divisor_override,
     ),  # fmt: skip
     nn.AdaptiveAvgPool2d: lambda m, inputs: _adaptive(inputs, m.output_size),
-    nn.Flatten: lambda m, inputs: Operation("flatten", inputs)
-    if (m.start_dim, m.end_dim) == (1, -1)
-    else None,
+    nn.Flatten: lambda m, inputs: (
+        Operation("flatten", inputs) if (m.start_dim, m.end_dim) == (1, -1) else None
+    ),
     nn.Identity: lambda m, inputs: Operation("identity", inputs),
     nn.Dropout: lambda m, inputs: Operation("identity", inputs),
     nn.Dropout2d: lambda m, inputs: Operation("identity", inputs),
@@ -478,8 +487,9 @@ def _f_bottleneck(a: _Arguments) -> Operation | None:
     if node.target is not torch.ops.gross.bottleneck.default:
         return None
     call = _Arguments(a.traced, node)
-    series, (bias, active, gates) = [call.get(i, "") for i in (1, 2, 3)], (
-        call.get(i, "") for i in (4, 5, 6)
+    series, (bias, active, gates) = (
+        [call.get(i, "") for i in (1, 2, 3)],
+        (call.get(i, "") for i in (4, 5, 6)),
     )
     if gates is not None or not isinstance(active, Tensor):
         return None

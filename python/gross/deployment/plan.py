@@ -67,9 +67,7 @@ class Report:
         table = Table("layer", "runs as", "followed by", "output", "ms", title="deployment")
         for row in self.steps:
             times = ", ".join(f"{name} {ms:.3f}" for name, ms in row.milliseconds.items())
-            table.add_row(
-                row.name, row.choice, ", ".join(row.followed_by), size(row.output), times
-            )
+            table.add_row(row.name, row.choice, ", ".join(row.followed_by), size(row.output), times)
         lines = [text(table)]
         if self.left:
             left = Table("left to PyTorch", "because")
@@ -146,9 +144,7 @@ def _parts(made: Fused, inner: Sequence[fx.Node]) -> list[Fused]:
         ),
         replace(
             made,
-            operation=replace(
-                operation, weights=(last,), **pointwise | {"bias": operation.bias}
-            ),
+            operation=replace(operation, weights=(last,), **pointwise | {"bias": operation.bias}),
             source=r,
         ),
     ]

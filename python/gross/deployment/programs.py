@@ -161,10 +161,7 @@ def _add_program(
     returned = [
         one.node
         for one in inside
-        if any(
-            user in stage and user not in own
-            for user in _readers(one.node, stage, reads)
-        )
+        if any(user in stage and user not in own for user in _readers(one.node, stage, reads))
     ]
     steps, weights = encode(inside, inputs, returned)
     flat = [one.flat and one.operation.kind != "linear" for one in inside if one.node in returned]
