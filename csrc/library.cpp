@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "arguments.h"
-#include "program.h"
 #include "packed.h"
+#include "program.h"
 #include "tensors.h"
 
 namespace {
@@ -157,8 +157,9 @@ Tensor bottleneck_packed(const Tensor& input, const Tensor& packed, const Ints& 
   check_packed(packed, type, layer);
   Tensor output = empty_image(g.images, layer.out_channels, out_h, out_w, input);
   if (output.numel() > 0)
-    kernels().layer(type, {image_of(input), layer, weights_of(packed), Image{}, image_of(output),
-                           finish_of(relu), torch_threads(products_of(layer, input, out_h, out_w))});
+    kernels().layer(type,
+                    {image_of(input), layer, weights_of(packed), Image{}, image_of(output),
+                     finish_of(relu), torch_threads(products_of(layer, input, out_h, out_w))});
   return output;
 }
 

@@ -37,8 +37,8 @@ struct Step {
 
   bool has_weights() const { return kind <= StepKind::linear; }
   Geometry geometry(int64_t images) const {
-    return {images,   width_in,  width_out, group_size, kernel_h,   kernel_w,  stride_h,
-            stride_w, padding_h, padding_w, dilation_h, dilation_w};
+    return {images,   width_in, width_out, group_size, kernel_h,   kernel_w,
+            stride_h, stride_w, padding_h, padding_w,  dilation_h, dilation_w};
   }
   Layer layer(int64_t images) const {
     return {{}, {}, {}, geometry(images), in_channels, out_channels, nullptr, nullptr};
@@ -139,11 +139,10 @@ inline void check_step(const Step& step, int64_t known) {
                       step.stride_w > 0 && step.padding_h >= 0 && step.padding_w >= 0 &&
                       step.dilation_h > 0 && step.dilation_w > 0,
                   "steps: accepted are kernel, stride and dilation of at least 1, padding of 0");
-  STD_TORCH_CHECK(!step.has_weights() ||
-                      (sized && step.width_in % step.group_size == 0 &&
-                       step.width_out % (step.width_in / step.group_size) == 0),
-                  "steps: group size ", step.group_size, " does not nest in ", step.width_in,
-                  " → ", step.width_out, " channels");
+  STD_TORCH_CHECK(!step.has_weights() || (sized && step.width_in % step.group_size == 0 &&
+                                          step.width_out % (step.width_in / step.group_size) == 0),
+                  "steps: group size ", step.group_size, " does not nest in ", step.width_in, " → ",
+                  step.width_out, " channels");
   STD_TORCH_CHECK(step.activation != Activation::prelu || step.slopes >= 0,
                   "steps: got PReLU without slopes");
 }
@@ -174,13 +173,13 @@ inline Tensor pack_program(const Tensor& like, const std::vector<Tensor>& weight
                            const Ints& steps, int64_t inputs, const Ints& returned) {
   const Type type = type_of(like, "like");
   const int64_t count = steps.size() / step_numbers;
-  STD_TORCH_CHECK(count > 0 && steps.size() % step_numbers == 0 && inputs > 0,
-                  "steps: got ", steps.size(), " numbers, accepted are ", step_numbers,
+  STD_TORCH_CHECK(count > 0 && steps.size() % step_numbers == 0 && inputs > 0, "steps: got ",
+                  steps.size(), " numbers, accepted are ", step_numbers,
                   " of each of at least one step");
   std::vector<Step> all(count);
   std::memcpy(all.data(), steps.data(), steps.size() * sizeof(int64_t));
-  int64_t size = aligned(sizeof(ProgramHeader) + returned.size() * sizeof(int64_t) +
-                         count * sizeof(Step));
+  int64_t size =
+      aligned(sizeof(ProgramHeader) + returned.size() * sizeof(int64_t) + count * sizeof(Step));
   for (int64_t i = 0; i < count; i++) {
     check_step(all[i], inputs + i);
     all[i].at = size;
@@ -230,12 +229,13 @@ inline Program read_program(const Tensor& program) {
                   " in version ", wanted.version);
   STD_TORCH_CHECK(got.vector_bytes == kernels().vector_bytes, "program: got one for vectors of ",
                   got.vector_bytes, " bytes, accepted are ", kernels().vector_bytes, " (",
-                  kernels().name, "): export the network again on this processor, or load the "
+                  kernels().name,
+                  "): export the network again on this processor, or load the "
                   "portable file");
-  STD_TORCH_CHECK(got.size == size && got.steps > 0 &&
-                      least + got.outputs * 8 + got.steps * static_cast<int64_t>(sizeof(Step)) <=
-                          size,
-                  "program: got ", size, " bytes", accepted, ": ", got.size);
+  STD_TORCH_CHECK(
+      got.size == size && got.steps > 0 &&
+          least + got.outputs * 8 + got.steps * static_cast<int64_t>(sizeof(Step)) <= size,
+      "program: got ", size, " bytes", accepted, ": ", got.size);
   read.outputs = reinterpret_cast<const int64_t*>(read.bytes + least);
   read.steps = reinterpret_cast<const Step*>(read.bytes + least + got.outputs * sizeof(int64_t));
   return read;
@@ -278,8 +278,8 @@ class Places {
   }
   void give(int64_t at, int64_t size) {
     size = aligned(size);
-    auto after = std::find_if(free_.begin(), free_.end(),
-                              [&](const Piece& piece) { return piece.at > at; });
+    auto after =
+        std::find_if(free_.begin(), free_.end(), [&](const Piece& piece) { return piece.at > at; });
     if (after != free_.end() && after->at == at + size) {
       after->at = at;
       after->size += size;
@@ -337,9 +337,11 @@ class ProgramRun {
       Value& value = values_[i];
       value.images = input.size(0);
       value.flat = input.dim() == 2;
-      value.image = value.flat ? Image{input.data_ptr(), input.size(1), 1, 1, input.stride(0),
-                                       input.stride(1), input.stride(0), input.stride(0)}
-                               : image_of(input);
+      value.image =
+          value.flat
+              ? Image{input.data_ptr(), input.size(1),  1, 1, input.stride(0), input.stride(1),
+                      input.stride(0),  input.stride(0)}
+              : image_of(input);
     }
   }
 
@@ -367,8 +369,8 @@ class ProgramRun {
     const Step step = with_window(given, source);
     STD_TORCH_CHECK(!step.has_weights() || source.channels == step.in_channels, "input: got ",
                     source.channels, " channels, accepted are ", step.in_channels);
-    const int64_t rows =
-                      source.height + 2 * step.padding_h - step.dilation_h * (step.kernel_h - 1) - 1,
+    const int64_t rows = source.height + 2 * step.padding_h -
+                         step.dilation_h * (step.kernel_h - 1) - 1,
                   cols =
                       source.width + 2 * step.padding_w - step.dilation_w * (step.kernel_w - 1) - 1;
     STD_TORCH_CHECK(rows >= 0 && cols >= 0, "input: got ", values_[0].image.height, "×",
@@ -378,8 +380,8 @@ class ProgramRun {
     value.flat = step.kind == StepKind::linear;
     const int64_t channels = step.has_weights() ? step.out_channels : source.channels,
                   height = rows / step.stride_h + 1, width = cols / step.stride_w + 1;
-    value.image = {nullptr,  channels, height,           width,
-                   channels * height * width, 1, channels * width, channels};
+    value.image = {nullptr, channels,         height,  width, channels * height * width,
+                   1,       channels * width, channels};
     value.bytes = value.images * channels * height * width * element_size();
     const int64_t index = &given - program_.steps;
     values_[step.source].last_read = index;
@@ -397,9 +399,9 @@ class ProgramRun {
       const Image& image = value.image;
       const Ints size = value.flat ? Ints{value.images, image.channels}
                                    : Ints{value.images, image.channels, image.height, image.width};
-      outputs_.push_back(torch::stable::empty(
-          size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-          value.flat ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast));
+      outputs_.push_back(
+          torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                               value.flat ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast));
       value.image.data = outputs_.back().data_ptr();
       value.last_read = program_.header.steps;
     }
@@ -410,10 +412,10 @@ class ProgramRun {
   bool replaces(const Step& step, int64_t index) const {
     if (step.residual < 0 || step.residual == step.source) return false;
     const Value& other = values_[step.residual];
-    const bool pixelwise = step.kind == StepKind::layer || step.kind == StepKind::linear ||
-                           (step.kind == StepKind::convolution && step.kernel_h == 1 &&
-                            step.kernel_w == 1 && step.group_size == step.width_in &&
-                            step.padding_h == 0 && step.padding_w == 0);
+    const bool pixelwise =
+        step.kind == StepKind::layer || step.kind == StepKind::linear ||
+        (step.kind == StepKind::convolution && step.kernel_h == 1 && step.kernel_w == 1 &&
+         step.group_size == step.width_in && step.padding_h == 0 && step.padding_w == 0);
     return pixelwise && other.at >= 0 && other.last_read == index;
   }
 
@@ -462,12 +464,12 @@ class ProgramRun {
       const int64_t products =
           value.images * source.height * source.width * step.in_channels * step.width_in +
           pixels * step.width_out * (step.group_size * g.taps() + step.out_channels);
-      kernels().layer(program_.type(), {source, layer, packed, Image{}, target, finish,
-                                        torch_threads(products)});
+      kernels().layer(program_.type(),
+                      {source, layer, packed, Image{}, target, finish, torch_threads(products)});
     } else if (step.has_weights()) {
       const int64_t products = pixels * step.out_channels * step.group_size * g.taps();
-      kernels().convolve_packed(program_.type(), {source, packed, target, g, finish,
-                                                  torch_threads(products)});
+      kernels().convolve_packed(program_.type(),
+                                {source, packed, target, g, finish, torch_threads(products)});
     } else {
       const int64_t products = pixels * target.channels * g.taps();
       kernels().pool(program_.type(), {source, target, g, step.kind != StepKind::max_pool, finish,

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from . import ops
 from .geometry import Geometry
+from .series import convolution_macs
 
 KINDS = ("layer", "convolution", "linear", "max_pool", "mean_pool", "mean")
 ACTIVATIONS = ("none", "relu", "prelu", "relu6", "silu")
@@ -122,15 +124,13 @@ def from_text(text: str) -> Steps:
     """The steps that :meth:`Steps.text` wrote."""
     rows, inputs, returned = json.loads(text)
     names = [field.name for field in fields(Step)]
-    steps = [
-        Step(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in zip(names, row, strict=True)
-            }
-        )
-        for row in rows
-    ]
+    steps = []
+    for row in rows:
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in zip(names, row, strict=True)
+        }
+        steps.append(Step(**given))
     return Steps(tuple(steps), inputs, tuple(returned))
 
 
@@ -192,12 +192,90 @@ def _activated(step: Step, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return value
 
 
+class Program(nn.Module):
+    """Steps of a network that run in one call.
+
+    Args:
+        steps: without weights.
+        weights: of the steps, plain: they are this module's buffers, in ``state_dict`` and in what
+            ``torch.export`` writes. Packed for this processor they are kept beside.
+        flat: which outputs are ``[N, C]`` to the rest of the network though the program returns
+            ``[N, C, 1, 1]``.
+
+    On the CPU without gradients this is ``gross::program_run``; with gradients, on other devices
+    and for inputs of another dtype than the weights' it is the same in PyTorch's own operators.
+    """
+
+    def __init__(self, steps: Steps, weights: Sequence[Tensor], flat: Sequence[bool]) -> None:
+        super().__init__()
+        self.text = steps.text()
+        self.flat = tuple(flat)
+        for i, weight in enumerate(weights):
+            self.register_buffer(f"weight_{i}", weight.detach().clone().contiguous())
+        self._pack()
+
+    def macs(self, inputs: Sequence[Sequence[int]]) -> int:
+        """Multiply–accumulates for inputs of these shapes, as :func:`gross.macs` counts them."""
+        return _macs(self.steps, inputs)
+
+    @property
+    def steps(self) -> Steps:
+        return from_text(self.text)
+
+    def _weights(self) -> list[Tensor]:
+        return list(self._buffers.values())  # type: ignore[arg-type]
+
+    def _pack(self) -> None:
+        """Put the weights into this processor's order; called whenever they have changed."""
+        weights = self._weights()
+        like = weights[0] if weights else torch.empty(0)
+        self._packed: Tensor | None = None
+        if like.device.type == "cpu":
+            self._packed = self.steps.pack(weights, like.new_empty(0))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Program:
+        applied = super()._apply(*args, **kwargs)
+        self._pack()
+        return applied
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        packed = self._packed
+        if torch.compiler.is_exporting():
+            # A file is packed where it is loaded.
+            weights = self._weights()
+            packed = self.steps.pack(weights, weights[0].new_empty(0))
+        if packed is None or (
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        ):
+            results = define(inputs, self._weights(), self.steps)
+        else:
+            results = run(inputs, packed, self.text)
+        if any(self.flat):
+            results = [
+                result.flatten(1) if flat else result
+                for result, flat in zip(results, self.flat, strict=True)
+            ]
+        return tuple(results)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.steps.steps)} steps"
+
+
 @torch.library.register_fake("gross::program_run", lib=_library)
 def _program_shape(inputs: list[Tensor], program: Tensor, text: str) -> list[Tensor]:
     steps = from_text(text)
-    shapes: list[tuple[Any, ...]] = [tuple(tensor.shape) for tensor in inputs]
-    for step in steps.steps:
-        shapes.append(_shape(step, shapes[step.source]))
+    shapes = _shapes(steps, [tensor.shape for tensor in inputs])
     return [
         inputs[0]
         .new_empty(shape)
@@ -206,6 +284,49 @@ def _program_shape(inputs: list[Tensor], program: Tensor, text: str) -> list[Ten
         )
         for shape in (shapes[i] for i in steps.returned)
     ]
+
+
+def _shapes(steps: Steps, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Those of all values."""
+    shapes = [tuple(shape) for shape in inputs]
+    for step in steps.steps:
+        shapes.append(_shape(step, shapes[step.source]))
+    return shapes
+
+
+def _macs(steps: Steps, inputs: Sequence[Sequence[int]]) -> int:
+    """Every product once, and one more per output of a convolution with a bias."""
+    shapes = _shapes(steps, inputs)
+    total = 0
+    for step, output in zip(steps.steps, shapes[len(inputs) :], strict=True):
+        if step.weights < 0:
+            continue
+        images, size = output[0], output[2:] or (1, 1)
+        has_bias = step.bias >= 0 and step.kind != "linear"
+        if step.kind == "layer":
+            before = shapes[step.source][2:]
+            total += images * convolution_macs(step.width[0], step.in_channels, (1, 1), before)
+            total += images * convolution_macs(
+                step.width[1], step.group_size, step.kernel_size, size
+            )
+            total += images * convolution_macs(
+                step.out_channels, step.width[1], (1, 1), size, has_bias
+            )
+        else:
+            total += images * convolution_macs(
+                step.out_channels, step.group_size, step.kernel_size, size, has_bias
+            )
+    return total
+
+
+@register_flop_formula(torch.ops.gross.program_run, get_raw=True)
+def _program_flops(inputs: list[Tensor], program: Tensor, text: str, **_: Any) -> int:
+    """Two per multiply–accumulate, biases left out."""
+    steps = from_text(text)
+    plain = Steps(
+        tuple(replace(step, bias=-1) for step in steps.steps), steps.inputs, steps.returned
+    )
+    return 2 * _macs(plain, [tensor.shape for tensor in inputs])
 
 
 def _shape(step: Step, source: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -83,8 +83,7 @@ void pack_layer(const Layer& layer, T* to, const Threads& threads) {
         const LaneBlock& block = packing.outputs[v];
         pack_weights<T, S>({layer.pointwise_out, packing.last, last}, block, sum,
                            to + packing.at_last + v * packing.output_size);
-        store_outputs(layer.bias, block.output, block.outputs,
-                      to + packing.at_bias + v * lanes<T>);
+        store_outputs(layer.bias, block.output, block.outputs, to + packing.at_bias + v * lanes<T>);
         store_outputs(layer.slopes, block.output, block.outputs,
                       to + packing.at_slopes + v * lanes<T>);
       }
@@ -371,10 +370,8 @@ class LayerWalk {
     const int64_t width = call_.output.width;
     const auto& [activation, residual, residual_last] = call_.finish;
     const Epilogue<T> epilogue{packed_ + packing_.at_bias + first * lanes<T>,
-                               packed_ + packing_.at_slopes + first * lanes<T>,
-                               activation,
-                               residual_last,
-                               residual};
+                               packed_ + packing_.at_slopes + first * lanes<T>, activation,
+                               residual_last, residual};
     multiply_to_tensor<T, S>(
         {grouped, lanes<T>, stride_, &packing_.grouped.blocks},
         packing_.last_weights(packed_, first, last - first), epilogue,

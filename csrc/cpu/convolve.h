@@ -136,11 +136,10 @@ class PlaneConvolution {
       if (!epilogue.is_empty()) finishing.epilogue = &epilogue;
       if (all.residual) {
         const Image& residual = *all.residual;
-        finishing.residual = {static_cast<const S*>(residual.data) +
-                                  strip.image * residual.stride_n +
-                                  block.first(channels_) * residual.stride_c,
-                              target.lattice.col_step * residual.stride_w, residual.stride_c,
-                              block.lanes()};
+        finishing.residual = {
+            static_cast<const S*>(residual.data) + strip.image * residual.stride_n +
+                block.first(channels_) * residual.stride_c,
+            target.lattice.col_step * residual.stride_w, residual.stride_c, block.lanes()};
         finishing.segments = &residual_segments;
       }
       correlate_converted<T, S>(stencil, tile, segments,

@@ -387,8 +387,8 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
                               col * to_pitch + block.first(channels), to_pitch, col == 0,
                               target.right && col + tile.columns == target.cols});
               if constexpr (std::is_same_v<S, T>)
-                for (int64_t r = first;
-                     !epilogue.is_empty() && r < std::min<int64_t>(different, first + tile.segments);
+                for (int64_t r = first; !epilogue.is_empty() &&
+                                        r < std::min<int64_t>(different, first + tile.segments);
                      r++)
                   finish<T>(rows[r].to + col * to_pitch + block.first(channels), tile.columns,
                             to_pitch, epilogue, block.lanes());

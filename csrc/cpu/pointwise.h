@@ -91,9 +91,8 @@ __attribute__((noinline)) void multiply(const Pixels<T>& source, const PackedWei
   auto store_all = [&](auto activation) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; v++) {
-      const Vector<T> slope = activation == Activation::prelu
-                                  ? load<T>(epilogue.slopes + v * lanes<T>)
-                                  : Vector<T>{};
+      const Vector<T> slope =
+          activation == Activation::prelu ? load<T>(epilogue.slopes + v * lanes<T>) : Vector<T>{};
 #pragma GCC unroll 16
       for (int k = 0; k < Count; k++)
         store<T>(to[k] + v * to_stride, activated<activation, T>(sum[v][k], slope));
@@ -336,8 +335,8 @@ void multiply_image(const PointwiseImages& of, const PackedWeights<T>& weights,
                 together = std::max<int64_t>(1, strip_pixels / pixels),
                 rows = std::max<int64_t>(1, strip_pixels / source.width);
   const bool few = of.images * pixels <= max_pixels * threads.count;
-  const std::vector<std::vector<Strip>> parts = thread_strips(
-      of.images, source.height, rows, together, few ? 1 : 4 * threads.count);
+  const std::vector<std::vector<Strip>> parts =
+      thread_strips(of.images, source.height, rows, together, few ? 1 : 4 * threads.count);
   const int64_t pairs = ceil_div(weights.vectors, 2),
                 sets = few ? std::min<int64_t>(pairs, 4 * threads.count) : 1;
   auto work = [&](int64_t begin, int64_t end) {

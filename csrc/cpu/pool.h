@@ -55,9 +55,9 @@ void pool_row(const Pooling& call, int64_t image, int64_t y) {
                }));
       if (!epilogue.is_empty())
         finish_sums<T>(sum, 1, 0, epilogue, [&](int64_t) {
-          return load_strided<T>(static_cast<const S*>(residual->data) + image * residual->stride_n +
-                                     y * residual->stride_h + x * residual->stride_w +
-                                     c * residual->stride_c,
+          return load_strided<T>(static_cast<const S*>(residual->data) +
+                                     image * residual->stride_n + y * residual->stride_h +
+                                     x * residual->stride_w + c * residual->stride_c,
                                  residual->stride_c, count);
         });
       store_strided<T>(to + c * target.stride_c, load<T>(sum), target.stride_c, count);

@@ -44,14 +44,13 @@ void convolve_prepared(const PackedConvolution& of) {
   const KernelPacking<T> packing(g);
   const T* const packed = static_cast<const T*>(of.packed);
   const auto& [activation, residual, residual_last] = of.finish;
-  const Prepared<T> prepared{packed,
-                             {packed + packing.at_bias, packed + packing.at_slopes, activation,
-                              residual_last, residual}};
+  const Prepared<T> prepared{
+      packed,
+      {packed + packing.at_bias, packed + packing.at_slopes, activation, residual_last, residual}};
   if (reads_pixels(g)) return convolve_pointwise<T, S>(call, &prepared);
   const Plan plan = forward_plan(g, source.height, source.width, target.height, target.width);
   if (std::is_same_v<S, T> && (!residual || lie_alike(*residual, target))) {
-    const std::vector<RowTarget> rows =
-        row_targets<T, S>(plan, source, target, packing.channels);
+    const std::vector<RowTarget> rows = row_targets<T, S>(plan, source, target, packing.channels);
     if (is_faster_in_place(rows, packing.channels))
       return convolve_in_place<T, S>(rows, packing.channels, call, &prepared);
   }

@@ -29,6 +29,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gross_kernels import GroSSConv2d, SeriesConv2d
 from gross_kernels.geometry import first_size
+from gross_kernels.program import Program
 from gross_kernels.series import convolution_macs
 
 from .arguments import check_module
@@ -40,7 +41,7 @@ from .supernet import Configuration, check_configuration, decomposed_layers
 if TYPE_CHECKING:
     from rich.table import Table
 
-COUNTED = (GroSSConv2d, SeriesConv2d, _ConvNd, nn.Linear, _BatchNorm)
+COUNTED = (GroSSConv2d, SeriesConv2d, _ConvNd, nn.Linear, _BatchNorm, Program)
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,14 @@ def _add_call(
 ) -> None:
     """Forward hook: add one call of ``layer`` to its count."""
     count = counts[name]
-    input = args[0] if args else kwargs["input"]
-    fixed, per_group_size = _macs_of_call(layer, input, output)
-    input_pixels, output_pixels = _pixels(layer, input, output)
+    if isinstance(layer, Program):
+        output = output[-1]
+        fixed, per_group_size = layer.macs([tensor.shape for tensor in args]), 0
+        input_pixels, output_pixels = 0, 0
+    else:
+        input = args[0] if args else kwargs["input"]
+        fixed, per_group_size = _macs_of_call(layer, input, output)
+        input_pixels, output_pixels = _pixels(layer, input, output)
     first_call = count.first_call
     if first_call is None:
         first_call = sum(other.calls > 0 for other in counts.values())

@@ -205,8 +205,13 @@ void layer_case() {
   // for.
   std::vector<char> packed(tested().packed_size(type, layer) * size_of(wide));
   tested().pack(type, layer, packed.data(), two_threads);
-  tested().layer(type, {input.image(), layer, packed.data(), keep ? inner.image() : Image{},
-                        output.image(), {relu ? Activation::relu : Activation::none}, two_threads});
+  tested().layer(type, {input.image(),
+                        layer,
+                        packed.data(),
+                        keep ? inner.image() : Image{},
+                        output.image(),
+                        {relu ? Activation::relu : Activation::none},
+                        two_threads});
 
   const bool for_input = pick(0, 3), for_first = pick(0, 3), for_middle = pick(0, 3),
              for_last = pick(0, 3), for_bias = pick(0, 1), for_gates = pick(0, 1);

@@ -103,7 +103,7 @@ def _deployed(plain: nn.Module, example: Tensor, tune: bool) -> nn.Module:
     try:
         with torch.no_grad():
             traced = graph.trace(plain, example)
-    except graph.Untraceable as error:
+    except graph.UntraceableError as error:
         report = Report([], {"the network": f"it could not be read as a graph ({error})"})
         exported = plain
     else:

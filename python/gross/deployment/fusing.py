@@ -155,10 +155,11 @@ class _Fusing:
         source = operation.inputs[0]
         shape = shape_of(source)
         if operation.kind == "linear":
-            source = self._linear(operation, source)
-            if source is None:
+            read_by = self._linear(operation, source)
+            if read_by is None:
                 self.left[_name(node)] = "a linear layer of more than [N, C]"
                 return
+            source = read_by
         elif shape is None or len(shape) != 4:
             self.left[_name(node)] = "its input is no [N, C, H, W]"
             return

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 Pair = tuple[int, int]
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """Why a network cannot be read as a graph."""
 
 
@@ -60,7 +60,7 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
         model: a network in evaluation mode; its graph refers to its modules.
 
     Raises:
-        Untraceable: where neither can, or a mutation cannot be undone.
+        UntraceableError: where neither can, or a mutation cannot be undone.
     """
     try:
         traced = fx.symbolic_trace(model)
@@ -68,7 +68,7 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
         try:
             traced = _exported(model, example)
         except Exception as by_export:
-            raise Untraceable(
+            raise UntraceableError(
                 f"torch.fx: {_first_line(by_fx)}; torch.export: {_first_line(by_export)}"
             ) from by_export
     _undo_mutation(traced)
@@ -117,7 +117,7 @@ def _undo_mutation(traced: fx.GraphModule) -> None:
             continue
         written = node.args[0] if node.args else None
         if not isinstance(written, fx.Node):
-            raise Untraceable(f"{node.name}: writes into what is no value of the graph")
+            raise UntraceableError(f"{node.name}: writes into what is no value of the graph")
         for user in list(written.users):
             if order[user] > order[node]:
                 user.replace_input_with(written, node)
@@ -126,7 +126,9 @@ def _undo_mutation(traced: fx.GraphModule) -> None:
                 and any(order[later] > order[node] for later in user.users)
                 and (read(traced, user) is None or user.op == "call_method")
             ):
-                raise Untraceable(f"{node.name}: writes into what {user.name} may have a view of")
+                raise UntraceableError(
+                    f"{node.name}: writes into what {user.name} may have a view of"
+                )
 
 
 def _mutates(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -154,7 +156,7 @@ def _mutates(traced: fx.GraphModule, node: fx.Node) -> bool:
             or (name.endswith("_") and not name.endswith("__"))
             or (schema is not None and schema.is_mutable)
         ):
-            raise Untraceable(f"{node.name}: writes into its input")
+            raise UntraceableError(f"{node.name}: writes into its input")
     return False
 
 
@@ -189,11 +191,10 @@ def _read_module(module: nn.Module, node: fx.Node) -> Operation | None:
     if isinstance(module, GroSSConv2d):
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             return None
-        first, middle, last, *_ = module.fold()
         return Operation(
             "layer",
             inputs,
-            (first.weight.detach(), middle.weight.detach(), last.weight.detach()),
+            _folded(module),
             _detached(module.bias),
             "relu" if module.relu else "none",
             module.kernel_size,
@@ -207,6 +208,12 @@ def _read_module(module: nn.Module, node: fx.Node) -> Operation | None:
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return reader(module, inputs)
     return None
+
+
+def _folded(layer: GroSSConv2d) -> tuple[Tensor, ...]:
+    """P, R and Q at the layer's group size."""
+    convolutions: Any = layer.fold()
+    return tuple(convolutions[i].weight.detach() for i in range(3))
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -225,15 +232,25 @@ def _conv(module: Any, inputs: tuple) -> Operation | None:
     if module.padding_mode != "zeros":
         return None
     return _convolution(
-        inputs, module.weight.detach(), _detached(module.bias), module.stride, padding,
-        module.dilation, module.groups,
-    )  # fmt: skip
+        inputs,
+        module.weight.detach(),
+        _detached(module.bias),
+        module.stride,
+        padding,
+        module.dilation,
+        module.groups,
+    )
 
 
 def _convolution(
-    inputs: tuple, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
+    inputs: tuple,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
     groups: int,
-) -> Operation | None:  # fmt: skip
+) -> Operation | None:
     if isinstance(padding, str):
         return None
     return Operation(
@@ -250,9 +267,13 @@ def _convolution(
 
 
 def _norm(
-    inputs: tuple, mean: Tensor | None, variance: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, eps: float,
-) -> Operation | None:  # fmt: skip
+    inputs: tuple,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Operation | None:
     """Batch norm with the statistics that it has: scale and shift, in float64."""
     if mean is None or variance is None:
         return None
@@ -291,9 +312,13 @@ def _max_pool(
     kernel = _pair(kernel)
     steps = _pair(stride) if stride not in (None, [], ()) else kernel
     return Operation(
-        "max_pool", inputs, kernel_size=kernel, stride=steps, padding=_pair(padding),
+        "max_pool",
+        inputs,
+        kernel_size=kernel,
+        stride=steps,
+        padding=_pair(padding),
         dilation=_pair(dilation),
-    )  # fmt: skip
+    )
 
 
 def _mean_pool(
@@ -342,7 +367,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, tuple], Operation | None]] = {
         m.ceil_mode,
         m.count_include_pad,
         m.divisor_override,
-    ),  # fmt: skip
+    ),
     nn.AdaptiveAvgPool2d: lambda m, inputs: _adaptive(inputs, m.output_size),
     nn.Flatten: lambda m, inputs: (
         Operation("flatten", inputs) if (m.start_dim, m.end_dim) == (1, -1) else None
@@ -397,8 +422,10 @@ def _f_conv(a: _Arguments) -> Operation | None:
     weight, bias = a.get(1, "weight"), a.get(2, "bias")
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return None
-    rest = [a.get(i, name, 1 if i != 4 else 0) for i, name in
-            ((3, "stride"), (4, "padding"), (5, "dilation"), (6, "groups"))]  # fmt: skip
+    rest = [
+        a.get(i, name, 1 if i != 4 else 0)
+        for i, name in ((3, "stride"), (4, "padding"), (5, "dilation"), (6, "groups"))
+    ]
     return _convolution(a.input, weight, bias, *rest) if _is_static(*rest) else None
 
 
@@ -410,11 +437,14 @@ def _f_linear(a: _Arguments) -> Operation | None:
 
 
 def _f_batch_norm(a: _Arguments) -> Operation | None:
-    values = [a.get(i, name) for i, name in
-              ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))]  # fmt: skip
+    values = [
+        a.get(i, name)
+        for i, name in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
+    ]
     if not _is_static(*values) or a.get(5, "training", False):
         return None
-    return _norm(a.input, *values, a.get(7, "eps", 1e-5))
+    mean, variance, weight, bias = values
+    return _norm(a.input, mean, variance, weight, bias, a.get(7, "eps", 1e-5))
 
 
 def _aten_batch_norm(a: _Arguments) -> Operation | None:
@@ -446,19 +476,33 @@ def _f_add(a: _Arguments) -> Operation | None:
 
 
 def _f_max_pool(a: _Arguments) -> Operation | None:
-    values = [a.get(i, name, default) for i, name, default in
-              ((1, "kernel_size", None), (2, "stride", None), (3, "padding", 0),
-               (4, "dilation", 1), (5, "ceil_mode", False))]  # fmt: skip
+    values = [
+        a.get(i, name, default)
+        for i, name, default in (
+            (1, "kernel_size", None),
+            (2, "stride", None),
+            (3, "padding", 0),
+            (4, "dilation", 1),
+            (5, "ceil_mode", False),
+        )
+    ]
     if not _is_static(*values) or a.node.kwargs.get("return_indices"):
         return None
     return _max_pool(a.input, *values)
 
 
 def _f_mean_pool(a: _Arguments) -> Operation | None:
-    values = [a.get(i, name, default) for i, name, default in
-              ((1, "kernel_size", None), (2, "stride", None), (3, "padding", 0),
-               (4, "ceil_mode", False), (5, "count_include_pad", True),
-               (6, "divisor_override", None))]  # fmt: skip
+    values = [
+        a.get(i, name, default)
+        for i, name, default in (
+            (1, "kernel_size", None),
+            (2, "stride", None),
+            (3, "padding", 0),
+            (4, "ceil_mode", False),
+            (5, "count_include_pad", True),
+            (6, "divisor_override", None),
+        )
+    ]
     return _mean_pool(a.input, *values) if _is_static(*values) else None
 
 
@@ -495,25 +539,31 @@ def _f_bottleneck(a: _Arguments) -> Operation | None:
         return None
     first, grouped, last = series
     width = first[0].shape[0]
+    stride, padding, dilation = (_pair(call.get(i, "")) for i in (7, 8, 9))
     layer = GroSSConv2d(
-        first[0].shape[1], last[0].shape[0], tuple(grouped[0].shape[2:]), bias=False,
-        group_sizes=[term.shape[1] for term in grouped], width=(width, grouped[0].shape[0]),
+        first[0].shape[1],
+        last[0].shape[0],
+        tuple(grouped[0].shape[2:]),
+        bias=False,
+        group_sizes=[term.shape[1] for term in grouped],
+        width=(width, grouped[0].shape[0]),
         dtype=first[0].dtype,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for terms, given in zip(layer._series(), series, strict=True):
             for term, value in zip(terms, given, strict=True):
                 term.copy_(value)
     layer.group_size = layer.group_sizes[int(active) - 1]
-    p, r, q, *_ = layer.fold()
     return Operation(
         "layer",
         call.input,
-        (p.weight.detach(), r.weight.detach(), q.weight.detach()),
+        _folded(layer),
         bias,
         "relu" if call.get(10, "") else "none",
-        tuple(layer.kernel_size),
-        *(_pair(call.get(i, "")) for i in (7, 8, 9)),
+        _pair(grouped[0].shape[2:]),
+        stride,
+        padding,
+        dilation,
         width // layer.group_size,
     )
 
@@ -547,9 +597,20 @@ for _targets, _reader in (
     ((F.avg_pool2d, aten.avg_pool2d.default), _f_mean_pool),
     ((F.adaptive_avg_pool2d, aten.adaptive_avg_pool2d.default), _f_adaptive),
     ((torch.mean, "mean", aten.mean.dim), _f_mean),
-    ((torch.flatten, torch.reshape, "flatten", "view", "reshape", aten.view.default,
-      aten.flatten.using_ints, aten.reshape.default), _f_flatten),
+    (
+        (
+            torch.flatten,
+            torch.reshape,
+            "flatten",
+            "view",
+            "reshape",
+            aten.view.default,
+            aten.flatten.using_ints,
+            aten.reshape.default,
+        ),
+        _f_flatten,
+    ),
     ((F.dropout,), _f_dropout),
     ((operator.getitem,), _f_bottleneck),
-):  # fmt: skip
+):
     _READERS |= dict.fromkeys(_targets, _reader)

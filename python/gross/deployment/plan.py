@@ -134,9 +134,14 @@ def _parts(made: Fused, inner: Sequence[fx.Node]) -> list[Fused]:
     operation, (p, r) = made.operation, inner
     first, middle, last = operation.weights
     pointwise: dict[str, Any] = {
-        "kind": "convolution", "bias": None, "kernel_size": (1, 1), "stride": (1, 1),
-        "padding": (0, 0), "dilation": (1, 1), "groups": 1,
-    }  # fmt: skip
+        "kind": "convolution",
+        "bias": None,
+        "kernel_size": (1, 1),
+        "stride": (1, 1),
+        "padding": (0, 0),
+        "dilation": (1, 1),
+        "groups": 1,
+    }
     return [
         Fused(replace(operation, weights=(first,), **pointwise), made.name, p, made.source),
         Fused(

@@ -5,88 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from gross_kernels.program import Step, Steps, define, from_text, run
+from gross_kernels.program import Program, Step, Steps
 
 from .fusing import Fused
-
-
-class Program(nn.Module):
-    """Steps of a network that run in one call.
-
-    Args:
-        steps: without weights.
-        weights: of the steps, plain: they are this module's buffers, in ``state_dict`` and in what
-            ``torch.export`` writes. Packed for this processor they are kept beside.
-        flat: which outputs are ``[N, C]`` to the rest of the network though the program returns
-            ``[N, C, 1, 1]``.
-
-    On the CPU without gradients this is ``gross::program_run``; with gradients, on other devices
-    and for inputs of another dtype than the weights' it is the same in PyTorch's own operators.
-    """
-
-    def __init__(self, steps: Steps, weights: Sequence[Tensor], flat: Sequence[bool]) -> None:
-        super().__init__()
-        self.text = steps.text()
-        self.flat = tuple(flat)
-        for i, weight in enumerate(weights):
-            self.register_buffer(f"weight_{i}", weight.detach().clone().contiguous())
-        self._pack()
-
-    @property
-    def steps(self) -> Steps:
-        return from_text(self.text)
-
-    def _weights(self) -> list[Tensor]:
-        return list(self._buffers.values())  # type: ignore[arg-type]
-
-    def _pack(self) -> None:
-        """Put the weights into this processor's order; called whenever they have changed."""
-        weights = self._weights()
-        like = weights[0] if weights else torch.empty(0)
-        self._packed: Tensor | None = None
-        if like.device.type == "cpu":
-            self._packed = self.steps.pack(weights, like.new_empty(0))
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Program:
-        applied = super()._apply(*args, **kwargs)
-        self._pack()
-        return applied
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._pack()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._pack()
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        packed = self._packed
-        if torch.compiler.is_exporting():
-            # A file is packed where it is loaded.
-            weights = self._weights()
-            packed = self.steps.pack(weights, weights[0].new_empty(0))
-        if packed is None or (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        ):
-            results = define(inputs, self._weights(), self.steps)
-        else:
-            results = run(inputs, packed, self.text)
-        if any(self.flat):
-            results = [
-                result.flatten(1) if flat else result
-                for result, flat in zip(results, self.flat, strict=True)
-            ]
-        return tuple(results)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.steps.steps)} steps"
 
 
 def has_programs(network: nn.Module) -> bool:
@@ -175,11 +98,7 @@ def _add_program(
 def _readers(
     node: fx.Node, stage: dict[fx.Node, int], reads: dict[fx.Node, list[fx.Node]]
 ) -> list[fx.Node]:
-    return [
-        other
-        for other in stage
-        if node in (reads[other] if other in reads else other.all_input_nodes)
-    ]
+    return [other for other in stage if node in reads.get(other, other.all_input_nodes)]
 
 
 def _item(values: tuple[Tensor, ...], index: int) -> Tensor:
