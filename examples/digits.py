@@ -17,6 +17,7 @@ import gross
 import torch
 from gross.architecture_search import report as evidence
 from gross.data import Data
+from gross.deployment import save_program
 from gross.latency import milliseconds
 from gross.report import short
 from gross.supernet import Configuration
@@ -109,10 +110,9 @@ def export(
     images, labels = data.test.tensors()
     candidates = {"full network": (net.eval(), None)}
     for name, c in (("base", EXPORTED), ("found", result.configuration)):
-        fast = gross.export(networks[c], c, kernels=True, example=images[:BATCH])
+        fast = gross.export(networks[c], c, example=images[:BATCH])
         candidates[name] = (fast, c)
-    plain = gross.export(networks[result.configuration], example=images[:BATCH])
-    torch.export.save(torch.export.export(plain, (images[:BATCH],)), FOLDER / "found.pt2")
+    save_program(candidates["found"][0], images[:BATCH], FOLDER / "found.pt2")
     table = Table(
         *("", "group sizes", "MACs", "test accuracy", f"ms for {BATCH} images"),
         box=SIMPLE_HEAD,

@@ -1,10 +1,10 @@
 """ResNet-18 at every group size, on photographs: what the series convolutions cost, beside what a
-user would write.
+user would write; and the network that is deployed, beside the dense one.
 
 Every 3×3 convolution after the first becomes a ``GroSSConv2d`` with group sizes 1, 4, 16 and 32.
 The network then runs forward and backward at each of its four uniform configurations, in turn with
-the baseline: expand the terms, sum them, call ``F.conv2d``. Weights are random: the differences of
-the outputs mean something, the outputs do not."""
+the baseline: expand the terms, sum them, call ``F.conv2d``. Then the configuration of all 4 is
+exported. Weights are random: the differences of the outputs mean something, the outputs do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import time
 
 import torch
 import torch.nn.functional as F
-from gross import decompose
+from gross import decompose, export
+from gross.deployment.comparing import comparison, dense
 from gross.macs import macs
 from gross.report import short
 from gross.supernet import decomposed_layers, set_configuration
@@ -30,6 +31,7 @@ from gross_kernels import use_backend
 
 GROUP_SIZES = (1, 4, 16, 32)
 SIZE = 224
+DEPLOYED = 4
 #: Ours and the baseline alternate; the first pair warms up and is not counted.
 PAIRS = 6
 HEADINGS = (
@@ -119,6 +121,34 @@ def main() -> None:
                 f"{(ours - baseline).abs().max():.1e}",
             )
     Console().print(table)
+    deploy(network.eval(), images)
+
+
+def deploy(network: nn.Module, images: Tensor) -> None:
+    """Export all layers at one group size, and compare with the dense network."""
+    configuration = [DEPLOYED] * len(decomposed_layers(network))
+    for batch in (1, len(images)):
+        example = images[:batch]
+        candidates = {
+            "dense": dense(network, configuration),
+            "decomposed, plain": export(network, configuration, example=example, kernels=False),
+            "decomposed, exported": export(network, configuration, example=example),
+        }
+        rows = comparison(candidates, example)
+        table = Table(
+            *("network", "MACs", "ms", "times as fast", "outputs differ by"),
+            title=f"ResNet-18 at group size {DEPLOYED}, deployed, batch {batch}",
+            box=box.SIMPLE_HEAD,
+        )
+        for row in rows:
+            table.add_row(
+                row["network"],
+                short(row["macs"]),
+                f"{row['milliseconds']:.1f}",
+                f"{rows[0]['milliseconds'] / row['milliseconds']:.2f}",
+                f"{row['difference']:.1e}",
+            )
+        Console().print(table)
 
 
 if __name__ == "__main__":

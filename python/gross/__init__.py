@@ -4,7 +4,7 @@ under a budget."""
 from . import data, networks
 from .architecture_search import Budget, SearchResult, search
 from .decomposition import decompose
-from .deployment import export
+from .deployment import export, load_program
 from .evaluation import Accuracy, evaluate
 from .latency import LatencyTable
 from .macs import MacsReport, macs
@@ -26,6 +26,7 @@ __all__ = [
     "export",
     "finetune",
     "load",
+    "load_program",
     "macs",
     "networks",
     "save",

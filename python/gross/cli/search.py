@@ -35,8 +35,9 @@ from ..architecture_search.progress import shown
 from ..architecture_search.result import load, save
 from ..architecture_search.searching import METHODS, STARTS, Method
 from ..deployment import export, save_program
+from ..deployment.comparing import comparison, dense
 from ..evaluation import Accuracy, evaluate
-from ..latency import LatencyTable, milliseconds
+from ..latency import LatencyTable
 from ..macs import macs
 from ..report import error_console
 from ..supernet import configuration as active_configuration
@@ -299,7 +300,13 @@ def export_command(
     supernet: Supernet,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The .pt2 or .onnx file to write.", show_default=False),
+        typer.Option(
+            "--output",
+            "-o",
+            help="The file to write: .pt2 with gross's kernels, for gross.load_program, or .onnx "
+            "with plain convolutions.",
+            show_default=False,
+        ),
     ],
     configuration: Configuration = None,
     batch: Batch = 16,
@@ -308,11 +315,21 @@ def export_command(
         typer.Option(parser=Ints.parse, metavar="C,H,W", help="Shape of one input, if not known."),
     ] = None,
     network: Network = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Plain convolutions in a .pt2 file too.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Time how each layer can run, instead of predicting it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one configuration of SUPERNET as a plain network, for torch.export or ONNX.
+    """Write one configuration of SUPERNET as the network that is deployed, and measure it.
 
-    Example: gross export supernet.safetensors --configuration 1,8,16 --output network.onnx
+    The file holds plain weights and takes any batch size. The table compares the dense network
+    (each decomposed layer as the one convolution that it stands for), the decomposed one in plain
+    convolutions, and the exported one.
+
+    Example: gross export supernet.safetensors --configuration 1,8,16 --output network.pt2
     """
     with failures():
         if output.suffix not in (".pt2", ".onnx") or not output.parent.is_dir():
@@ -320,32 +337,30 @@ def export_command(
                 f"got {output}, accepted is a .pt2 or .onnx file in a folder that exists",
                 param_hint="--output",
             )
-        net = _load(supernet, network, torch.device("cpu"))
+        net = _load(supernet, network, torch.device("cpu")).eval()
         chosen = configuration or active_configuration(net)
         example = _example(supernet, input_size, batch)
-        plain = export(net, chosen, example=example)
-        save_program(plain, example, output)
-        fast = export(net, chosen, kernels=True)
-        rows = []
-        for name, candidate, duration in zip(
-            ("plain convolutions", "gross's kernels"),
-            (plain, fast),
-            milliseconds([plain, fast], example),
-            strict=True,
-        ):
-            rows.append(
-                {
-                    "network": name,
-                    "macs": macs(candidate, tuple(example.shape[1:])).total,
-                    "parameters": sum(p.numel() for p in candidate.parameters()),
-                    "milliseconds": duration,
-                }
-            )
+        folded = export(net, chosen, example=example, kernels=False)
+        fast = export(net, chosen, example=example, tune=tune)
+        written = folded if plain or output.suffix == ".onnx" else fast
+        save_program(written, example, output)
+        candidates = {
+            "dense": dense(net, chosen),
+            "plain convolutions": folded,
+            "gross's kernels": fast,
+        }
+        rows = comparison(candidates, example)
         table = Table(*rows[0], box=SIMPLE_HEAD, title=f"{output}, batch {batch}")
         for row in rows:
-            values = list(row.values())
-            table.add_row(str(values[0]), f"{values[1]:,}", f"{values[2]:,}", f"{values[3]:.3f}")
-        show(as_json, {"output": str(output), "configuration": chosen, "networks": rows}, table)
+            table.add_row(
+                row["network"],
+                f"{row['macs']:,}",
+                f"{row['parameters']:,}",
+                f"{row['milliseconds']:.3f}",
+                f"{row['difference']:.1e}",
+            )
+        content = {"output": str(output), "configuration": chosen, "networks": rows}
+        show(as_json, content, Group(str(fast.report), table))
 
 
 @app.command("report")

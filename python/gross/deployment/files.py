@@ -93,7 +93,7 @@ def fold_packing(network: fx.GraphModule) -> None:
     for i, node in enumerate(list(graph.nodes)):
         if node.target is not torch.ops.gross.program_pack.default:
             continue
-        like, weights, *rest = node.args
+        _, weights, *rest = node.args
         tensors = [_constant(network, weight) for weight in weights]
         packed = node.target(tensors[0].new_empty(0), tensors, *rest)
         network.register_buffer(f"packed_{i}", packed, persistent=False)
