@@ -93,6 +93,12 @@ def fuse(traced: fx.GraphModule) -> tuple[dict[fx.Node, Fused], dict[str, str]]:
     fusing = _Fusing(traced)
     for node in list(traced.graph.nodes):
         fusing.take(node)
+    if fusing.unset:
+        warnings.warn(
+            f"supernet: got {len(fusing.unset)} batch norms whose statistics were never set (mean "
+            f"0, variance 1), {fusing.unset[0]} among them; they are folded as they are",
+            stacklevel=4,
+        )
     return fusing.steps, fusing.left
 
 
@@ -101,6 +107,8 @@ class _Fusing:
         self.traced = traced
         self.steps: dict[fx.Node, Fused] = {}
         self.left: dict[str, str] = {}
+        #: Norms without statistics.
+        self.unset: list[str] = []
         #: Norms that the convolution after them takes in.
         self.before: dict[fx.Node, Operation] = {}
 
@@ -197,11 +205,7 @@ class _Fusing:
     def _norm(self, node: fx.Node, operation: Operation) -> None:
         scale, shift = operation.weights
         if bool((shift == 0).all()) and len({float(s) for s in scale}) == 1:
-            warnings.warn(
-                f"{_name(node)}: got a batch norm whose statistics were never set (mean 0, "
-                "variance 1); it is folded as it is",
-                stacklevel=2,
-            )
+            self.unset.append(_name(node))
         made = self._before(operation.inputs[0])
         if (
             made is not None
