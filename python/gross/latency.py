@@ -2,7 +2,11 @@
 
 Every decomposed layer is timed where it stands, in the running network, at each of its group sizes:
 its input is where the layer before has left it, and the caches are as they are in use. A
-configuration's latency is then a sum, as its MACs are."""
+configuration's latency is then a sum, as its MACs are.
+
+On a CPU with glibc the process keeps freed memory from the first measurement on, as `gross train`
+does. Otherwise activations come in fresh pages or in used ones, as the heap happens to lie, and
+fresh ones can cost more than the network."""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ from .architecture_search.cost import dense_network
 from .deployment import export
 from .report import text
 from .supernet import Configuration, decomposed_layers
+from .training.memory import keep_freed_memory
 from .training.run import replace
 
 if TYPE_CHECKING:
@@ -91,6 +96,7 @@ class LatencyTable:
                 f"supernet: got {type(supernet).__name__} without decomposed layers, accepted is "
                 "what gross.decompose returns"
             )
+        keep_freed_memory()
         example = _channels_last(example)
         # In the i-th configuration every layer is at its i-th size; layers with fewer start over.
         covering = [tuple(s[i % len(s)] for s in sizes) for i in range(max(map(len, sizes)))]
@@ -151,6 +157,7 @@ class LatencyTable:
             ValueError: if the table is of other layers.
         """
         self.check_layers(supernet)
+        keep_freed_memory()
         example = _channels_last(example)
         generator = random.Random(seed)
         drawn = [
@@ -248,6 +255,7 @@ def milliseconds(
     networks: Sequence[nn.Module], example: Tensor, seconds: float = 2.0
 ) -> list[float]:
     """Latency of each network, timed in turn."""
+    keep_freed_memory()
     example = _channels_last(example)
     samples: list[list[float]] = [[] for _ in networks]
     for i in _turns(len(networks), seconds):

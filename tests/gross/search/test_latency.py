@@ -1,6 +1,9 @@
 """Latency tables: what is timed, how it adds up, and the file."""
 
+import platform
 import statistics
+import subprocess
+import sys
 
 import gross
 import pytest
@@ -73,6 +76,28 @@ def test_layers_are_timed_where_they_stand(monkeypatch):
     check = table.check(net, example, configurations=4, seconds=0)
     assert check.measured == pytest.approx(check.predicted)
     assert check.median_error == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_activations_are_not_in_fresh_pages():
+    """Catches measurements that are of page faults: 48 MB come in fresh pages by default, every
+    time. In a process of its own, as memory is kept for the rest of one."""
+    script = """
+import resource, torch
+from gross.latency import milliseconds
+from torch import nn
+
+net, example = nn.Sequential(nn.Conv2d(3, 48, 1), nn.ReLU()).eval(), torch.ones(1, 3, 512, 512)
+milliseconds([net], example, seconds=0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+with torch.inference_mode():
+    for _ in range(4):
+        net(example)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    command = [sys.executable, "-c", script]
+    faults = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert faults < 1000
 
 
 def test_the_error_is_of_whole_networks(measured):
