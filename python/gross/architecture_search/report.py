@@ -208,8 +208,8 @@ def _cells(cells: Sequence[str]) -> str:
 
 
 def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
-    """Figures 3 and 4: scores in the supernet, accuracies in the paper, against MACs. A configuration has the colour of the
-    first search that evaluated it."""
+    """Figures 3 and 4: scores in the supernet, in the paper accuracies, against MACs. A
+    configuration has the colour of the first search that evaluated it."""
     drawn: set[Configuration] = set()
     for i, result in enumerate(searches):
         colour = f"C{i}"
