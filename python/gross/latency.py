@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from gross_kernels.environment import processor
 
 from .architecture_search.cost import dense_network
+from .arguments import check_flag, check_module, check_number, check_tensor, check_type
 from .deployment import export
 from .report import text
-from .supernet import Configuration, decomposed_layers
+from .supernet import Configuration, check_supernet, decomposed_layers
 from .training.memory import keep_freed_memory
 from .training.run import replace
 
@@ -90,18 +91,14 @@ class LatencyTable:
         Raises:
             ValueError: if the supernet has no decomposed layer or does not take the example.
         """
-        sizes = [layer.group_sizes for layer in decomposed_layers(supernet).values()]
-        if not sizes:
-            raise ValueError(
-                f"supernet: got {type(supernet).__name__} without decomposed layers, accepted is "
-                "what gross.decompose returns"
-            )
-        keep_freed_memory()
-        example = _channels_last(example)
+        layers = check_supernet("supernet", supernet)
+        check_flag("kernels", kernels)
+        sizes = [layer.group_sizes for layer in layers.values()]
+        example = _ready(example, seconds)
         # In the i-th configuration every layer is at its i-th size; layers with fewer start over.
         covering = [tuple(s[i % len(s)] for s in sizes) for i in range(max(map(len, sizes)))]
         networks = [export(supernet, c, kernels=kernels) for c in covering]
-        names = list(decomposed_layers(supernet))
+        names = list(layers)
         clocks = [_LayerClock(network, names, example.device) for network in networks]
         dense = dense_network(supernet).eval().to(memory_format=torch.channels_last)
         samples: dict[tuple[int, int], list[float]] = {}
@@ -115,13 +112,13 @@ class LatencyTable:
             totals[i].append(total)
             for layer, part in enumerate(parts):
                 samples.setdefault((layer, covering[i][layer]), []).append(part)
-        layers = {
+        times = {
             name: {size: _typical(samples[i, size]) for size in sizes[i]}
             for i, name in enumerate(names)
         }
         rests = [
             _typical(total)
-            - sum(layer[size] for layer, size in zip(layers.values(), c, strict=True))
+            - sum(layer[size] for layer, size in zip(times.values(), c, strict=True))
             for total, c in zip(totals, covering, strict=True)
         ]
         return cls(
@@ -131,7 +128,7 @@ class LatencyTable:
             str(example.dtype).removeprefix("torch."),
             kernels,
             statistics.median(rests),
-            layers,
+            times,
             _typical(dense_samples),
         )
 
@@ -157,8 +154,7 @@ class LatencyTable:
             ValueError: if the table is of other layers.
         """
         self.check_layers(supernet)
-        keep_freed_memory()
-        example = _channels_last(example)
+        example = _ready(example, seconds)
         generator = random.Random(seed)
         drawn = [
             tuple(generator.choice(list(sizes)) for sizes in self.layers.values())
@@ -254,9 +250,11 @@ def device_name(device: torch.device) -> str:
 def milliseconds(
     networks: Sequence[nn.Module], example: Tensor, seconds: float = 2.0
 ) -> list[float]:
-    """Latency of each network, timed in turn."""
-    keep_freed_memory()
-    example = _channels_last(example)
+    """Latency of each network, timed in turn for so many seconds in all."""
+    check_type("networks", networks, Sequence, "a sequence of modules")
+    for i, network in enumerate(networks):
+        check_module(f"networks[{i}]", network)
+    example = _ready(example, seconds)
     samples: list[list[float]] = [[] for _ in networks]
     for i in _turns(len(networks), seconds):
         samples[i].append(_time(networks[i], example))
@@ -341,5 +339,9 @@ def _between(began: Any, ended: Any) -> float:
     return began.elapsed_time(ended)
 
 
-def _channels_last(example: Tensor) -> Tensor:
+def _ready(example: Tensor, seconds: float) -> Tensor:
+    """The example in channels-last, in a process that keeps freed memory."""
+    check_tensor("example", example)
+    check_number("seconds", seconds, "a number of at least 0")
+    keep_freed_memory()
     return example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
