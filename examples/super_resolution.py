@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from gross.architecture_search import BreadthFirst
-from gross.latency import LatencyTable
-from gross.latency import milliseconds as milliseconds_of
+from gross.latency import LatencyTable, milliseconds
 from gross.supernet import decomposed_layers, set_configuration
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
@@ -159,17 +158,6 @@ def agreement(supernet: nn.Module, images: list[Tensor], wanted: list[Tensor]) -
     ]
 
 
-@torch.no_grad()
-def milliseconds(network: nn.Module, frame: Tensor) -> float:
-    """Of one frame, median of seven."""
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        network(frame)
-        times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times[1:])
-
-
 def distill(
     supernet: nn.Module, inputs: Tensor, targets: Tensor, minutes: float, seed: int
 ) -> None:
@@ -215,8 +203,9 @@ def distill(
 def search(
     supernet: nn.Module, learn: list[Tensor], network: nn.Module, path: Path
 ) -> list[gross.SearchResult]:
-    """For the predicted milliseconds of each uniform configuration, the configuration that is
-    closest to the dense network on parts of photographs to learn from.
+    """For the predicted milliseconds of the uniform configurations in between, the configuration
+    that is closest to the dense network on parts of photographs to learn from. Each search starts
+    from the best of the one before.
 
     The latency table and every evaluation are kept beside ``path``, and used again."""
     example = centre(learn[0], FRAME)
@@ -235,13 +224,16 @@ def search(
 
     bases = [(size,) * len(table.layers) for size in GROUP_SIZES]
     results: list[gross.SearchResult] = []
-    # Nothing is below the smallest; the others start from the best of the one before.
-    for base in bases[1:]:
+    # Nothing else is within the smallest, and everything within the largest, which is the closest.
+    for base in bases[1:-1]:
         starts = results[-1].top(RUNS) if results else bases[:1]
         budget = gross.Budget(milliseconds=base, latency=table)
         method = BreadthFirst(RUNS, starts=starts)
         journal = path.with_suffix(".journal")
-        results.append(gross.search(supernet, closeness, budget, method, journal=journal))
+        size = (3, *FRAME)
+        results.append(
+            gross.search(supernet, closeness, budget, method, input_size=size, journal=journal)
+        )
         Console().print(results[-1])
     return results
 
@@ -259,14 +251,14 @@ def compare_found(
         )
     )
     networks = [gross.export(supernet, row.configuration, kernels=True) for _, row in rows]
-    times = milliseconds_of(networks, frames[0], seconds=MEASURING)
+    times = milliseconds(networks, frames[0], seconds=MEASURING)
     table = Table("", "group sizes", title="At the milliseconds of uniform group sizes")
     for heading in ("ms per frame", "dB"):
         table.add_column(heading, justify="right")
     for (kind, row), exported, duration in zip(rows, networks, times, strict=True):
         decibels = psnr(enlarged(exported, frames, kind), wanted)
         sizes = " ".join(map(str, row.configuration))
-        table.add_row(kind, sizes, f"{duration:.0f}", f"{decibels:.1f}")
+        table.add_row(kind, sizes, f"{duration:.0f}", f"{decibels:.2f}")
     return table
 
 
@@ -316,10 +308,10 @@ def main(
     rows = zip(uniform(supernet.eval()), before, after, strict=True)
     for size, *decibels in rows:
         macs = gross.macs(supernet, (3, *FRAME)).total
-        cells = (f"{macs:.3g}", f"{milliseconds(pack(supernet), frames[0]):.0f}")
+        cells = (f"{macs:.3g}", f"{milliseconds([pack(supernet)], frames[0])[0]:.0f}")
         table.add_row(str(size), *cells, *(f"{each:.1f}" for each in decibels))
     macs = gross.macs(network, (3, *FRAME)).total
-    table.add_row("dense", f"{macs:.3g}", f"{milliseconds(network, frames[0]):.0f}", "", "")
+    table.add_row("dense", f"{macs:.3g}", f"{milliseconds([network], frames[0])[0]:.0f}", "", "")
     Console().print(table)
     if search_too:
         found = search(supernet, learn, network, output)
