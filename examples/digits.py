@@ -109,9 +109,10 @@ def export(
     images, labels = data.test.tensors()
     candidates = {"full network": (net.eval(), None)}
     for name, c in (("base", EXPORTED), ("found", result.configuration)):
-        fast = gross.export(networks[c], c, kernels=True, example=images[:BATCH])
+        fast = gross.export(networks[c], c, example=images[:BATCH])
         candidates[name] = (fast, c)
-    plain = gross.export(networks[result.configuration], example=images[:BATCH])
+    found = networks[result.configuration]
+    plain = gross.export(found, example=images[:BATCH], kernels=False)
     torch.export.save(torch.export.export(plain, (images[:BATCH],)), FOLDER / "found.pt2")
     table = Table(
         *("", "group sizes", "MACs", "test accuracy", f"ms for {BATCH} images"),

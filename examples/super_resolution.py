@@ -250,7 +250,7 @@ def compare_found(
             (("uniform", r.base), ("found", r), ("of as many random", r.random)) for r in results
         )
     )
-    networks = [gross.export(supernet, row.configuration, kernels=True) for _, row in rows]
+    networks = [gross.export(supernet, row.configuration, example=frames[0]) for _, row in rows]
     times = milliseconds(networks, frames[0], seconds=MEASURING)
     table = Table("", "group sizes", title="At the milliseconds of uniform group sizes")
     for heading in ("ms per frame", "dB"):

@@ -44,17 +44,23 @@ def test_a_prediction_is_the_sum_of_its_parts(measured):
 
 
 def test_layers_are_timed_where_they_stand(monkeypatch):
-    """Catches a layer whose time is another layer's, or has the rest in it: on a clock on which
-    the layer ``i`` takes ``(i + 1)·size`` milliseconds, and everything else 5."""
+    """Catches a layer whose time is another layer's, or has the rest in it, and exported networks
+    that do not count: on a clock on which the layer ``i`` takes ``(i + 1)·size`` milliseconds, and
+    everything else 5; exported, both take half."""
     now = [0.0]
     monkeypatch.setattr(latency, "_now", lambda device: now[0])
-    exported = latency.export
+    taken_apart = latency._apart
 
-    def slow(net: nn.Module, c: tuple[int, ...], *, kernels: bool) -> nn.Module:
-        network = exported(net, c, kernels=kernels)
+    def slow(net: nn.Module, c: tuple[int, ...], kernels: bool) -> nn.Module:
+        network = taken_apart(net, c, kernels)
         for i, name in enumerate(gross.supernet.decomposed_layers(net)):
             pause(network.get_submodule(name), (i + 1) * c[i])
         pause(network[-1], 5)
+        return network
+
+    def fast(net: nn.Module, c: tuple[int, ...], **options: object) -> nn.Module:
+        network = nn.Identity()
+        pause(network, (5 + sum((i + 1) * size for i, size in enumerate(c))) / 2)
         return network
 
     def pause(module: nn.Module, milliseconds: float) -> None:
@@ -66,13 +72,14 @@ def test_layers_are_timed_where_they_stand(monkeypatch):
 
         module.forward = slower
 
-    monkeypatch.setattr(latency, "export", slow)
+    monkeypatch.setattr(latency, "_apart", slow)
+    monkeypatch.setattr(latency, "export", fast)
     net, example = supernet(), torch.randn(1, 3, 8, 8)
     table = LatencyTable.measure(net, example, seconds=0)
-    expected = [{s: (i + 1) * s for s in (1, 2, 4, 8)} for i in range(4)]
+    expected = [{s: (i + 1) * s / 2 for s in (1, 2, 4, 8)} for i in range(4)]
     for layer, times in zip(table.layers.values(), expected, strict=True):
         assert layer == pytest.approx(times)
-    assert table.rest == pytest.approx(5)
+    assert table.rest == pytest.approx(2.5)
     check = table.check(net, example, configurations=4, seconds=0)
     assert check.measured == pytest.approx(check.predicted)
     assert check.median_error == pytest.approx(0, abs=1e-6)
