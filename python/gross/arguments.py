@@ -122,6 +122,19 @@ def check_number(
     return number
 
 
+def check_numbers(name: str, value: object, accepted: str) -> tuple[float, ...]:
+    """A sequence of finite numbers as a tuple of Python's floats.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_number`.
+    """
+    check_type(name, value, Iterable, accepted)
+    entries: Any = value
+    return tuple(
+        check_number(f"{name}[{i}]", x, accepted, -math.inf) for i, x in enumerate(entries)
+    )
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     """``value``, if it is one of ``choices``.
 

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from gross_kernels import GroSSConv2d, SeriesConv2d
 
+from .arguments import check_callable, check_module, check_type
 from .copying import unwrapped
 from .data import Split
 from .supernet import (
@@ -137,7 +138,10 @@ def evaluate(
             the supernet does not take the images, or a label is not one of its classes.
     """
     accuracy = data if isinstance(data, Accuracy) else Accuracy(data)
-    supernet = unwrapped(supernet)
+    check_type("configurations", configurations, Iterable, "a sequence of configurations")
+    if progress is not None:
+        check_callable("progress", progress, "a function of two ints")
+    supernet = unwrapped(check_module("supernet", supernet))
     layers = list(decomposed_layers(supernet).values())
     sizes = [layer.group_sizes for layer in layers]
     active = configuration(supernet)

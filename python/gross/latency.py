@@ -1,8 +1,13 @@
 """Milliseconds by layer and group size, measured on this device: a budget that is time.
 
 Every decomposed layer is timed where it stands, in the running network, at each of its group sizes:
-its input is where the layer before has left it, and the caches are as they are in use. A
-configuration's latency is then a sum, as its MACs are."""
+its input is where the layer before has left it, and the caches are as they are in use. An exported
+network runs several layers in one call, in which none can be timed: whole exported networks say by
+how much that is faster. A configuration's latency is then a sum, as its MACs are.
+
+On a CPU with glibc the process keeps freed memory from the first measurement on, as `gross train`
+does. Otherwise activations come in fresh pages or in used ones, as the heap happens to lie, and
+fresh ones can cost more than the network."""
 
 from __future__ import annotations
 
@@ -20,12 +25,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gross_kernels import pack
 from gross_kernels.environment import processor
 
 from .architecture_search.cost import dense_network
+from .arguments import check_flag, check_module, check_number, check_tensor, check_type
+from .copying import copy_model, unwrapped
 from .deployment import export
 from .report import text
-from .supernet import Configuration, decomposed_layers
+from .supernet import Configuration, check_supernet, decomposed_layers, set_configuration
+from .training.memory import keep_freed_memory
 from .training.run import replace
 
 if TYPE_CHECKING:
@@ -72,9 +81,10 @@ class LatencyTable:
     ) -> LatencyTable:
         """Time the layers of a supernet on the device that ``example`` is on.
 
-        The supernet is exported once for each group size and the exported networks run in turn,
-        again and again in another order, so that a disturbance meets all of them; lower quartiles
-        count.
+        The supernet is exported once for each group size, and copied with its layers apart. These
+        networks run in turn, again and again in another order, so that a disturbance meets all of
+        them; lower quartiles count. The layers' times at their i-th sizes are then scaled, all by
+        one factor, to what the exported network of these sizes takes.
 
         Args:
             supernet: a network with decomposed layers; left as it is.
@@ -85,48 +95,46 @@ class LatencyTable:
         Raises:
             ValueError: if the supernet has no decomposed layer or does not take the example.
         """
-        sizes = [layer.group_sizes for layer in decomposed_layers(supernet).values()]
-        if not sizes:
-            raise ValueError(
-                f"supernet: got {type(supernet).__name__} without decomposed layers, accepted is "
-                "what gross.decompose returns"
-            )
-        example = _channels_last(example)
+        layers = check_supernet("supernet", supernet)
+        check_flag("kernels", kernels)
+        sizes = [layer.group_sizes for layer in layers.values()]
+        example = _ready(example, seconds)
         # In the i-th configuration every layer is at its i-th size; layers with fewer start over.
         covering = [tuple(s[i % len(s)] for s in sizes) for i in range(max(map(len, sizes)))]
-        networks = [export(supernet, c, kernels=kernels) for c in covering]
-        names = list(decomposed_layers(supernet))
-        clocks = [_LayerClock(network, names, example.device) for network in networks]
+        whole = [export(supernet, c, kernels=kernels, example=example) for c in covering]
+        apart = [_apart(supernet, c, kernels) for c in covering]
+        clocks = [_LayerClock(network, list(layers), example.device) for network in apart]
         dense = dense_network(supernet).eval().to(memory_format=torch.channels_last)
-        samples: dict[tuple[int, int], list[float]] = {}
-        totals: list[list[float]] = [[] for _ in networks]
-        dense_samples: list[float] = []
-        for i in _turns(len(networks) + 1, seconds):
-            if i == len(networks):
-                dense_samples.append(_time(dense, example))
-                continue
-            total, parts = clocks[i](example)
-            totals[i].append(total)
-            for layer, part in enumerate(parts):
-                samples.setdefault((layer, covering[i][layer]), []).append(part)
-        layers = {
-            name: {size: _typical(samples[i, size]) for size in sizes[i]}
-            for i, name in enumerate(names)
+        calls = [*clocks, *(partial(_time, network) for network in (*whole, dense))]
+        samples: list[list[Any]] = [[] for _ in calls]
+        for i in _turns(len(calls), seconds):
+            samples[i].append(calls[i](example))
+        *exported, dense_time = map(_typical, samples[len(clocks) :])
+        shares, parts = [], []
+        for clocked in samples[: len(clocks)]:
+            parts.append([_typical(each) for each in zip(*(p for _, p in clocked), strict=True)])
+            shares.append(1 - sum(parts[-1]) / _typical([total for total, _ in clocked]))
+        rest = statistics.median(
+            max(share, 0) * total for share, total in zip(shares, exported, strict=True)
+        )
+        scaled: dict[tuple[int, int], list[float]] = {}
+        for c, total, own in zip(covering, exported, parts, strict=True):
+            factor = max(total - rest, 0) / sum(own)
+            for key, part in zip(enumerate(c), own, strict=True):
+                scaled.setdefault(key, []).append(factor * part)
+        times = {
+            name: {size: statistics.median(scaled[i, size]) for size in sizes[i]}
+            for i, name in enumerate(layers)
         }
-        rests = [
-            _typical(total)
-            - sum(layer[size] for layer, size in zip(layers.values(), c, strict=True))
-            for total, c in zip(totals, covering, strict=True)
-        ]
         return cls(
             device_name(example.device),
             torch.get_num_threads(),
             tuple(example.shape),
             str(example.dtype).removeprefix("torch."),
             kernels,
-            statistics.median(rests),
-            layers,
-            _typical(dense_samples),
+            rest,
+            times,
+            dense_time,
         )
 
     def milliseconds(self, configuration: Sequence[int]) -> float:
@@ -151,13 +159,13 @@ class LatencyTable:
             ValueError: if the table is of other layers.
         """
         self.check_layers(supernet)
-        example = _channels_last(example)
+        example = _ready(example, seconds)
         generator = random.Random(seed)
         drawn = [
             tuple(generator.choice(list(sizes)) for sizes in self.layers.values())
             for _ in range(configurations)
         ]
-        networks = [export(supernet, c, kernels=self.kernels) for c in drawn]
+        networks = [export(supernet, c, kernels=self.kernels, example=example) for c in drawn]
         samples: list[list[float]] = [[] for _ in networks]
         for i in _turns(len(networks), seconds):
             samples[i].append(_time(networks[i], example))
@@ -247,12 +255,24 @@ def device_name(device: torch.device) -> str:
 def milliseconds(
     networks: Sequence[nn.Module], example: Tensor, seconds: float = 2.0
 ) -> list[float]:
-    """Latency of each network, timed in turn."""
-    example = _channels_last(example)
+    """Latency of each network, timed in turn for so many seconds in all."""
+    check_type("networks", networks, Sequence, "a sequence of modules")
+    for i, network in enumerate(networks):
+        check_module(f"networks[{i}]", network)
+    example = _ready(example, seconds)
     samples: list[list[float]] = [[] for _ in networks]
     for i in _turns(len(networks), seconds):
         samples[i].append(_time(networks[i], example))
     return list(map(_typical, samples))
+
+
+def _apart(supernet: nn.Module, configuration: Configuration, kernels: bool) -> nn.Module:
+    """The network in a configuration, each decomposed layer a module that can be timed."""
+    if not kernels:
+        return export(supernet, configuration, kernels=False)
+    network = copy_model(unwrapped(supernet), with_attributes=False).eval()
+    set_configuration(network, configuration)
+    return pack(network.to(memory_format=torch.channels_last))
 
 
 class _LayerClock:
@@ -333,5 +353,9 @@ def _between(began: Any, ended: Any) -> float:
     return began.elapsed_time(ended)
 
 
-def _channels_last(example: Tensor) -> Tensor:
+def _ready(example: Tensor, seconds: float) -> Tensor:
+    """The example in channels-last, in a process that keeps freed memory."""
+    check_tensor("example", example)
+    check_number("seconds", seconds, "a number of at least 0")
+    keep_freed_memory()
     return example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example

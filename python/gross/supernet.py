@@ -30,6 +30,22 @@ def decomposed_layers(model: nn.Module) -> dict[str, GroSSConv2d]:
     }
 
 
+def check_supernet(name: str, value: object) -> dict[str, GroSSConv2d]:
+    """The decomposed layers of ``value``, as :func:`decomposed_layers`.
+
+    Raises:
+        TypeError: if it is no module.
+        ValueError: if it has none.
+    """
+    layers = decomposed_layers(check_module(name, value))
+    if not layers:
+        raise ValueError(
+            f"{name}: got {type(value).__name__} without decomposed layers, accepted is what "
+            "gross.decompose returns"
+        )
+    return layers
+
+
 def configuration(model: nn.Module) -> Configuration:
     """The active group size of each decomposed layer, in network order."""
     return tuple(layer.group_size for layer in decomposed_layers(model).values())

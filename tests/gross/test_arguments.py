@@ -10,13 +10,24 @@ import gross
 import numpy as np
 import pytest
 import torch
-from gross import decomposition, networks, storage, weights
+from gross import architecture_search, decomposition, latency, networks, storage, weights
+from gross.data import Data, Images
 from gross.decomposition import vbmf
+from gross.deployment import save_program
 from gross.macs import MacsReport
 from torch import nn
 
-MODULES = (gross, gross.macs, decomposition, decomposition.block_term, vbmf)
-ROOMS = ("gross.decomposition", "gross.macs", "gross.networks", "gross.storage", "gross.supernet")
+MODULES = (gross, gross.macs, decomposition, decomposition.block_term, vbmf, architecture_search)
+ROOMS = (
+    "gross.architecture_search",
+    "gross.decomposition",
+    "gross.deployment",
+    "gross.evaluation",
+    "gross.macs",
+    "gross.networks",
+    "gross.storage",
+    "gross.supernet",
+)
 
 
 def dense() -> nn.Module:
@@ -36,6 +47,19 @@ def saved(path: Any) -> str:
     return str(path / "supernet.safetensors")
 
 
+def classifier() -> nn.Module:
+    """A supernet that gives logits for images of 3×8×8."""
+    return nn.Sequential(decomposed(), nn.Flatten(), nn.Linear(128, 2))
+
+
+def data() -> Data:
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    part = Images(images, torch.tensor([0, 1, 0, 1]))
+    return Data("nothing", part, part, part, ("a", "b"), (3, 8, 8))
+
+
+IMAGES = torch.zeros(2, 3, 8, 8)
+LABELS = torch.tensor([0, 1])
 KERNEL = torch.ones(4, 4, 3, 3)
 #: The arguments without which a function cannot be called, and what the test's folder has to do
 #: with them.
@@ -58,6 +82,32 @@ NEEDED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "vbmf_rank": lambda path: {"matrix": KERNEL[0, 0]},
     "energy_rank": lambda path: {"matrix": KERNEL[0, 0]},
     "with_configuration": lambda path: {"self": report(), "configuration": 1},
+    "search": lambda path: {"supernet": classifier(), "metric": (IMAGES, LABELS)},
+    "evaluate": lambda path: {
+        "supernet": classifier(),
+        "configurations": [(1,)],
+        "data": (IMAGES, LABELS),
+    },
+    "costs_of": lambda path: {"supernet": classifier()},
+    "study": lambda path: {
+        "supernet": classifier(),
+        "decomposed": classifier(),
+        "data": data(),
+        "recipe": "4-layer-individual",
+        "directory": path / "study",
+        "epochs": 1,
+        "partial": 1,
+    },
+    "agreement": lambda path: {"found": [1.0, 2.0, 3.0], "true": [1.0, 2.0, 3.0]},
+    "average_precision": lambda path: {"found": [1.0] * 6, "true": [1.0] * 6},
+    "export": lambda path: {"supernet": classifier(), "example": IMAGES},
+    "save_program": lambda path: {
+        "network": dense(),
+        "example": IMAGES,
+        "path": path / "network.pt2",
+    },
+    "measure": lambda path: {"supernet": classifier(), "example": IMAGES, "seconds": 0},
+    "milliseconds": lambda path: {"networks": [dense()], "example": IMAGES, "seconds": 0},
 }
 
 
@@ -65,6 +115,9 @@ def public_functions() -> dict[str, Callable[..., Any]]:
     """The functions that users call, those of what other people's modules they use left out."""
     found = {"with_configuration": MacsReport.with_configuration, "describe": storage.describe}
     found["decomposed_layers"] = gross.supernet.decomposed_layers
+    found["save_program"] = save_program
+    found["measure"] = latency.LatencyTable.measure
+    found["milliseconds"] = latency.milliseconds
     for module in (*MODULES, networks):
         for name in getattr(module, "__all__", vars(module)):
             value = getattr(module, name)
@@ -83,7 +136,7 @@ ARGUMENTS = [
     (name, argument)
     for name, function in FUNCTIONS.items()
     for argument in inspect.signature(function).parameters
-    if argument != "self"
+    if argument not in ("self", "overrides")
 ]
 
 
@@ -146,6 +199,29 @@ OUT_OF_RANGE = [
     ("vbmf_rank", "noise_variance", -1.0),
     ("energy_rank", "energy", 1.5),
     ("energy_rank", "matrix", KERNEL),
+    ("search", "metric", 3),
+    ("search", "budget", -1),
+    ("search", "budget", True),
+    ("search", "budget", "half"),
+    ("search", "budget", gross.Budget(parameters=1)),
+    ("search", "method", "luck"),
+    ("search", "seed", 1.5),
+    ("evaluate", "configurations", 1),
+    ("evaluate", "data", IMAGES),
+    ("costs_of", "latency", {}),
+    ("study", "count", 4),
+    ("study", "partial", 2),
+    ("study", "also", 1),
+    ("average_precision", "removed", -1),
+    ("average_precision", "top", 0),
+    ("average_precision", "found", [float("nan")] * 6),
+    ("export", "kernels", 1),
+    ("export", "supernet", gross),
+    ("save_program", "path", "network.pth"),
+    ("measure", "supernet", dense()),
+    ("measure", "seconds", -1),
+    ("milliseconds", "networks", [gross]),
+    ("milliseconds", "seconds", float("inf")),
 ]
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
+from ..arguments import check_type
 from ..copying import copy_model, unwrapped
 from ..macs import macs
-from ..supernet import Configuration, check_configuration, decomposed_layers
+from ..supernet import Configuration, check_configuration, check_supernet, decomposed_layers
 
 if TYPE_CHECKING:
     from ..latency import LatencyTable
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 #: A number; a share of the dense network, such as "50%"; or a configuration, which is then the
 #: base that must not be exceeded.
 Amount = float | str | Sequence[int]
+ACCEPTED = "accepted are positive numbers, shares such as '50%', and a configuration"
+COSTS = ("macs", "parameters", "milliseconds")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,15 @@ class Budget:
     milliseconds: Amount | None = None
     latency: LatencyTable | None = None
 
+    def __post_init__(self) -> None:
+        for name in COSTS:
+            amount = getattr(self, name)
+            known = amount is None or isinstance(amount, str | Real) or _is_configuration(amount)
+            if not known or isinstance(amount, bool):
+                raise TypeError(
+                    f"budget: got {name} {amount!r} of type {type(amount).__name__}, {ACCEPTED}"
+                )
+
     @classmethod
     def of(cls, value: Budget | Amount | None) -> Budget:
         """A budget; anything else is a budget in MACs, and None has no limit."""
@@ -92,9 +106,10 @@ class Budget:
     @property
     def base(self) -> Configuration | None:
         """The base configuration, if an amount is one."""
-        for amount in (self.macs, self.parameters, self.milliseconds):
-            if not isinstance(amount, str | float | int | None):
-                return tuple(amount)
+        for name in COSTS:
+            amount = getattr(self, name)
+            if _is_configuration(amount):
+                return tuple(map(int, amount))
         return None
 
     def limits(self, costs: Mapping[str, Cost]) -> tuple[Limit, ...]:
@@ -104,13 +119,9 @@ class Budget:
             ValueError: naming the amount, if it is not one, or if no configuration is within it,
                 with the smallest that is.
         """
-        amounts = {
-            "macs": self.macs,
-            "parameters": self.parameters,
-            "milliseconds": self.milliseconds,
-        }
         limits = []
-        for name, amount in amounts.items():
+        for name in COSTS:
+            amount = getattr(self, name)
             if amount is None:
                 continue
             if name not in costs:
@@ -141,10 +152,15 @@ def costs_of(
     Raises:
         ValueError: if the latency table is of other layers.
     """
+    # Not above: a latency table prices configurations by what is in this file.
+    from ..latency import LatencyTable
+
+    layers = check_supernet("supernet", supernet)
+    if latency is not None:
+        check_type("latency", latency, LatencyTable, "a gross.LatencyTable")
     supernet = unwrapped(supernet)
     costs = {}
     plain = dense_network(supernet)
-    layers = decomposed_layers(supernet)
     if input_size is not None:
         report = macs(supernet, input_size)
         slopes = zip(report.per_group_size, report.group_sizes, strict=True)
@@ -207,16 +223,17 @@ def _number(name: str, amount: Amount, cost: Cost) -> float:
             value = float(share) / 100 * cost.dense if share != amount else math.nan
         except ValueError:
             value = math.nan
-    elif isinstance(amount, float | int):
+    elif isinstance(amount, float | int | Real):  # mypy knows no Real among the amounts.
         value = float(amount)
     else:
         return cost.checked(amount)
     if not value > 0:
-        raise ValueError(
-            f"budget: got {name} {amount!r}, accepted are positive numbers, shares such as '50%', "
-            "and a configuration"
-        )
+        raise ValueError(f"budget: got {name} {amount!r}, {ACCEPTED}")
     return value
+
+
+def _is_configuration(amount: object) -> bool:
+    return isinstance(amount, Sequence | np.ndarray | Tensor) and not isinstance(amount, str)
 
 
 def _shown(value: float) -> str:

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import check_callable, check_int, check_path, check_type
 from ..copying import copy_model
 from ..data import Data
 from ..evaluation import Accuracy, evaluate
-from ..supernet import Configuration, check_configuration, decomposed_layers
+from ..supernet import Configuration, check_configuration, check_supernet
 from ..supernet import configuration as active_configuration
 from ..training import Recipe, finetune
 from ..training.run import provenance, replace
 from .journal import Journal, fingerprint, metric_fingerprint
-from .ranking import Agreement, agreement
+from .ranking import TOP, Agreement, agreement
 from .space import Space
 
 #: Configurations of the paper's study, and epochs of its shortened schedule.
@@ -140,10 +141,18 @@ def study(
         ValueError: before any work, for supernets that do not fit each other, more partial epochs
             than the recipe has, or a directory of another study.
     """
-    sizes = tuple(layer.group_sizes for layer in decomposed_layers(supernet).values())
-    if sizes != tuple(layer.group_sizes for layer in decomposed_layers(decomposed).values()):
+    sizes = tuple(layer.group_sizes for layer in check_supernet("supernet", supernet).values())
+    before = tuple(layer.group_sizes for layer in check_supernet("decomposed", decomposed).values())
+    check_type("data", data, Data, "a gross.data.Data")
+    check_int("count", count, least=TOP)
+    check_int("partial", partial)
+    check_type("also", also, Sequence, "a sequence of configurations")
+    check_int("seed", seed)
+    check_callable("progress", progress, "a function of two ints and a point")
+    folder = check_path("directory", directory)
+    if sizes != before:
         raise ValueError("decomposed: got other layers than the supernet's, accepted are the same")
-    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(os.fspath(recipe))
+    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(check_path("recipe", recipe))
     loaded = loaded.override(overrides)
     if not 1 <= partial <= loaded.epochs:
         raise ValueError(f"partial: got {partial} epochs, accepted are 1 to {loaded.epochs}")
@@ -151,7 +160,6 @@ def study(
     also = [check_configuration(c, sizes, active) for c in also]
     drawn = _draw(sizes, count, seed)
     configurations = list(dict.fromkeys([*drawn, *also]))
-    folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = Accuracy(data.validation)
     identity = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..arguments import check_int, check_numbers
 from ..extras import from_extra
 
 #: The best by true accuracy that count as relevant (Table 5).
@@ -29,6 +30,10 @@ def average_precision(
     Raises:
         ValueError: if the lengths differ, or fewer than ``top`` configurations remain.
     """
+    found = check_numbers("found", found, "accuracies")
+    true = check_numbers("true", true, "accuracies")
+    check_int("top", top, least=1)
+    check_int("removed", removed, least=0)
     if len(found) != len(true):
         raise ValueError(
             f"found: got {len(found)} accuracies, accepted are as many as true ones, {len(true)}"
@@ -71,6 +76,8 @@ class Agreement:
 def agreement(found: Sequence[float], true: Sequence[float]) -> Agreement:
     """Table 5's average precisions and the rank correlations. Raises ValueError for fewer than five
     configurations."""
+    found = check_numbers("found", found, "accuracies")
+    true = check_numbers("true", true, "accuracies")
     with from_extra("search"):
         from scipy.stats import kendalltau, spearmanr
     top = min(TOP, len(true))

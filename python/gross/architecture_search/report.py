@@ -157,8 +157,8 @@ def search_table(table: Sequence[Row]) -> str:
                     " ".join(map(str, row.configuration)),
                     short(round(row.macs)),
                     *("" if n is None else f"{n:.2f}" for n in numbers[:2]),
-                    "" if row.gained is None else f"{row.gained:+.2f}",
-                    *("" if cut is None else f"−{cut:.2f} %" for cut in cuts),
+                    "" if row.gained is None else _signed(row.gained),
+                    *("" if cut is None else f"{_signed(-cut)} %" for cut in cuts),
                 ]
             )
         )
@@ -197,13 +197,19 @@ def _line(result: SearchResult) -> str:
     )
 
 
+def _signed(value: float) -> str:
+    """A change: 0.3 → "+0.30", -0.3 → "−0.30", with the minus sign and nothing before a zero."""
+    rounded = f"{value:+.2f}"
+    return "0.00" if float(rounded) == 0 else rounded.replace("-", "−")
+
+
 def _cells(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
-    """Figures 3 and 4: accuracy in the supernet against MACs. A configuration has the colour of the
-    first search that evaluated it."""
+    """Figures 3 and 4: scores in the supernet, in the paper accuracies, against MACs. A
+    configuration has the colour of the first search that evaluated it."""
     drawn: set[Configuration] = set()
     for i, result in enumerate(searches):
         colour = f"C{i}"
@@ -230,7 +236,7 @@ def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
                     label=f"{name}{limit}: {' '.join(map(str, e.configuration))}",
                 )
     axes.set_xlabel("MACs (millions)")
-    axes.set_ylabel("accuracy in the supernet (%)")
+    axes.set_ylabel("score in the supernet")
     axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 

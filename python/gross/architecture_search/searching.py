@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
+from ..arguments import check_callable, check_flag, check_int, check_path, check_type
 from ..evaluation import Accuracy
-from ..supernet import decomposed_layers
+from ..supernet import check_supernet
 from ..training.distributed import shard
 from ..training.run import provenance
 from .breadth_first import BreadthFirst
@@ -87,14 +88,14 @@ def search(
             smallest), a space too large to be searched exhaustively, or a journal of another
             supernet or metric. After it, if every evaluation failed, with the first reason.
     """
-    if not callable(metric):
-        metric = Accuracy(metric)
-    layers = decomposed_layers(supernet)
-    if not layers:
-        raise ValueError(
-            f"supernet: got {type(supernet).__name__} without decomposed layers, accepted is what "
-            "gross.decompose returns"
-        )
+    layers = check_supernet("supernet", supernet)
+    metric = _checked_metric(metric)
+    check_int("seed", seed)
+    check_flag("quiet", quiet)
+    if smaller is not None:
+        check_type("smaller", smaller, SearchResult, "what another search returned")
+    if journal is not None:
+        check_path("journal", journal)
     budget = Budget.of(budget)
     costs = costs_of(supernet, input_size or _input_size(metric), budget.latency)
     space = Space(tuple(layer.group_sizes for layer in layers.values()), budget.limits(costs))
@@ -138,11 +139,26 @@ def search(
     )
 
 
+def _checked_metric(metric: object) -> Metric:
+    """A metric as it is, of images their accuracy."""
+    if callable(metric):
+        return metric
+    try:
+        return Accuracy(metric)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(
+            f"metric: got {type(metric).__name__}, accepted is a function of the model, or "
+            "labelled images: a pair of tensors, a loader"
+        ) from error
+
+
 def _method(
     method: str | Method, costs: Mapping[str, Cost], space: Space, smaller: SearchResult | None
 ) -> Method:
     starts = () if smaller is None else smaller.top(STARTS)
+    accepted = f"{', '.join(map(repr, METHODS))}, or one of gross.architecture_search with settings"
     if not isinstance(method, str):
+        check_callable("method", method, accepted)
         return method
     if method == "exhaustive":
         return Exhaustive()
@@ -153,10 +169,7 @@ def _method(
     if method == "evolution":
         first = space.limits[0].cost if space.limits else costs.get("macs", costs["parameters"])
         return Evolution(first)
-    raise ValueError(
-        f"method: got {method!r}, accepted are {', '.join(map(repr, METHODS))}, or one of "
-        "gross.architecture_search with settings"
-    )
+    raise ValueError(f"method: got {method!r}, accepted are {accepted}")
 
 
 def _input_size(metric: object) -> tuple[int, ...] | None:

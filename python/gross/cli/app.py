@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,17 +98,7 @@ def build(network: str, num_classes: int | None, weights: Path | None) -> nn.Mod
     """One of the paper's networks, or the model that module:function makes."""
     if network in networks.NETWORKS:
         return networks.build(network, num_classes=num_classes, weights=weights)
-    module_name, _, function = network.partition(":")
-    if not function:
-        raise typer.BadParameter(
-            f"got {network!r}, accepted are {NAMES} and {CALLABLE}", param_hint="NETWORK"
-        )
-    # An installed command does not look for modules where it is called, as python does.
-    sys.path.insert(0, os.getcwd())
-    try:
-        make = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"got {network!r}: {error}", param_hint="NETWORK") from error
+    make = named(network, "NETWORK", f"{NAMES} and {CALLABLE}")
     model = make()
     if not isinstance(model, nn.Module):
         raise typer.BadParameter(
@@ -117,6 +107,25 @@ def build(network: str, num_classes: int | None, weights: Path | None) -> nn.Mod
     if weights is not None:
         weight_files.load(model, weight_files.read(weights), weights)
     return model
+
+
+def named(text: str, option: str, accepted: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names."""
+    module_name, _, name = text.partition(":")
+    if not name:
+        raise typer.BadParameter(f"got {text!r}, accepted are {accepted}", param_hint=option)
+    # An installed command does not look for modules where it is called, as python does.
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"got {text!r}: {error}", param_hint=option) from error
+    if not callable(function):
+        raise typer.BadParameter(
+            f"got {text!r}, which is {type(function).__name__} and cannot be called",
+            param_hint=option,
+        )
+    return function
 
 
 def target(target: str, network: str | None = None) -> tuple[nn.Module, tuple[int, ...] | None]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -30,6 +30,7 @@ from ..architecture_search import (
 )
 from ..architecture_search import report as evidence
 from ..architecture_search.cost import Amount
+from ..architecture_search.evaluations import Metric
 from ..architecture_search.individual import CONFIGURATIONS, PARTIAL, Point, Study
 from ..architecture_search.progress import shown
 from ..architecture_search.result import load, save
@@ -44,8 +45,9 @@ from ..supernet import configuration as active_configuration
 from ..supernet import decomposed_layers
 from ..training import Recipe
 from ..training.distributed import launched, shard
+from ..training.memory import keep_freed_memory
 from ..training.recipes import parse
-from .app import CALLABLE, Ints, Json, app, failures, show, target
+from .app import CALLABLE, InputSize, Ints, Json, app, failures, named, show, target
 
 Supernet = Annotated[
     Path,
@@ -134,8 +136,18 @@ def search_command(
     limit: Annotated[
         int, typer.Option(min=1, help="Exhaustive: the largest space to search.")
     ] = 4096,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="What to maximise: module:function, a function of the supernet, set to a "
+            "configuration, that returns a number. By default the accuracy on --data.",
+            metavar="MODULE:FUNCTION",
+            show_default=False,
+        ),
+    ] = None,
     data: DataSet = "digits",
     images: Images = None,
+    input_size: InputSize = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="A JSON file for the results.", show_default=False),
@@ -153,15 +165,19 @@ def search_command(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Find the best configuration of SUPERNET by its accuracy on validation images, within a
-    budget.
+    """Find the best configuration of SUPERNET within a budget, by its accuracy on validation images
+    or by a metric of your own.
 
     Example: gross search supernet.safetensors --base 8,8,8 --base 16,16,16 --data cifar10
+
+    Example: gross search supernet.safetensors --macs 50% --metric my_metrics:psnr
 
     Under torchrun the processes share the work: torchrun --nproc-per-node=2 -m gross search ...
     """
     with failures(), launched(_device(device)) as place:
-        net, split = _load(supernet, network, place), data_sets.load(data)
+        net = _load(supernet, network, place)
+        wanted, size = _metric(metric, data, images)
+        size = input_size or size or _known_size(supernet)
         table = None if latency is None else LatencyTable.load(latency)
         amounts = {
             "macs": _amount("--macs", max_macs),
@@ -170,10 +186,13 @@ def search_command(
         }
         if base and any(amount is not None for amount in amounts.values()):
             raise typer.BadParameter("got other limits beside it", param_hint="--base")
-        costs = costs_of(net, split.input_size, table)
+        costs = costs_of(net, size, table)
+        if base and "macs" not in costs:
+            raise typer.BadParameter(
+                "needed to count MACs, it is not known for this network", param_hint="--input-size"
+            )
         bases = sorted(map(tuple, base or ()), key=lambda c: costs["macs"].checked(c))
         budgets = [Budget(macs=c) for c in bases] or [Budget(**amounts, latency=table)]
-        metric = Accuracy(split.validation, images=images)
         book = journal or (None if output is None else output.with_suffix(".journal"))
         results: list[SearchResult] = []
         for budget in budgets:
@@ -184,17 +203,17 @@ def search_command(
                 ),
                 "random": RandomSearch(evaluations),
                 "evolution": Evolution(
-                    costs["macs"] if table is None else costs["milliseconds"],
+                    costs["milliseconds"] if table else costs.get("macs", costs["parameters"]),
                     evaluations,
                     storage=storage_url,
                 ),
             }
             result = search(
                 net,
-                metric,
+                wanted,
                 budget,
                 settings.get(method, method),
-                input_size=split.input_size,
+                input_size=size,
                 seed=seed,
                 journal=book,
                 quiet=as_json,
@@ -270,10 +289,7 @@ def latency_command(
     batch: Batch = 1,
     kernels: Kernels = True,
     seconds: Annotated[float, typer.Option(help="How long to measure.")] = 10.0,
-    input_size: Annotated[
-        Ints | None,
-        typer.Option(parser=Ints.parse, metavar="C,H,W", help="Shape of one input, if not known."),
-    ] = None,
+    input_size: InputSize = None,
     network: Network = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -310,10 +326,7 @@ def export_command(
     ],
     configuration: Configuration = None,
     batch: Batch = 16,
-    input_size: Annotated[
-        Ints | None,
-        typer.Option(parser=Ints.parse, metavar="C,H,W", help="Shape of one input, if not known."),
-    ] = None,
+    input_size: InputSize = None,
     network: Network = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Plain convolutions in a .pt2 file too.")
@@ -454,6 +467,8 @@ def study_command(
 
 
 def _load(path: Path, network: str | None, device: torch.device) -> nn.Module:
+    # Here, as every command comes by that then runs networks again and again.
+    keep_freed_memory()
     return target(str(path), network)[0].to(device)
 
 
@@ -464,6 +479,18 @@ def _device(name: str) -> torch.device:
             f"got {name!r}, and no CUDA device is available", param_hint="--device"
         )
     return device
+
+
+def _metric(
+    name: str | None, data: str, images: int | None
+) -> tuple[Metric, tuple[int, ...] | None]:
+    """What a search maximises, and the size of the images that it is measured on, if known."""
+    if name is None:
+        split = data_sets.load(data)
+        return Accuracy(split.validation, images=images), split.input_size
+    if images is not None:
+        raise typer.BadParameter("got a metric of your own beside it", param_hint="--images")
+    return named(name, "--metric", "module:function, a function of the supernet"), None
 
 
 def _amount(option: str, text: str | None) -> Amount | None:
@@ -477,10 +504,15 @@ def _amount(option: str, text: str | None) -> Amount | None:
         ) from error
 
 
+def _known_size(path: Path) -> tuple[int, ...] | None:
+    """Shape of one input of a saved supernet, if it is of a network of ours."""
+    known = storage.describe(path).network
+    return None if known is None else networks.input_size(known[0])
+
+
 def _example(path: Path, input_size: Ints | None, batch: int) -> Tensor:
     """A batch of random images for a saved supernet."""
-    known = storage.describe(path).network
-    size: Any = input_size or (None if known is None else networks.input_size(known[0]))
+    size = input_size or _known_size(path)
     if size is None:
         raise typer.BadParameter(
             "needed, it is not known for this network", param_hint="--input-size"

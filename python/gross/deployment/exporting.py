@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gross_kernels import GroSSConv2d, pack
 
-from ..arguments import check_module
+from ..arguments import check_flag, check_module
 from ..copying import copy_model, unwrapped
 from ..supernet import check_configuration, decomposed_layers
 from ..supernet import configuration as active_configuration
@@ -65,6 +65,8 @@ def export(
         RuntimeError: if the outputs for ``example`` differ by more than rounding.
     """
     layers = decomposed_layers(check_module("supernet", supernet))
+    check_flag("kernels", kernels)
+    check_flag("tune", tune)
     if configuration is None:
         configuration = active_configuration(supernet)
     sizes = [layer.group_sizes for layer in layers.values()]

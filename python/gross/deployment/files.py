@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..arguments import check_module, check_path, check_tensor
 from ..extras import from_extra
 from ..supernet import decomposed_layers
 from .programs import has_programs
@@ -28,7 +29,9 @@ def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[st
         ValueError: for another suffix, or a network with decomposed layers.
         ImportError: if onnx and onnxscript are needed and missing.
     """
-    target = Path(path)
+    check_module("network", network)
+    check_tensor("example", example)
+    target = check_path("path", path)
     if target.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"path: got {path}, accepted are .pt2 and .onnx files")
     if target.suffix == ".onnx" and (decomposed_layers(network) or has_programs(network)):

@@ -1,6 +1,9 @@
 """Latency tables: what is timed, how it adds up, and the file."""
 
+import platform
 import statistics
+import subprocess
+import sys
 
 import gross
 import pytest
@@ -41,17 +44,23 @@ def test_a_prediction_is_the_sum_of_its_parts(measured):
 
 
 def test_layers_are_timed_where_they_stand(monkeypatch):
-    """Catches a layer whose time is another layer's, or has the rest in it: on a clock on which
-    the layer ``i`` takes ``(i + 1)·size`` milliseconds, and everything else 5."""
+    """Catches a layer whose time is another layer's, or has the rest in it, and exported networks
+    that do not count: on a clock on which the layer ``i`` takes ``(i + 1)·size`` milliseconds, and
+    everything else 5; exported, both take half."""
     now = [0.0]
     monkeypatch.setattr(latency, "_now", lambda device: now[0])
-    exported = latency.export
+    taken_apart = latency._apart
 
-    def slow(net: nn.Module, c: tuple[int, ...], *, kernels: bool) -> nn.Module:
-        network = exported(net, c, kernels=kernels)
+    def slow(net: nn.Module, c: tuple[int, ...], kernels: bool) -> nn.Module:
+        network = taken_apart(net, c, kernels)
         for i, name in enumerate(gross.supernet.decomposed_layers(net)):
             pause(network.get_submodule(name), (i + 1) * c[i])
         pause(network[-1], 5)
+        return network
+
+    def fast(net: nn.Module, c: tuple[int, ...], **options: object) -> nn.Module:
+        network = nn.Identity()
+        pause(network, (5 + sum((i + 1) * size for i, size in enumerate(c))) / 2)
         return network
 
     def pause(module: nn.Module, milliseconds: float) -> None:
@@ -63,16 +72,39 @@ def test_layers_are_timed_where_they_stand(monkeypatch):
 
         module.forward = slower
 
-    monkeypatch.setattr(latency, "export", slow)
+    monkeypatch.setattr(latency, "_apart", slow)
+    monkeypatch.setattr(latency, "export", fast)
     net, example = supernet(), torch.randn(1, 3, 8, 8)
     table = LatencyTable.measure(net, example, seconds=0)
-    expected = [{s: (i + 1) * s for s in (1, 2, 4, 8)} for i in range(4)]
+    expected = [{s: (i + 1) * s / 2 for s in (1, 2, 4, 8)} for i in range(4)]
     for layer, times in zip(table.layers.values(), expected, strict=True):
         assert layer == pytest.approx(times)
-    assert table.rest == pytest.approx(5)
+    assert table.rest == pytest.approx(2.5)
     check = table.check(net, example, configurations=4, seconds=0)
     assert check.measured == pytest.approx(check.predicted)
     assert check.median_error == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_activations_are_not_in_fresh_pages():
+    """Catches measurements that are of page faults: 48 MB come in fresh pages by default, every
+    time. In a process of its own, as memory is kept for the rest of one."""
+    script = """
+import resource, torch
+from gross.latency import milliseconds
+from torch import nn
+
+net, example = nn.Sequential(nn.Conv2d(3, 48, 1), nn.ReLU()).eval(), torch.ones(1, 3, 512, 512)
+milliseconds([net], example, seconds=0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+with torch.inference_mode():
+    for _ in range(4):
+        net(example)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    command = [sys.executable, "-c", script]
+    faults = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert faults < 1000
 
 
 def test_the_error_is_of_whole_networks(measured):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import gross
 import pytest
@@ -72,6 +73,17 @@ def test_reductions_are_those_that_the_paper_prints():
         assert round(found.macs_cut, 2) == pytest.approx(row.macs_cut, abs=0.011)
         assert round(found.grouped_cut, 2) == pytest.approx(row.grouped_cut, abs=0.011)
         assert found.gained == pytest.approx(row.true_accuracy - 50)
+
+
+def test_changes_have_one_minus_sign():
+    """Catches a hyphen beside a minus sign, "−-5.00 %" for what costs more, and "-0.00"."""
+    row = evidence.Row("found", (1,), 2e6, 60.0, 60.0, -0.333, -5.0, 0.0)
+    (line,) = evidence.search_table([row]).splitlines()[2:]
+    assert line.endswith("| −0.33 | +5.00 % | 0.00 % |")
+    assert "| +0.33 | −5.00 % |" in evidence.search_table(
+        [replace(row, gained=0.333, macs_cut=5.0)]
+    )
+    assert "| 0.00 |" in evidence.search_table([replace(row, gained=-0.001)])
 
 
 def points(count: int) -> Study:

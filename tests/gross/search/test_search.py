@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import gross
+import numpy as np
 import pytest
 import torch
 from gross.architecture_search import (
@@ -364,6 +365,18 @@ def test_what_is_no_supernet_and_what_is_no_method_are_refused():
         gross.search(_dense(), rugged)
     with pytest.raises(ValueError, match="got 'greedy', accepted are 'exhaustive'"):
         gross.search(supernet(), rugged, method="greedy")
+
+
+def test_a_budget_takes_numpys_numbers():
+    """Catches a number of MACs that is taken for a group size, and arrays that are refused."""
+    most = cost((2, 2, 2, 2))
+    results = [
+        gross.search(supernet(), rugged, budget, "exhaustive", input_size=INPUT)
+        for budget in (most, np.int64(most), np.array([2, 2, 2, 2]))
+    ]
+    assert len({result.configuration for result in results}) == 1
+    assert results[2].base.configuration == (2, 2, 2, 2)
+    assert results[0].base is results[1].base is None
 
 
 # Accuracy, results, journals ----------------------------------------------------------------------

@@ -48,6 +48,30 @@ def test_search_writes_what_report_reads(saved, tmp_path):
     assert (tmp_path / "report" / "search.png").exists()
 
 
+def test_search_takes_a_metric_of_ones_own(saved, tmp_path, monkeypatch):
+    """Catches a metric that is not the one that is maximised, MACs that are not counted without a
+    data set, and a journal of another metric."""
+    (tmp_path / "my_metrics.py").write_text(
+        "from gross import configuration\n"
+        "def odd(model):\n"
+        "    first, second, third = configuration(model)\n"
+        "    return float('nan') if first == 1 else second - third\n"
+        "depth = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ("search", saved, "--metric", "my_metrics:odd", "--method", "exhaustive")
+    with pytest.warns(UserWarning, match="returned NaN"):
+        found = content(gross_command(*arguments, "--base", "8,32,32", "--json"))["searches"][0]
+    assert found["configuration"] == [8, 32, 1]
+    assert found["score"] == 31
+    assert found["base"]["score"] == 0
+    assert found["evaluations"][0]["costs"]["macs"] == 1952256
+    written = (*arguments, "--macs", "70%", "--journal", tmp_path / "a.journal")
+    assert gross_command(*written).exit_code == 0
+    other = gross_command("search", saved, *written[4:], "--images", 9)
+    assert "written for another metric" in other.stderr
+
+
 def test_evaluate_counts_right_answers_and_macs(saved):
     """Catches another split than the validation images, and configurations in another order."""
     chosen = ("--configuration", "8,1,32", "--configuration", "1,1,1")
@@ -86,7 +110,7 @@ def test_export_writes_a_file_and_compares(saved, tmp_path):
         gross.macs(gross.load(saved), (3, 32, 32), (8, 1, 32)).total
     ] * 2
     images = torch.randn(3, 3, 32, 32)
-    expected = gross.export(gross.load(saved), (8, 1, 32))(images)
+    expected = gross.export(gross.load(saved), (8, 1, 32), kernels=False)(images)
     torch.testing.assert_close(torch.export.load(output).module()(images), expected)
 
 
@@ -117,6 +141,11 @@ def test_study_goes_all_the_way(saved, tmp_path):
         (("search", "--base", "1,1,1", "--macs", "50%"), "other limits beside it", 2),
         (("search", "--milliseconds", "3"), "needed for it is latency", 1),
         (("search", "--method", "luck"), "got 'luck'", 1),
+        (("search", "--metric", "psnr"), "accepted are module:function", 2),
+        (("search", "--metric", "json:nothing"), "no attribute 'nothing'", 2),
+        (("search", "--metric", "math:pi"), "is float and cannot be called", 2),
+        (("search", "--metric", "math:sqrt", "--images", "3"), "a metric of your own beside", 2),
+        (("search", "--metric", "math:sqrt", "--runs", "1"), "every evaluation failed", 1),
         (("evaluate", "--configuration", "1,2,3"), "got 2 for decomposed layer 1", 1),
         (("evaluate", "--data", "folder:nowhere"), "nowhere", 1),
         (("export", "--output", "network.pth"), "is a .pt2 or .onnx file", 2),
