@@ -70,6 +70,9 @@ InputSize = Annotated[
         show_default=False,
     ),
 ]
+Root = Annotated[
+    Path | None, typer.Option(help="Where cifar10 lies. [default: data]", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 

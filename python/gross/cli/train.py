@@ -20,7 +20,7 @@ from ..training import History, Interrupted, Recipe, distributed, finetune, trai
 from ..training.memory import keep_freed_memory
 from ..training.recipes import NAMES as RECIPES
 from ..training.recipes import parse
-from .app import CALLABLE, NAMES, Ints, Json, app, build, failures, show
+from .app import CALLABLE, NAMES, Ints, Json, Root, app, build, failures, show
 
 Output = Annotated[
     Path,
@@ -40,9 +40,6 @@ DataName = Annotated[
         help="digits (scikit-learn's), cifar10 (torchvision's copy in --root), or folder:PATH with "
         "train/ and val/ or test/, each with one folder of images a class.",
     ),
-]
-Root = Annotated[
-    Path | None, typer.Option(help="Where cifar10 lies. [default: data]", show_default=False)
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch cifar10 if it is not there.")]
 Size = Annotated[
