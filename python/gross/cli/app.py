@@ -97,6 +97,21 @@ def show(as_json: bool, content: dict[str, Any], renderable: object) -> None:
         Console(width=None if sys.stdout.isatty() else TEXT_WIDTH).print(renderable)
 
 
+def device_named(name: str) -> torch.device:
+    """The device that ``--device`` names."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(
+            f"got {name!r}, accepted are cpu, cuda, cuda:1 and the like", param_hint="--device"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(
+            f"got {name!r}, and no CUDA device is available", param_hint="--device"
+        )
+    return device
+
+
 def build(network: str, num_classes: int | None, weights: Path | None) -> nn.Module:
     """One of the paper's networks, or the model that module:function makes."""
     if network in networks.NETWORKS:

@@ -33,6 +33,7 @@ from .app import (
     Root,
     app,
     build,
+    device_named,
     failures,
     show,
 )
@@ -160,16 +161,7 @@ def decompose_command(
 
     Example: gross decompose vgg16 --weights vgg16-397923af.pth --output supernet.safetensors
     """
-    try:
-        on_cuda = torch.device(device).type == "cuda"
-    except RuntimeError as error:
-        raise typer.BadParameter(
-            f"got {device!r}, accepted are cpu, cuda, cuda:1 and the like", param_hint="--device"
-        ) from error
-    if on_cuda and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            f"got {device!r}, and no CUDA device is available", param_hint="--device"
-        )
+    place = device_named(device)
     if not output.parent.is_dir():
         raise typer.BadParameter(
             f"got {output}, accepted is a file in a folder that exists", param_hint="--output"
@@ -180,7 +172,7 @@ def decompose_command(
         dense = network if known is None else known.dense or network
         shape = input_size or (known.input_size if known else None)
         supernet = decompose(
-            build(dense, num_classes, weights).to(device),
+            build(dense, num_classes, weights).to(place),
             group_sizes or _group_sizes(network),
             width=pair("width", width) if width else known.structure["width"] if known else None,
             skip=skip,

@@ -44,7 +44,7 @@ from ..supernet import decomposed_layers
 from ..training import Recipe
 from ..training.distributed import launched, shard
 from ..training.recipes import parse
-from .app import CALLABLE, Ints, Json, app, failures, show, target
+from .app import CALLABLE, Ints, Json, app, device_named, failures, show, target
 
 Supernet = Annotated[
     Path,
@@ -159,7 +159,7 @@ def search_command(
 
     Under torchrun the processes share the work: torchrun --nproc-per-node=2 -m gross search ...
     """
-    with failures(), launched(_device(device)) as place:
+    with failures(), launched(device_named(device)) as place:
         net, split = _load(supernet, network, place), data_sets.load(data)
         table = None if latency is None else LatencyTable.load(latency)
         amounts = {
@@ -233,7 +233,7 @@ def evaluate_command(
     Example: gross evaluate supernet.safetensors --configuration 1,8,16 --configuration 4,4,4
     """
     with failures():
-        net, split = _load(supernet, network, _device(device)), data_sets.load(data)
+        net, split = _load(supernet, network, device_named(device)), data_sets.load(data)
         sizes = [layer.group_sizes for layer in decomposed_layers(net).values()]
         uniform = [
             c for s in sizes[0] if all(s in own for own in sizes) for c in [(s,) * len(sizes)]
@@ -283,7 +283,7 @@ def latency_command(
     Example: gross latency supernet.safetensors --batch 16 --output latency.json
     """
     with failures():
-        place = _device(device)
+        place = device_named(device)
         net = _load(supernet, network, place)
         example = _example(supernet, input_size, batch).to(place)
         table = LatencyTable.measure(net, example, kernels=kernels, seconds=seconds)
@@ -440,15 +440,6 @@ def study_command(
 
 def _load(path: Path, network: str | None, device: torch.device) -> nn.Module:
     return target(str(path), network)[0].to(device)
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            f"got {name!r}, and no CUDA device is available", param_hint="--device"
-        )
-    return device
 
 
 def _amount(option: str, text: str | None) -> Amount | None:
