@@ -183,7 +183,7 @@ def decompose_command(
             seed=seed,
             workers=workers,
             input_size=shape,
-            calibration=calibration and calibration.inputs(root, shape, seed),
+            calibration=None if calibration is None else calibration.inputs(root, shape, seed),
             quiet=as_json,
         )
         origin = {
