@@ -373,13 +373,11 @@ def load(
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
         return _folder(name, Path(path), seed, size)
+    if name not in ("digits", "cifar10"):
+        raise ValueError(f"name: got {name!r}, accepted are {ACCEPTED}")
     if size is not None:
         raise ValueError(f"size: got {size} for {name!r}, accepted is one for 'folder:PATH'")
-    if name == "digits":
-        return _digits(seed)
-    if name == "cifar10":
-        return _cifar10(Path(root or "data"), seed, download)
-    raise ValueError(f"name: got {name!r}, accepted are {ACCEPTED}")
+    return _digits(seed) if name == "digits" else _cifar10(Path(root or "data"), seed, download)
 
 
 def _digits(seed: int) -> Data:

@@ -14,7 +14,9 @@ import torch
 from gross import networks
 from gross.cli import app
 from gross.cli.app import EXAMPLE
+from gross.decomposition import decompose
 from gross.supernet import decomposed_layers
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -257,3 +259,51 @@ def test_the_command_is_installed_under_its_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, function = project["scripts"]["gross"].partition(":")
     assert getattr(importlib.import_module(module), function) is gross.__main__.main
+
+
+def test_decompose_calibrates_on_training_images(tmp_path, output, monkeypatch):
+    """Catches a calibration that does not reach the fit, another number of images than was asked
+    for, and a colon of the path taken for the count's."""
+    seen = []
+
+    def watch(model, sizes, *, calibration, **options):
+        seen.append(calibration)
+        return decompose(model, sizes, calibration=calibration, **options)
+
+    monkeypatch.setattr("gross.cli.decompose.decompose", watch)
+    folder = tmp_path / "photos"
+    for part in ("train", "test"):
+        (folder / part / "cat").mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / part / "cat" / f"{number}.png")
+    for data, shape in {
+        "digits:40": (40, 3, 32, 32),
+        f"folder:{folder}:3": (3, 3, 32, 32),
+    }.items():
+        result = gross_command(
+            *("decompose", "4-layer", "-o", output, "--sweeps", 1, "--group-sizes", "1"),
+            *("--skip", "features.6", "--skip", "features.9", "--calibration", data),
+        )
+        assert result.exit_code == 0, result.output
+        assert "response error" in result.stderr
+        assert seen[-1].shape == shape
+        about = json.loads(gross_command("info", output, "--json").stdout)
+        assert about["provenance"]["calibration"] == data
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "message"),
+    [
+        ("digits:0", 2, "got 'digits:0', accepted is a COUNT of at least 1"),
+        ("digits:2000", 1, "got 2000 images of 'digits', accepted are at most 1184"),
+        ("numbers", 1, "got 'numbers', accepted are 'digits', 'cifar10' and 'folder:PATH'"),
+        ("folder:nowhere", 1, "no folder at nowhere"),
+        ("folder:", 1, "got 'folder:', accepted are"),
+    ],
+)
+def test_calibration_data_that_do_not_fit_are_named(data, status, message, output):
+    """Catches a calibration on fewer images than were asked for, and a traceback."""
+    result = gross_command("decompose", "4-layer", "-o", output, "--calibration", data)
+    assert result.exit_code == status
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert not output.exists()

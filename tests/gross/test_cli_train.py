@@ -51,7 +51,10 @@ def test_train_writes_weights_that_decompose_takes(tmp_path):
     assert taken.exit_code == 0, taken.output
 
 
-@pytest.mark.parametrize("arguments", [(), ("--configuration", "4,1,32"), ("--teacher", "FULL")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--configuration", "4,1,32"), ("--configuration", "4"), ("--teacher", "FULL")],
+)
 def test_finetune_writes_a_supernet(supernet, tmp_path, arguments):
     """Catches a command that trains something else than its option says."""
     output = tmp_path / "run"
@@ -68,10 +71,11 @@ def test_finetune_writes_a_supernet(supernet, tmp_path, arguments):
     assert ("accuracy" in record) == individual
     assert ("smallest" in record) != individual
     trained, before = gross.load(output / "supernet.safetensors"), gross.load(supernet)
-    assert configuration(trained) == ((4, 1, 32) if individual else (32, 32, 32))
     assert not torch.equal(trained.features[3].grouped[1], before.features[3].grouped[1])
     description = json.loads((output / "run.json").read_text())
-    assert description["configuration"] == ([4, 1, 32] if individual else None)
+    expected = {"4,1,32": [4, 1, 32], "4": [4, 4, 4]}.get(arguments[-1]) if individual else None
+    assert description["configuration"] == expected
+    assert configuration(trained) == tuple(expected or (32, 32, 32))
     assert ("distillation" in description["loss"]) == ("--teacher" in arguments)
 
 
@@ -122,6 +126,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         (["train", "4-layer", "--set", "epochs=0"], 1, "epochs: got 0"),
         (["train", "4-layer", "--set", "batch_size=2000"], 1, "batch_size: got 2000"),
         (["train", "4-layer", "--precision", "float16"], 1, "precision: got 'float16'"),
+        (["train", "4-layer", "--device", "gpu"], 2, "got 'gpu', accepted are cpu, cuda"),
         (["train", "vgg16", "--data", "digits"], 1, "data: got images of (3, 32, 32)"),
         (["finetune", "absent.safetensors"], 1, "no file at absent.safetensors"),
         (["finetune", "SUPERNET", "--configuration", "1,1"], 1, "configuration: got 2"),

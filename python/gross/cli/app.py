@@ -70,6 +70,9 @@ InputSize = Annotated[
         show_default=False,
     ),
 ]
+Root = Annotated[
+    Path | None, typer.Option(help="Where cifar10 lies. [default: data]", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
@@ -92,6 +95,21 @@ def show(as_json: bool, content: dict[str, Any], renderable: object) -> None:
         typer.echo(json.dumps(content))
     else:
         Console(width=None if sys.stdout.isatty() else TEXT_WIDTH).print(renderable)
+
+
+def device_named(name: str) -> torch.device:
+    """The device that ``--device`` names."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(
+            f"got {name!r}, accepted are cpu, cuda, cuda:1 and the like", param_hint="--device"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter(
+            f"got {name!r}, and no CUDA device is available", param_hint="--device"
+        )
+    return device
 
 
 def build(network: str, num_classes: int | None, weights: Path | None) -> nn.Module:

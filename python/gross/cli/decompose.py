@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from gross_kernels.geometry import pair
 
+from .. import data as data_sets
 from .. import networks, storage
 from ..decomposition.convert import Method, decompose
 from ..macs import macs
@@ -28,12 +30,48 @@ from .app import (
     InputSize,
     Ints,
     Json,
+    Root,
     app,
     build,
+    device_named,
     failures,
     show,
 )
 from .app import target as target_network
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """So many training images of a data set, ``DATA[:COUNT]`` on the command line."""
+
+    data: str
+    count: int = 256
+
+    @classmethod
+    def parse(cls, text: str) -> CalibrationImages:
+        data, colon, count = text.rpartition(":")
+        # folder:PATH has a colon of its own.
+        if not colon or not count.lstrip("-").isdigit():
+            return cls(text)
+        if int(count) < 1:
+            raise typer.BadParameter(f"got {text!r}, accepted is a COUNT of at least 1")
+        return cls(data, int(count))
+
+    def inputs(self, root: Path | None, shape: tuple[int, ...] | None, seed: int) -> torch.Tensor:
+        """Images as training draws and augments them, ``[COUNT, C, H, W]``."""
+        side = shape[-1] if shape and self.data.startswith("folder:") else None
+        images = data_sets.load(self.data, root=root, size=side).train
+        # Few at a time: loaders of files read ahead by some batches. They are whole.
+        size = min(self.count, 32)
+        most = len(images) // size * size
+        if self.count > most:
+            raise ValueError(
+                f"calibration: got {self.count} images of {self.data!r}, accepted are at most "
+                f"{most or len(images)}"
+            )
+        batches = images.epoch(size, seed=seed, epoch=0)
+        some = [inputs for inputs, _ in islice(batches, -(-self.count // size))]
+        return torch.cat(some)[: self.count]
 
 
 @app.command("decompose")
@@ -104,6 +142,17 @@ def decompose_command(
             show_default=False,
         ),
     ] = None,
+    calibration: Annotated[
+        CalibrationImages | None,
+        typer.Option(
+            parser=CalibrationImages.parse,
+            metavar="DATA[:COUNT]",
+            help="Fit what the network gives for COUNT training images (256) instead of the "
+            "weights alone: digits, cifar10 or folder:PATH, as gross train takes them.",
+            show_default=False,
+        ),
+    ] = None,
+    root: Root = None,
     device: Annotated[str, typer.Option(help="Where the fit runs: cpu, cuda, cuda:1.")] = "cpu",
     input_size: InputSize = None,
     as_json: Json = False,
@@ -112,16 +161,7 @@ def decompose_command(
 
     Example: gross decompose vgg16 --weights vgg16-397923af.pth --output supernet.safetensors
     """
-    try:
-        on_cuda = torch.device(device).type == "cuda"
-    except RuntimeError as error:
-        raise typer.BadParameter(
-            f"got {device!r}, accepted are cpu, cuda, cuda:1 and the like", param_hint="--device"
-        ) from error
-    if on_cuda and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            f"got {device!r}, and no CUDA device is available", param_hint="--device"
-        )
+    place = device_named(device)
     if not output.parent.is_dir():
         raise typer.BadParameter(
             f"got {output}, accepted is a file in a folder that exists", param_hint="--output"
@@ -130,8 +170,9 @@ def decompose_command(
         torch.manual_seed(seed)
         known = networks.NETWORKS.get(network)
         dense = network if known is None else known.dense or network
+        shape = input_size or (known.input_size if known else None)
         supernet = decompose(
-            build(dense, num_classes, weights).to(device),
+            build(dense, num_classes, weights).to(place),
             group_sizes or _group_sizes(network),
             width=pair("width", width) if width else known.structure["width"] if known else None,
             skip=skip,
@@ -141,7 +182,8 @@ def decompose_command(
             tolerance=tolerance,
             seed=seed,
             workers=workers,
-            input_size=input_size or (known.input_size if known else None),
+            input_size=shape,
+            calibration=None if calibration is None else calibration.inputs(root, shape, seed),
             quiet=as_json,
         )
         origin = {
@@ -149,6 +191,8 @@ def decompose_command(
             "weights": None if weights is None else weights.name,
             "seed": seed,
         }
+        if calibration is not None:
+            origin["calibration"] = f"{calibration.data}:{calibration.count}"
         storage.save(supernet, output, provenance=origin)
         show(
             as_json, {"output": str(output), **asdict(storage.describe(output))}, f"saved {output}"

@@ -47,7 +47,18 @@ from ..training import Recipe
 from ..training.distributed import launched, shard
 from ..training.memory import keep_freed_memory
 from ..training.recipes import parse
-from .app import CALLABLE, InputSize, Ints, Json, app, failures, named, show, target
+from .app import (
+    CALLABLE,
+    InputSize,
+    Ints,
+    Json,
+    app,
+    device_named,
+    failures,
+    named,
+    show,
+    target,
+)
 
 Supernet = Annotated[
     Path,
@@ -174,7 +185,7 @@ def search_command(
 
     Under torchrun the processes share the work: torchrun --nproc-per-node=2 -m gross search ...
     """
-    with failures(), launched(_device(device)) as place:
+    with failures(), launched(device_named(device)) as place:
         net = _load(supernet, network, place)
         wanted, size = _metric(metric, data, images)
         size = input_size or size or _known_size(supernet)
@@ -253,7 +264,7 @@ def evaluate_command(
     Example: gross evaluate supernet.safetensors --configuration 1,8,16 --configuration 4,4,4
     """
     with failures():
-        net, split = _load(supernet, network, _device(device)), data_sets.load(data)
+        net, split = _load(supernet, network, device_named(device)), data_sets.load(data)
         sizes = [layer.group_sizes for layer in decomposed_layers(net).values()]
         uniform = [
             c for s in sizes[0] if all(s in own for own in sizes) for c in [(s,) * len(sizes)]
@@ -300,7 +311,7 @@ def latency_command(
     Example: gross latency supernet.safetensors --batch 16 --output latency.json
     """
     with failures():
-        place = _device(device)
+        place = device_named(device)
         net = _load(supernet, network, place)
         example = _example(supernet, input_size, batch).to(place)
         table = LatencyTable.measure(net, example, kernels=kernels, seconds=seconds)
@@ -470,15 +481,6 @@ def _load(path: Path, network: str | None, device: torch.device) -> nn.Module:
     # Here, as every command comes by that then runs networks again and again.
     keep_freed_memory()
     return target(str(path), network)[0].to(device)
-
-
-def _device(name: str) -> torch.device:
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            f"got {name!r}, and no CUDA device is available", param_hint="--device"
-        )
-    return device
 
 
 def _metric(

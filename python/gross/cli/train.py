@@ -20,7 +20,7 @@ from ..training import History, Interrupted, Recipe, distributed, finetune, trai
 from ..training.memory import keep_freed_memory
 from ..training.recipes import NAMES as RECIPES
 from ..training.recipes import parse
-from .app import CALLABLE, NAMES, Ints, Json, app, build, failures, show
+from .app import CALLABLE, NAMES, Ints, Json, Root, app, build, device_named, failures, show
 
 Output = Annotated[
     Path,
@@ -40,9 +40,6 @@ DataName = Annotated[
         help="digits (scikit-learn's), cifar10 (torchvision's copy in --root), or folder:PATH with "
         "train/ and val/ or test/, each with one folder of images a class.",
     ),
-]
-Root = Annotated[
-    Path | None, typer.Option(help="Where cifar10 lies. [default: data]", show_default=False)
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch cifar10 if it is not there.")]
 Size = Annotated[
@@ -85,7 +82,7 @@ Configuration = Annotated[
     typer.Option(
         parser=Ints.parse,
         metavar="S,S,...",
-        help="Train this configuration alone: one group size per decomposed layer.",
+        help="Train this configuration alone: one group size per decomposed layer, or one for all.",
         show_default=False,
     ),
 ]
@@ -193,7 +190,9 @@ def finetune_command(
             model,
             images,
             chosen,
-            configuration=configuration,
+            configuration=configuration[0]
+            if configuration and len(configuration) == 1
+            else configuration,
             teacher=None if teacher is None else _teacher(supernet, teacher, network).to(place),
             directory=output,
             resume=resume,
@@ -211,13 +210,10 @@ def finetune_command(
 def _session(device: str) -> Iterator[torch.device]:
     """The device, or this process's of those that torchrun started; failures in one line, and after
     Ctrl-C the command that goes on."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            f"got {device!r}, and no CUDA device is available", param_hint="--device"
-        )
+    asked = device_named(device)
     keep_freed_memory()
     try:
-        with failures(), distributed.launched(torch.device(device)) as place:
+        with failures(), distributed.launched(asked) as place:
             yield place
     except Interrupted as interruption:
         if distributed.first_process():

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 #: A calibration tensor runs in batches of at most so many numbers, and of one input at least.
 BATCH_NUMBERS = 2**19
-#: Patches of a layer's input that are taken from one call, at most.
+#: Patches of a layer's input that are taken from one call, at most; and from each call as soon as
+#: there are ``ENOUGH``: the sum of their products is most of the work.
 POSITIONS = 2**14
+ENOUGH, LATER = 2**15, 2**12
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,13 @@ def second_moments(
     *,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Tensor]:
-    """``Σ x xᵀ`` of each convolution's input patches x, by the convolution's name.
+    """``Σ x xᵀ`` of each convolution's input patches x, estimated from some of them, by the
+    convolution's name.
 
     A patch is what lies under the kernel at one output position, padding included; ``[C_in · kh ·
     kw]`` in the order of ``torch.nn.functional.unfold``. Where there are more than ``POSITIONS`` in
-    a call, so many of them are drawn. Convolutions that no input reaches are missing.
+    a call, so many of them are drawn, and fewer in later calls; each call counts by the patches
+    that it had. Convolutions that no input reaches are missing.
 
     Args:
         progress: called with a line about what is being done.
@@ -122,10 +126,13 @@ def second_moments(
         ValueError: if the model does not accept an input, or a convolution's is not finite.
     """
     moments: dict[str, Tensor] = {}
+    taken = dict.fromkeys(convolutions, 0)
 
     def add(name: str, input: Tensor, response: Tensor) -> None:
-        x = _patches(convolutions[name], input)
-        moments[name] = moments.get(name, 0) + x @ x.T
+        most = POSITIONS if taken[name] < ENOUGH else LATER
+        x, count = _patches(convolutions[name], input, most)
+        taken[name] += x.shape[1]
+        moments[name] = moments.get(name, 0) + count / x.shape[1] * (x @ x.T)
 
     with evaluation(model), watched(convolutions, add):
         for position, model_input in enumerate(calibration):
@@ -142,8 +149,9 @@ def second_moments(
     return moments
 
 
-def _patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
-    """Patches of a convolution's input as columns, in float32 at least."""
+def _patches(convolution: nn.Conv2d, images: Tensor, most: int) -> tuple[Tensor, int]:
+    """Patches of a convolution's input as columns, in float32 at least, and of how many they were
+    drawn: all of them, or where there are more than ``most`` so many, as many from each image."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     mode = convolution.padding_mode.replace("zeros", "constant")
     padded = F.pad(
@@ -151,17 +159,28 @@ def _patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
         convolution._reversed_padding_repeated_twice,
         mode,
     )
+    geometry = (convolution.kernel_size, convolution.dilation, convolution.stride)
+    height, width = (
+        (side - dilation * (kernel - 1) - 1) // stride + 1
+        for side, kernel, dilation, stride in zip(padded.shape[2:], *geometry, strict=True)
+    )
+    positions = len(padded) * height * width
+    if positions <= most:
+        columns = F.unfold(padded, convolution.kernel_size, convolution.dilation, 0, geometry[2])
+        return columns.transpose(0, 1).flatten(1), positions
+    # Only what is drawn is gathered: from whole pixels, whose channels lie together.
     generator = torch.Generator().manual_seed(0)
-    columns = []
-    for image in padded:
-        patches = F.unfold(
-            image[None], convolution.kernel_size, convolution.dilation, 0, convolution.stride
-        )[0]
-        if patches.shape[1] * len(padded) > POSITIONS:
-            drawn = torch.randperm(patches.shape[1], generator=generator)
-            patches = patches[:, drawn[: -(-POSITIONS // len(padded))].to(patches.device)]
-        columns.append(patches)
-    return torch.cat(columns, 1)
+    shape = (len(padded), -(-most // len(padded)))
+    drawn = torch.randint(height * width, shape, generator=generator).to(padded.device)
+    starts = (drawn // width * geometry[2][0], drawn % width * geometry[2][1])
+    rows, columns = (
+        start[:, :, None] + dilation * torch.arange(kernel, device=padded.device)
+        for start, kernel, dilation in zip(starts, *geometry[:2], strict=True)
+    )
+    image = torch.arange(len(padded), device=padded.device)[:, None, None, None]
+    pixels = padded.permute(0, 2, 3, 1).contiguous()
+    patches = pixels[image, rows[:, :, :, None], columns[:, :, None, :]]
+    return patches.movedim(-1, 2).flatten(2).flatten(0, 1).T, positions
 
 
 def by_channel(images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..supernet import (
     set_configuration,
 )
 from . import distributed
+from .beginning import in_pieces
 from .checkpoint import Checkpoints, Position
 from .losses import Loss, Metric, accuracy, cross_entropy, distillation
 from .progress import draws, shown
@@ -254,6 +255,8 @@ class _Run:
             self.parameters = stack.enter_context(
                 selected(self.model, self.recipe, self.configuration)
             )
+            if not self.recipe.compile:
+                stack.enter_context(in_pieces(self.model))
             self.optimizer = self._make_optimizer()
             steps = self.steps_an_epoch * self.recipe.epochs
             first = self.shard.index == 0

@@ -116,6 +116,10 @@ class Recipe:
                 raise ValueError(
                     f"{key}: got {values[key]}, accepted are finite numbers of at least {bound}"
                 )
+        if not math.isfinite(self.sampling.alpha):
+            raise ValueError(
+                f"sampling.alpha: got {self.sampling.alpha}, accepted is a finite number"
+            )
         after = self.schedule.after
         if list(after) != sorted(set(after)) or any(epoch < 1 for epoch in after):
             raise ValueError(

@@ -52,6 +52,8 @@ class RunDirectory:
             ImportError: if tensorboard is missing.
         """
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"directory: got {folder}, which is a file")
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("*.part"):
             left_over.unlink()

@@ -106,8 +106,30 @@ def test_of_many_positions_some_are_drawn_in_every_image(monkeypatch):
     images[:, :, 21:] *= 2
     data = Calibration([images], torch.device("cpu"))
     moments = second_moments(conv, {"": conv}, data)[""]
-    per_pixel = moments[4, 4] / 50 / (1 + 1e2 + 1e4 + 1e6)
+    per_pixel = moments[4, 4] / 40**2 / (1 + 1e2 + 1e4 + 1e6)
     assert 1.5 < per_pixel < 3.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"stride": (2, 1), "dilation": (1, 2), "padding_mode": "reflect"}]
+)
+def test_drawn_patches_estimate_the_moments_of_all(monkeypatch, options):
+    """Catches patches gathered from other places than the convolution reads, channels and taps
+    exchanged, more patches than enough, and a call that counts by those it draws instead of those
+    it has."""
+    conv = convolution(2, 2, **options)
+    images = correlated(6, 2, 96) + 0.3
+    # Later calls are brighter, so that their weight shows.
+    data = Calibration([images[:2], 3 * images[2:5], 2 * images[5:]], torch.device("cpu"))
+
+    def moments(positions: int, enough: int, later: int) -> torch.Tensor:
+        for name, value in {"POSITIONS": positions, "ENOUGH": enough, "LATER": later}.items():
+            monkeypatch.setattr(f"gross.decomposition.calibration.{name}", value)
+        return second_moments(conv, {"": conv}, data)[""]
+
+    expected = moments(10**6, 10**6, 10**6)
+    drawn = moments(8000, 8000, 4000)
+    assert 0 < (drawn - expected).norm() < 0.05 * expected.norm()
 
 
 # The metric -------------------------------------------------------------------------------------

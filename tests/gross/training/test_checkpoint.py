@@ -223,6 +223,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
 
     with pytest.raises(OSError, match="file"):
         gross.finetune(supernet, squares, QUICK, loss=loss, directory=tmp_path / "file" / "run")
+    with pytest.raises(NotADirectoryError, match=r"directory: got .*file, which is a file"):
+        gross.finetune(supernet, squares, QUICK, loss=loss, directory=tmp_path / "file")
 
 
 def test_a_run_is_not_overwritten_and_goes_on_only_as_itself(finished, squares, make_supernet):

@@ -102,6 +102,7 @@ def test_overrides_of_the_command_line_are_toml_or_plain_words(text, expected):
         ('[optimizer]\nname = "adam"', "optimizer.name: got 'adam', accepted is 'sgd' and 'adamw'"),
         ("[schedule]\nafter = [3, 2]", "schedule.after: got .*ascending"),
         ("[schedule]\nafter = [1.5]", "schedule.after: got .*array of ints"),
+        ("[sampling]\nalpha = inf", "sampling.alpha: got inf, accepted is a finite number"),
         ("epochs = ", "is not TOML"),
     ],
 )
