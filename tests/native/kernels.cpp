@@ -158,6 +158,77 @@ bool draw(Case& c) {
   return room_h >= 0 && room_w >= 0;
 }
 
+// What follows a sum, drawn: bias, activation, a residual before or after it.
+struct Ending {
+  Tensor bias, slopes, residual;
+  const bool has_bias = pick(0, 1), has_residual = pick(0, 2);
+  const Activation activation = static_cast<Activation>(pick(0, 4));
+  const bool residual_last = pick(0, 1);
+
+  Ending(int64_t n, int64_t c, int64_t h, int64_t w, Type type)
+      : bias(1, c, 1, 1, false, type == Type::float64 ? type : Type::float32, 2),
+        slopes(1, c, 1, 1, false, type == Type::float64 ? type : Type::float32, 2),
+        residual(n, c, h, w, pick(0, 1), type, 2) {}
+
+  const void* bias_data() const { return has_bias ? bias.memory.get() : nullptr; }
+
+  // `sum` with its bias, if that is not in it yet.
+  double of(double sum, int64_t n, int64_t o, int64_t y, int64_t x) const {
+    const double other = has_residual ? residual.at(residual.index(n, o, y, x)) : 0;
+    double value = residual_last ? sum : sum + other;
+    if (activation == Activation::relu) value = std::max(value, 0.0);
+    if (activation == Activation::relu6) value = std::min(std::max(value, 0.0), 6.0);
+    if (activation == Activation::prelu && value < 0) value *= slopes.at(o);
+    if (activation == Activation::silu) value /= 1 + std::exp(-value);
+    return residual_last ? value + other : value;
+  }
+};
+
+// A convolution from packed weights and its ending, of the plain sums; windows of its input.
+void finished_case(const Case& c, const Series& series, const Tensor& input, const Tensor& layout,
+                   const std::vector<double>& sums) {
+  const Geometry& g = c.g;
+  const Ending ending(g.images, g.out_channels, c.out_h, c.out_w, c.type);
+  Tensor output(g.images, g.out_channels, c.out_h, c.out_w, pick(0, 1), c.type, 0);
+  const int64_t wide = c.type == Type::float64 ? 8 : 4;
+  std::vector<char> packed(tested().packed_kernel_size(c.type, g) * wide);
+  tested().pack_kernel(c.type, {series, g, ending.bias_data(), ending.slopes.memory.get()},
+                       packed.data(), two_threads);
+  const Image residual = ending.residual.image();
+  const Finish finish{ending.activation, ending.has_residual ? &residual : nullptr,
+                      ending.residual_last};
+  tested().convolve_packed(c.type,
+                           {input.image(), packed.data(), output.image(), g, finish, two_threads});
+  const bool mean = pick(0, 1);
+  Tensor pooled(g.images, g.in_channels, c.out_h, c.out_w, pick(0, 1), c.type, 0);
+  tested().pool(c.type, {input.image(), pooled.image(), g, mean, Finish{}, two_threads});
+  for (int64_t n = 0; n < g.images; n++)
+    for (int64_t y = 0; y < c.out_h; y++)
+      for (int64_t x = 0; x < c.out_w; x++) {
+        for (int64_t o = 0; o < g.out_channels; o++) {
+          const double sum =
+              sums[layout.index(n, o, y, x)] + (ending.has_bias ? ending.bias.at(o) : 0);
+          compare(c.type, "finished output", output.at(output.index(n, o, y, x)),
+                  ending.of(sum, n, o, y, x), c.where);
+        }
+        for (int64_t j = 0; j < g.in_channels; j++) {
+          double most = -INFINITY, total = 0;
+          for (int64_t ky = 0; ky < g.kernel_h; ky++)
+            for (int64_t kx = 0; kx < g.kernel_w; kx++) {
+              const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h,
+                            ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
+              if (iy < 0 || iy >= c.h || ix < 0 || ix >= c.w) continue;
+              const double value = input.at(input.index(n, j, iy, ix));
+              most = std::max(most, value), total += value;
+            }
+          // A window that lies in the padding alone has no largest number.
+          if (mean || most > -INFINITY)
+            compare(c.type, "pooled", pooled.at(pooled.index(n, j, y, x)),
+                    mean ? total / g.taps() : most, c.where);
+        }
+      }
+}
+
 // A layer and its gradients against pointwise, grouped and pointwise convolution one after the
 // other, with and without keeping the first one's output.
 void layer_case() {
@@ -203,6 +274,8 @@ void layer_case() {
   const bool keep = pick(0, 1);
   // The packed weights are whole vectors: aligned, but of exactly the size that the kernels ask
   // for.
+  const Ending ending(g.images, layer.out_channels, c.out_h, c.out_w, type);
+  layer.slopes = ending.slopes.memory.get();
   std::vector<char> packed(tested().packed_size(type, layer) * size_of(wide));
   tested().pack(type, layer, packed.data(), two_threads);
   tested().layer(type, {input.image(),
@@ -212,6 +285,12 @@ void layer_case() {
                         output.image(),
                         {relu ? Activation::relu : Activation::none},
                         two_threads});
+  Tensor finished(g.images, layer.out_channels, c.out_h, c.out_w, pick(0, 1), type, 0);
+  const Image residual = ending.residual.image();
+  const Finish finish{ending.activation, ending.has_residual ? &residual : nullptr,
+                      ending.residual_last};
+  tested().layer(
+      type, {input.image(), layer, packed.data(), Image{}, finished.image(), finish, two_threads});
 
   const bool for_input = pick(0, 3), for_first = pick(0, 3), for_middle = pick(0, 3),
              for_last = pick(0, 3), for_bias = pick(0, 1), for_gates = pick(0, 1);
@@ -280,6 +359,8 @@ void layer_case() {
                    r[at(n, g.out_channels, j, c.out_h, y, c.out_w, x)];
           const double got = output.at(output.index(n, o, y, x));
           compare(type, "layer", got, relu ? std::max(sum, 0.0) : sum, where);
+          compare(type, "finished layer", finished.at(finished.index(n, o, y, x)),
+                  ending.of(sum, n, o, y, x), where);
           const double dy = relu && got <= 0 ? 0 : grad.at(grad.index(n, o, y, x));
           of_bias[o] += dy;
           for (int64_t j = 0; j < g.out_channels; j++) {
@@ -392,6 +473,7 @@ void convolution_case() {
   }
   for (size_t k = 0; k < expected.size(); k++)
     compare(type, "output", output.at(k), expected[k], where);
+  finished_case(c, series, input, output, expected);
   for (size_t k = 0; k < expected_input.size(); k++)
     compare(type, "input gradient", grad_input.at(k), expected_input[k], where);
 }
