@@ -125,7 +125,7 @@ def export(
         table.add_row(
             name,
             "" if c is None else " ".join(map(str, c)),
-            short(gross.macs(model, data.input_size).total),
+            short(gross.macs(net if c is None else networks[c], data.input_size).total),
             f"{accuracy:.1f} %",
             f"{duration:.3f}",
         )

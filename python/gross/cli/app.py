@@ -94,7 +94,17 @@ def show(as_json: bool, content: dict[str, Any], renderable: object) -> None:
     if as_json:
         typer.echo(json.dumps(content))
     else:
-        Console(width=None if sys.stdout.isatty() else TEXT_WIDTH).print(renderable)
+        console = Console(width=None if sys.stdout.isatty() else TEXT_WIDTH)
+        # Brackets in a text are no markup: a report's pictures have them.
+        console.print(renderable, markup=False)
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Refuse a file whose folder does not exist, before any work."""
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(
+            f"got {path}, accepted is a file in a folder that exists", param_hint=option
+        )
 
 
 def device_named(name: str) -> torch.device:

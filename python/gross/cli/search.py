@@ -53,6 +53,7 @@ from .app import (
     Ints,
     Json,
     app,
+    check_output,
     device_named,
     failures,
     named,
@@ -186,8 +187,10 @@ def search_command(
     Under torchrun the processes share the work: torchrun --nproc-per-node=2 -m gross search ...
     """
     with failures(), launched(device_named(device)) as place:
+        check_output("--output", output)
+        check_output("--journal", journal)
         net = _load(supernet, network, place)
-        wanted, size = _metric(metric, data, images)
+        wanted, size = _metric(metric, supernet, data, images)
         size = input_size or size or _known_size(supernet)
         table = None if latency is None else LatencyTable.load(latency)
         amounts = {
@@ -264,7 +267,7 @@ def evaluate_command(
     Example: gross evaluate supernet.safetensors --configuration 1,8,16 --configuration 4,4,4
     """
     with failures():
-        net, split = _load(supernet, network, device_named(device)), data_sets.load(data)
+        net, split = _load(supernet, network, device_named(device)), _data(data, supernet)
         sizes = [layer.group_sizes for layer in decomposed_layers(net).values()]
         uniform = [
             c for s in sizes[0] if all(s in own for own in sizes) for c in [(s,) * len(sizes)]
@@ -311,6 +314,7 @@ def latency_command(
     Example: gross latency supernet.safetensors --batch 16 --output latency.json
     """
     with failures():
+        check_output("--output", output)
         place = device_named(device)
         net = _load(supernet, network, place)
         example = _example(supernet, input_size, batch).to(place)
@@ -356,10 +360,10 @@ def export_command(
     Example: gross export supernet.safetensors --configuration 1,8,16 --output network.pt2
     """
     with failures():
-        if output.suffix not in (".pt2", ".onnx") or not output.parent.is_dir():
+        check_output("--output", output)
+        if output.suffix not in (".pt2", ".onnx"):
             raise typer.BadParameter(
-                f"got {output}, accepted is a .pt2 or .onnx file in a folder that exists",
-                param_hint="--output",
+                f"got {output}, accepted is a .pt2 or .onnx file", param_hint="--output"
             )
         net = _load(supernet, network, torch.device("cpu")).eval()
         chosen = configuration or active_configuration(net)
@@ -391,7 +395,7 @@ def export_command(
 def report_command(
     searches: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[SEARCH]...", help="Files that gross search wrote."),
+        typer.Argument(metavar="SEARCH", help="Files that gross search wrote."),
     ] = None,
     study_file: Annotated[
         Path | None,
@@ -447,7 +451,7 @@ def study_command(
     Example: gross study tuned.safetensors --decomposed decomposed.safetensors --data cifar10
     """
     with failures():
-        split = data_sets.load(data)
+        split = _data(data, supernet)
         results = [r for path in searches or () for r in load(path)]
         also = [row.configuration for row in evidence.rows(results)]
 
@@ -483,12 +487,30 @@ def _load(path: Path, network: str | None, device: torch.device) -> nn.Module:
     return target(str(path), network)[0].to(device)
 
 
+def _data(name: str, supernet: Path) -> data_sets.Data:
+    """A data set; a line on the error stream if the supernet was trained on another one."""
+    trained = storage.describe(supernet).provenance.get("data")
+    if isinstance(trained, str) and _base_name(trained) != _base_name(name):
+        error_console().print(
+            f"note: {supernet} was fine-tuned on {trained}, and is evaluated on {name}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return data_sets.load(name)
+
+
+def _base_name(data: str) -> str:
+    """The same for a folder wherever it lies."""
+    return Path(data.removeprefix("folder:")).name
+
+
 def _metric(
-    name: str | None, data: str, images: int | None
+    name: str | None, supernet: Path, data: str, images: int | None
 ) -> tuple[Metric, tuple[int, ...] | None]:
     """What a search maximises, and the size of the images that it is measured on, if known."""
     if name is None:
-        split = data_sets.load(data)
+        split = _data(data, supernet)
         return Accuracy(split.validation, images=images), split.input_size
     if images is not None:
         raise typer.BadParameter("got a metric of your own beside it", param_hint="--images")

@@ -202,7 +202,7 @@ def finetune_command(
         saved = output / "supernet.safetensors"
         if distributed.shard().index == 0:
             origin = storage.describe(supernet).provenance
-            storage.save(model, saved, provenance={**origin, "run": str(output)})
+            storage.save(model, saved, provenance={**origin, "run": str(output), "data": data})
             _show(as_json, saved, history)
 
 

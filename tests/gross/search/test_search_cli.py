@@ -8,6 +8,7 @@ import gross
 import pytest
 import torch
 from gross.cli import app
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 
@@ -122,6 +123,7 @@ def test_study_goes_all_the_way(saved, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "5 random configurations" in result.stdout
+    assert "![study](study.png)" in result.stdout
     assert len(result.stderr.strip().splitlines()) >= 5
     assert (tmp_path / "study" / "study.png").exists()
     found = json.loads((tmp_path / "study" / "study.json").read_text())
@@ -149,6 +151,10 @@ def test_study_goes_all_the_way(saved, tmp_path):
         (("evaluate", "--configuration", "1,2,3"), "got 2 for decomposed layer 1", 1),
         (("evaluate", "--data", "folder:nowhere"), "nowhere", 1),
         (("export", "--output", "network.pth"), "is a .pt2 or .onnx file", 2),
+        (("export", "--output", "no/a.onnx"), "a file in a folder that exists", 2),
+        (("latency", "--output", "no/a.json"), "a file in a folder that exists", 2),
+        (("search", "--output", "no/a.json"), "a file in a folder that exists", 2),
+        (("search", "--journal", "no/a.journal"), "a file in a folder that exists", 2),
         (("export", "--configuration", "5,5,5", "--output", "a.onnx"), "got 5", 1),
     ],
 )
@@ -158,6 +164,26 @@ def test_bad_input_is_one_line_and_an_exit_status(saved, arguments, message, sta
     result = gross_command(arguments[0], saved, *arguments[1:])
     assert result.exit_code == status, result.output
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_other_data_than_those_of_the_training_are_named(saved, tmp_path):
+    """Catches accuracies of ten per cent that nobody explains: digits and CIFAR-10 both have ten
+    classes and, here, images of one shape."""
+    arguments = ("--set", "epochs=1", "--set", "schedule.after=[]", "--output", tmp_path / "run")
+    tuned = gross_command("finetune", saved, "--recipe", "4-layer-gross", *arguments)
+    assert tuned.exit_code == 0, tuned.output
+    supernet = tmp_path / "run" / "supernet.safetensors"
+    same = gross_command("evaluate", supernet, "--configuration", "1,1,1", "--images", 9)
+    assert (same.exit_code, same.stderr) == (0, "")
+    for label in range(10):
+        for part in ("train", "test"):
+            folder = tmp_path / "photographs" / part / str(label)
+            folder.mkdir(parents=True)
+            for i in range(10):
+                Image.new("RGB", (32, 32)).save(folder / f"{i}.png")
+    data = f"folder:{tmp_path / 'photographs'}"
+    other = gross_command("evaluate", supernet, "--configuration", "1,1,1", "--data", data)
+    assert "was fine-tuned on digits, and is evaluated on folder:" in other.stderr
 
 
 def test_a_missing_file_is_named():
