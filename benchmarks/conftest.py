@@ -12,6 +12,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from . import measure, report
 
 ENTRIES = pytest.StashKey[list[dict[str, Any]]]()
+#: Those of test_deployment.py, whose times are of other processes.
+DEPLOYED = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: measured with --full alone")
     config.stash[ENTRIES] = []
+    config.stash[DEPLOYED] = []
     # Options have defaults here: pytest takes none from a conftest that it meets while collecting
     # (`pytest .`).
     torch.set_num_threads(config.getoption("--threads", None) or torch.get_num_threads())
@@ -85,3 +88,6 @@ def pytest_terminal_summary(
     if entries := config.stash[ENTRIES]:
         terminalreporter.section("summary")
         terminalreporter.write_line(report.summary(entries))
+    if deployed := config.stash[DEPLOYED]:
+        terminalreporter.section("deployment")
+        terminalreporter.write_line(report.deployment(deployed))

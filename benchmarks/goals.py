@@ -58,6 +58,17 @@ NETWORK = {
 }
 
 
+#: Exported networks that must only not be slower than a runtime.
+NOT_SLOWER = ("resnet50", "4-layer")
+
+
+def deployment(network: str, kind: str, mac_ratio: float) -> Goal:
+    """Of an exported network against the fastest runtime on the "dense" or the "folded" one."""
+    if network in NOT_SLOWER:
+        return Goal(1.0)
+    return Goal(1.3 if kind == "folded" else 0.9 * mac_ratio)
+
+
 def goal(figure: str, entry: Mapping[str, Any]) -> Goal | None:
     """The goal of a row, of which ``entry`` is one, for "η" or for its ratio to the baseline
     ``figure``."""

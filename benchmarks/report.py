@@ -51,6 +51,37 @@ def summary(entries: Sequence[Entry]) -> str:
     return "\n\n".join(parts)
 
 
+def deployment(entries: Sequence[Entry]) -> str:
+    """Markdown: exported networks against the fastest runtime on the dense and on the folded
+    network, and what a program costs beside its arithmetic."""
+    rows = []
+    for entry in entries:
+        if "call" in entry:
+            continue
+        cells = [f"{entry['subject']}, {entry['batch']}", f"{entry['mac_ratio']:.2f}"]
+        cells.append(f"{entry['milliseconds']['exported']:.3g}")
+        for kind in ("dense", "folded"):
+            others = {one: r for one, r in entry["ratios"].items() if one.startswith(kind)}
+            best = min(others, key=lambda one: others[one])
+            wanted = goals.deployment(entry["subject"], kind, entry["mac_ratio"])
+            cells.append(
+                f"{others[best]:.2f} ({best.split(' ', 1)[1]}; {wanted.mark([others[best]])})"
+            )
+        rows.append(cells)
+    header = ["network, batch", "fewer MACs", "ms", "to dense", "to folded"]
+    parts = [_markdown("Exported networks: times as fast as the fastest runtime", header, rows)]
+    parts += [
+        f"A program's call takes {entry['call']:.1f} µs, each step {entry['step']:.1f} µs beside "
+        "its arithmetic."
+        for entry in entries
+        if "call" in entry
+    ]
+    missing = sorted({title for entry in entries for title in entry.get("missing", ())})
+    if missing:
+        parts.append(f"Not installed, and so not compared: {', '.join(missing)}.")
+    return "\n\n".join(parts)
+
+
 def details(entries: Sequence[Entry]) -> str:
     """Markdown: every entry, with the quartiles of its ratios."""
     best = best_products(entries)
