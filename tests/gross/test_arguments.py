@@ -101,6 +101,7 @@ NEEDED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "agreement": lambda path: {"found": [1.0, 2.0, 3.0], "true": [1.0, 2.0, 3.0]},
     "average_precision": lambda path: {"found": [1.0] * 6, "true": [1.0] * 6},
     "export": lambda path: {"supernet": classifier(), "example": IMAGES},
+    "load_program": lambda path: {"path": path / "network.pt2"},
     "save_program": lambda path: {
         "network": dense(),
         "example": IMAGES,

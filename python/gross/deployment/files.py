@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ def load_program(path: str | os.PathLike[str]) -> nn.Module:
         ValueError: if there is no such file, or it is none of :func:`save_program`'s, or damaged,
             or from a newer version.
     """
-    source = Path(path)
+    source = check_path("path", path)
     if not source.is_file():
         raise ValueError(f"path: got {path}, accepted is a file that save_program wrote")
     try:
