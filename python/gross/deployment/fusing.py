@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from gross_kernels.program import Step
 
-from .graph import Operation, read, shape_of
+from .graph import Operation, read, shape_of, type_of
 
 #: Kinds that have weights, and so take a norm.
 _WEIGHTED = ("layer", "convolution", "linear")
@@ -223,13 +223,14 @@ class _Fusing:
                 self.left[_name(node)] = "PReLU after pooling"
                 return
             (slopes,) = operation.weights
-            made.slopes = slopes.expand(made.operation.weights[-1].shape[0]).contiguous()
+            last = made.operation.weights[-1]
+            made.slopes = slopes.to(last).expand(last.shape[0]).contiguous()
         made.activation = operation.activation
         self._absorb(made, node, operation.activation)
 
     def _add(self, node: fx.Node, operation: Operation) -> None:
         left, right = operation.inputs
-        shapes = {shape_of(left), shape_of(right), shape_of(node)}
+        shapes = {(shape_of(value), type_of(value)) for value in (left, right, node)}
         candidates = [
             (made, other)
             for one, other in ((left, right), (right, left))

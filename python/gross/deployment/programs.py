@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from gross_kernels.program import Program, Step, Steps
 
 from .fusing import Fused
+from .graph import type_of
 
 
 def has_programs(network: nn.Module) -> bool:
@@ -87,6 +89,9 @@ def _add_program(
         if any(user in stage and user not in own for user in _readers(one.node, stage, reads))
     ]
     steps, weights = encode(inside, inputs, returned)
+    if not weights:
+        # Of no numbers, for the type that pooling alone is packed for.
+        weights = [torch.empty(0, dtype=type_of(inputs[0]))]
     flat = [one.flat and one.operation.kind != "linear" for one in inside if one.node in returned]
     name = f"program_{sum(key.startswith('program_') for key in root)}"
     root[name] = Program(steps, weights, flat)
