@@ -535,7 +535,7 @@ def _f_max_pool(a: _Arguments) -> Operation | None:
             (5, "ceil_mode", False),
         )
     ]
-    if not _is_static(*values) or a.node.kwargs.get("return_indices"):
+    if not _is_static(*values) or a.get(6, "return_indices", False):
         return None
     return _max_pool(a.input, *values)
 

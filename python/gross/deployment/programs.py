@@ -19,6 +19,21 @@ def has_programs(network: nn.Module) -> bool:
     return any(isinstance(module, Program) for module in network.modules())
 
 
+class Deployed(fx.GraphModule):
+    """A network with programs.
+
+    Attributes:
+        report: what runs how, a :class:`gross.deployment.Report`; it stays with copies.
+    """
+
+    report: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied = super().__deepcopy__(memo)
+        copied.report = self.report
+        return copied
+
+
 def build(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> fx.GraphModule:
     """The network with its steps in programs, as few as what stands between them allows.
 
@@ -45,7 +60,7 @@ def build(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> fx.GraphModule
                 if node.op in ("call_module", "get_attr"):
                     root[str(node.target)] = _attribute(traced, str(node.target))
     graph.set_codegen(traced.graph._codegen)
-    return fx.GraphModule(root, graph, class_name="Deployed")
+    return Deployed(root, graph, class_name="Deployed")
 
 
 def _live(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> list[fx.Node]:
