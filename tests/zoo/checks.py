@@ -279,7 +279,7 @@ def check_macs(subject: Subject) -> None:
     for configuration in (gross.configuration(supernet), smallest):
         _check_count(
             report.with_configuration(configuration),
-            gross.export(supernet, configuration),
+            gross.export(supernet, configuration, kernels=False),
             subject.example,
         )
 
@@ -317,7 +317,7 @@ def _check_count(report: gross.MacsReport, plain: nn.Module, example: Example) -
 @torch.no_grad()
 def check_deployment(subject: Subject) -> None:
     """The network of plain convolutions that is deployed computes the same."""
-    plain = gross.export(subject.supernet)
+    plain = gross.export(subject.supernet, kernels=False)
     assert not decomposed_layers(plain)
     same(tensors(call(plain, subject.example)), subject.output)
 
@@ -364,7 +364,7 @@ def check_bfloat16(subject: Subject) -> None:
     assert all(each.isfinite().all() for each in found), "not finite"
     # The terms are rounded one by one: what that costs is no kernel's error.
     rounded = copy.deepcopy(subject.supernet).bfloat16().float()
-    plain = gross.export(rounded)
+    plain = gross.export(rounded, kernels=False)
     expected = tensors(call(plain, subject.example))
     of_plain = tensors(call(in_16_bits(plain), subject.example))
     shapes = [[each.shape for each in outputs] for outputs in (found, of_plain, expected)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gross_kernels import GroSSConv2d, pack
 
 from ..arguments import check_flag, check_module
-from ..copying import copy_model, unwrapped
+from ..copying import copy_model, plain_name, unwrapped
 from ..supernet import check_configuration, decomposed_layers
 from ..supernet import configuration as active_configuration
 from . import graph
@@ -80,6 +80,7 @@ def export(
             "with batch norm's statistics so far and without dropout",
             stacklevel=2,
         )
+    _check_norms(supernet)
     replaced: dict[int, nn.Module] = {
         id(layer): _single(layer, size) if kernels else layer.fold(size)
         for layer, size in zip(layers.values(), configuration, strict=True)
@@ -118,6 +119,25 @@ def _deployed(plain: nn.Module, example: Tensor, tune: bool) -> nn.Module:
     return exported
 
 
+def _check_norms(supernet: nn.Module) -> None:
+    """Warn of batch norms that have never seen a batch, nor were loaded."""
+    unset = [
+        plain_name(name)
+        for name, module in supernet.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.running_mean is not None
+        and module.running_var is not None
+        and not bool(module.running_mean.any())
+        and bool((module.running_var == 1).all())
+    ]
+    if unset:
+        warnings.warn(
+            f"supernet: got {len(unset)} batch norms whose statistics were never set (mean 0, "
+            f"variance 1), {unset[0]} among them; they are exported as they are",
+            stacklevel=3,
+        )
+
+
 def _check_example(supernet: nn.Module, example: Tensor | None, kernels: bool) -> None:
     if example is None:
         if kernels:
@@ -141,7 +161,7 @@ def _output(supernet: nn.Module, configuration: Sequence[int], example: Tensor) 
 
     with inference(supernet, configuration):
         try:
-            return supernet(example)
+            return supernet(example.clone())  # Which it may write into.
         except Exception as error:
             raise ValueError(
                 f"example: got {tuple(example.shape)}, accepted is what the network takes: {error}"
@@ -178,7 +198,7 @@ def _single(layer: GroSSConv2d, size: int) -> GroSSConv2d:
 def _compare(expected: object, exported: nn.Module, example: Tensor) -> None:
     """Raise RuntimeError where the two networks' outputs differ by more than rounding."""
     with torch.no_grad():
-        found = exported(example)
+        found = exported(example.clone())
     tolerance = TOLERANCE if example.dtype not in (torch.bfloat16, torch.float16) else 0.1
     for wanted, got in zip(tensors_of(expected), tensors_of(found), strict=True):
         if not wanted.is_floating_point():

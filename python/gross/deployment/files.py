@@ -13,6 +13,10 @@ from ..extras import from_extra
 from ..supernet import decomposed_layers
 from .programs import has_programs
 
+#: Raised when programs can no longer be read as they were; a file beside the network has it.
+FORMAT = 1
+EXTRA = "gross_format"
+
 
 def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
     """Write an exported network as a file.
@@ -45,7 +49,7 @@ def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[st
     try:
         if target.suffix == ".pt2":
             program = torch.export.export(network, (example,), dynamic_shapes=(batch,))
-            torch.export.save(program, part)
+            torch.export.save(program, part, extra_files={EXTRA: str(FORMAT)})
         else:
             with from_extra("onnx"):
                 import onnxscript  # noqa: F401
@@ -77,15 +81,19 @@ def load_program(path: str | os.PathLike[str]) -> nn.Module:
     source = check_path("path", path)
     if not source.is_file():
         raise ValueError(f"path: got {path}, accepted is a file that save_program wrote")
+    extra: dict[str, Any] = {EXTRA: ""}
     try:
-        program = torch.export.load(source)
+        program = torch.export.load(source, extra_files=extra)
+        if int(extra[EXTRA]) > FORMAT:
+            raise ValueError(f"got format {int(extra[EXTRA])}, accepted is {FORMAT}")
         network = program.module(check_guards=False)
+        fold_packing(network)
     except Exception as error:
+        first, *_ = [*str(error).strip().splitlines(), type(error).__name__]
         raise ValueError(
             f"path: {path} cannot be read, accepted is a .pt2 file that save_program wrote with "
-            f"this or an older version: {str(error).strip().splitlines()[0]}"
+            f"this or an older version: {first}"
         ) from error
-    fold_packing(network)
     return network
 
 

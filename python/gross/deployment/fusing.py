@@ -3,7 +3,6 @@ additions taken into what they follow."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, fx
 
 from gross_kernels.program import Step
 
-from .graph import Operation, read, shape_of
+from .graph import Operation, read, shape_of, type_of
 
 #: Kinds that have weights, and so take a norm.
 _WEIGHTED = ("layer", "convolution", "linear")
@@ -93,12 +92,6 @@ def fuse(traced: fx.GraphModule) -> tuple[dict[fx.Node, Fused], dict[str, str]]:
     fusing = _Fusing(traced)
     for node in list(traced.graph.nodes):
         fusing.take(node)
-    if fusing.unset:
-        warnings.warn(
-            f"supernet: got {len(fusing.unset)} batch norms whose statistics were never set (mean "
-            f"0, variance 1), {fusing.unset[0]} among them; they are folded as they are",
-            stacklevel=4,
-        )
     return fusing.steps, fusing.left
 
 
@@ -107,8 +100,6 @@ class _Fusing:
         self.traced = traced
         self.steps: dict[fx.Node, Fused] = {}
         self.left: dict[str, str] = {}
-        #: Norms without statistics.
-        self.unset: list[str] = []
         #: Norms that the convolution after them takes in.
         self.before: dict[fx.Node, Operation] = {}
 
@@ -204,8 +195,6 @@ class _Fusing:
 
     def _norm(self, node: fx.Node, operation: Operation) -> None:
         scale, shift = operation.weights
-        if bool((shift == 0).all()) and len({float(s) for s in scale}) == 1:
-            self.unset.append(_name(node))
         made = self._before(operation.inputs[0])
         if (
             made is not None
@@ -234,13 +223,14 @@ class _Fusing:
                 self.left[_name(node)] = "PReLU after pooling"
                 return
             (slopes,) = operation.weights
-            made.slopes = slopes.expand(made.operation.weights[-1].shape[0]).contiguous()
+            last = made.operation.weights[-1]
+            made.slopes = slopes.to(last).expand(last.shape[0]).contiguous()
         made.activation = operation.activation
         self._absorb(made, node, operation.activation)
 
     def _add(self, node: fx.Node, operation: Operation) -> None:
         left, right = operation.inputs
-        shapes = {shape_of(left), shape_of(right), shape_of(node)}
+        shapes = {(shape_of(value), type_of(value)) for value in (left, right, node)}
         candidates = [
             (made, other)
             for one, other in ((left, right), (right, left))
@@ -273,7 +263,17 @@ def _kind(traced: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else node.name
+    """The module whose call the node is, also in a graph of ``torch.export``; else the node's own
+    name."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = [*(node.meta.get("nn_module_stack") or {}).values()]
+    if stack:
+        path, kind = stack[-1]
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        if name.startswith(("torch.nn.modules.", "gross_kernels.layers.")):
+            return path
+    return node.name
 
 
 def _fold_after(operation: Operation, scale: Tensor, shift: Tensor) -> None:

@@ -62,20 +62,33 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
     Raises:
         UntraceableError: where neither can, or a mutation cannot be undone.
     """
-    try:
-        traced = fx.symbolic_trace(model)
-    except Exception as by_fx:
-        try:
-            traced = _exported(model, example)
-        except Exception as by_export:
-            raise UntraceableError(
-                f"torch.fx: {_first_line(by_fx)}; torch.export: {_first_line(by_export)}"
-            ) from by_export
-    _undo_mutation(traced)
-    traced.graph.eliminate_dead_code()
     with torch.no_grad():
+        try:
+            traced = fx.symbolic_trace(model)
+            memory = _Memory(traced, example)
+            # ``a += b`` reaches torch.fx as ``a + b``, which leaves other names of ``a`` behind.
+            if not _equal(memory.output, model(example.clone())):
+                raise UntraceableError("what it writes into is read by another name")
+        except Exception as by_fx:
+            try:
+                traced = _exported(model, example)
+                memory = _Memory(traced, example)
+            except Exception as by_export:
+                raise UntraceableError(
+                    f"torch.fx: {_first_line(by_fx)}; torch.export: {_first_line(by_export)}"
+                ) from by_export
+        _undo_mutation(traced, memory)
+        traced.graph.eliminate_dead_code()
         ShapeProp(traced).propagate(example)
     return traced
+
+
+def _equal(left: object, right: object) -> bool:
+    pairs = [torch.utils._pytree.tree_leaves(each) for each in (left, right)]
+    return len(pairs[0]) == len(pairs[1]) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in zip(*pairs, strict=True)
+    )
 
 
 def _exported(model: nn.Module, example: Tensor) -> fx.GraphModule:
@@ -104,31 +117,55 @@ _OUT_OF_PLACE: dict[Any, Any] = {
     "sub_": "sub",
     "sigmoid_": "sigmoid",
     "clamp_": "clamp",
+    "__iadd__": "add",
+    "__imul__": "mul",
+    "__isub__": "sub",
 }
 _PLACED = (F.relu, F.relu6, F.silu, F.leaky_relu, F.hardtanh, F.hardswish, F.dropout, F.elu)
 
 
-def _undo_mutation(traced: fx.GraphModule) -> None:
+class _Memory(fx.Interpreter):
+    """Runs a network and notes where in memory every node's value lies; all are kept, so that no
+    two lie in the same place by chance.
+
+    Attributes:
+        of: by node, the memory and how the value lies in it.
+        output: of the network.
+    """
+
+    def __init__(self, traced: fx.GraphModule, example: Tensor) -> None:
+        super().__init__(traced, garbage_collect_values=False)
+        self.of: dict[fx.Node, tuple[int, tuple]] = {}
+        self.output = self.run(example.clone())
+        self.env.clear()
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if isinstance(value, Tensor):
+            layout = (value.storage_offset(), value.shape, value.stride())
+            self.of[node] = (value.untyped_storage()._cdata, layout)
+        return value
+
+
+def _undo_mutation(traced: fx.GraphModule, memory: _Memory) -> None:
     """Replace operations that write into their input by those that do not; who reads the input
-    later reads the result."""
+    later, by whatever name, reads the result."""
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     for node in list(traced.graph.nodes):
         if not _mutates(traced, node):
             continue
         written = node.args[0] if node.args else None
-        if not isinstance(written, fx.Node):
+        if not isinstance(written, fx.Node) or written not in memory.of:
             raise UntraceableError(f"{node.name}: writes into what is no value of the graph")
-        for user in list(written.users):
-            if order[user] > order[node]:
-                user.replace_input_with(written, node)
-            elif (
-                user is not node
-                and any(order[later] > order[node] for later in user.users)
-                and (read(traced, user) is None or user.op == "call_method")
-            ):
-                raise UntraceableError(
-                    f"{node.name}: writes into what {user.name} may have a view of"
-                )
+        place, layout = memory.of[written]
+        for other, (same, as_it_lies) in memory.of.items():
+            if same != place or order[other] >= order[node]:
+                continue
+            later = [user for user in other.users if order[user] > order[node]]
+            if later and as_it_lies != layout:
+                raise UntraceableError(f"{node.name}: writes into what {other.name} has a view of")
+            for user in later:
+                user.replace_input_with(other, node)
 
 
 def _mutates(traced: fx.GraphModule, node: fx.Node) -> bool:
@@ -296,6 +333,10 @@ def _act(name: str) -> Callable[[Any, tuple], Operation]:
     return lambda module, inputs: Operation("activation", inputs, activation=name)
 
 
+def _number(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
 def _slopes(inputs: tuple, slopes: Tensor) -> Operation:
     return Operation("activation", inputs, (slopes,), activation="prelu")
 
@@ -310,6 +351,8 @@ def _max_pool(
     if ceil:
         return None
     kernel = _pair(kernel)
+    if _pair(padding) != (0, 0) and _pair(dilation) != (1, 1):
+        return None  # A window may then hold no pixel.
     steps = _pair(stride) if stride not in (None, [], ()) else kernel
     return Operation(
         "max_pool",
@@ -352,7 +395,7 @@ _MODULES: dict[type[nn.Module], Callable[[Any, tuple], Operation | None]] = {
     nn.ReLU6: _act("relu6"),
     nn.SiLU: _act("silu"),
     nn.PReLU: lambda m, inputs: _slopes(inputs, m.weight.detach()),
-    nn.LeakyReLU: lambda m, inputs: _slopes(inputs, torch.tensor([m.negative_slope])),
+    nn.LeakyReLU: lambda m, inputs: _slopes(inputs, _number(m.negative_slope)),
     nn.Hardtanh: lambda m, inputs: _hardtanh(inputs, m.min_val, m.max_val),
     nn.MaxPool2d: lambda m, inputs: (
         None
@@ -413,6 +456,12 @@ def _shape(node: Any) -> tuple[int, ...] | None:
     return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else None
 
 
+def type_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of what a node returned for the example; None where it is no tensor."""
+    meta = node.meta.get("tensor_meta")
+    return getattr(meta, "dtype", None)
+
+
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of what a node returned for the example; None where it is no tensor."""
     return _shape(node)
@@ -465,7 +514,7 @@ def _f_prelu(a: _Arguments) -> Operation | None:
 
 def _f_leaky(a: _Arguments) -> Operation | None:
     slope = a.get(1, "negative_slope", 0.01)
-    return _slopes(a.input, torch.tensor([slope])) if isinstance(slope, float) else None
+    return _slopes(a.input, _number(slope)) if isinstance(slope, int | float) else None
 
 
 def _f_add(a: _Arguments) -> Operation | None:
@@ -486,7 +535,7 @@ def _f_max_pool(a: _Arguments) -> Operation | None:
             (5, "ceil_mode", False),
         )
     ]
-    if not _is_static(*values) or a.node.kwargs.get("return_indices"):
+    if not _is_static(*values) or a.get(6, "return_indices", False):
         return None
     return _max_pool(a.input, *values)
 

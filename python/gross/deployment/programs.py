@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from gross_kernels.program import Program, Step, Steps
 
 from .fusing import Fused
+from .graph import type_of
 
 
 def has_programs(network: nn.Module) -> bool:
     """Whether some of the network runs as programs."""
     return any(isinstance(module, Program) for module in network.modules())
+
+
+class Deployed(fx.GraphModule):
+    """A network with programs.
+
+    Attributes:
+        report: what runs how, a :class:`gross.deployment.Report`; it stays with copies.
+    """
+
+    report: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied = super().__deepcopy__(memo)
+        copied.report = self.report
+        return copied
 
 
 def build(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> fx.GraphModule:
@@ -43,7 +60,7 @@ def build(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> fx.GraphModule
                 if node.op in ("call_module", "get_attr"):
                     root[str(node.target)] = _attribute(traced, str(node.target))
     graph.set_codegen(traced.graph._codegen)
-    return fx.GraphModule(root, graph, class_name="Deployed")
+    return Deployed(root, graph, class_name="Deployed")
 
 
 def _live(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> list[fx.Node]:
@@ -87,6 +104,9 @@ def _add_program(
         if any(user in stage and user not in own for user in _readers(one.node, stage, reads))
     ]
     steps, weights = encode(inside, inputs, returned)
+    if not weights:
+        # Of no numbers, for the type that pooling alone is packed for.
+        weights = [torch.empty(0, dtype=type_of(inputs[0]))]
     flat = [one.flat and one.operation.kind != "linear" for one in inside if one.node in returned]
     name = f"program_{sum(key.startswith('program_') for key in root)}"
     root[name] = Program(steps, weights, flat)

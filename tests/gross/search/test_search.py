@@ -232,7 +232,7 @@ def test_costs_are_those_of_the_exported_network():
     net = supernet()
     costs = costs_of(net, INPUT)
     for c in [(1, 1, 1, 1), (8, 2, 1, 4)]:
-        plain = gross.export(net, c)
+        plain = gross.export(net, c, kernels=False)
         assert costs["macs"](c) == macs(plain, INPUT).total
         assert costs["parameters"](c) == sum(p.numel() for p in plain.parameters())
     assert costs["macs"].dense == macs(_dense(), INPUT).total
@@ -550,5 +550,9 @@ def test_a_wrapped_supernet_is_searched_as_it_is():
     found = gross.search(nn.DataParallel(net), data, (2, 2, 2, 2))
     assert found.evaluations == expected.evaluations
     with torch.inference_mode():
-        exported = gross.export(nn.DataParallel(net), (2, 1, 4, 8))(data[0])
-        torch.testing.assert_close(exported, gross.export(net, (2, 1, 4, 8))(data[0]))
+        for kernels in (True, False):
+            exported, wanted = (
+                gross.export(given, (2, 1, 4, 8), example=data[0], kernels=kernels)(data[0])
+                for given in (nn.DataParallel(net), net)
+            )
+            torch.testing.assert_close(exported, wanted)

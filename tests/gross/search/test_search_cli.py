@@ -8,7 +8,6 @@ import gross
 import pytest
 import torch
 from gross.cli import app
-from gross.deployment import load_program
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -103,17 +102,25 @@ def test_latency_writes_a_table_that_a_search_takes(saved, tmp_path):
     assert all(e["costs"]["milliseconds"] <= limit for e in result["evaluations"])
 
 
-def test_export_writes_a_file_and_compares(saved, tmp_path):
-    """Catches another configuration in the file."""
+@pytest.mark.parametrize("options", [(), ("--plain",), ("--tune",)])
+def test_export_writes_a_file_and_compares(saved, tmp_path, options):
+    """Catches another configuration in the file, kernels where none are wanted, and a comparison
+    with another network."""
     output = tmp_path / "network.pt2"
     arguments = ("export", saved, "--output", output, "--configuration", "8,1,32", "--batch", 2)
-    found = content(gross_command(*arguments, "--json"))
-    counted = gross.macs(gross.load(saved), (3, 32, 32), (8, 1, 32)).total
-    full = gross.macs(gross.networks.build("4-layer"), (3, 32, 32)).total
-    assert [row["macs"] for row in found["networks"]] == [full, counted, counted]
+    found = content(gross_command(*arguments, *options, "--json"))
+    dense, plain, ours = found["networks"]
+    macs = gross.macs(gross.load(saved), (3, 32, 32), (8, 1, 32)).total
+    assert plain["macs"] == macs < dense["macs"]
+    assert macs <= ours["macs"] <= dense["macs"]  # Some layers run merged.
+    assert dense["difference"] == 0 < plain["difference"] < 1e-4 > ours["difference"] > 0
     images = torch.randn(3, 3, 32, 32)
     expected = gross.export(gross.load(saved), (8, 1, 32), kernels=False)(images)
-    torch.testing.assert_close(load_program(output)(images), expected)
+    program = torch.export.load(output)
+    assert ("gross" in str(program.graph)) == (options != ("--plain",))
+    torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
+    loaded = gross.load_program(output)
+    torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_study_goes_all_the_way(saved, tmp_path):
