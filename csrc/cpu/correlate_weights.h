@@ -36,14 +36,14 @@ __attribute__((noinline)) void correlate_weights(const WeightStencil<T>& stencil
   for (int64_t i = 0; i < count; i++) {
     const int64_t p = stretches[i];
     Vector<T> grad[columns];
-#pragma GCC unroll 8
-    for (int k = 0; k < columns; k++) {
-      grad[k] = load<T>(grads + p + k * lanes<T>);
-      keep_in_register(grad[k]);
-    }
-    // Consecutive multiply–adds go to different sums.
+    // Consecutive multiply–adds go to different sums. A gradient is loaded where its first tap
+    // meets it: as many of them as a run has taps are in registers at a time.
 #pragma GCC unroll 16
-    for (int k = 0; k < columns + Length - 1; k++)
+    for (int k = 0; k < columns + Length - 1; k++) {
+      if (k < columns) {
+        grad[k] = load<T>(grads + p + k * lanes<T>);
+        keep_in_register(grad[k]);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < Runs; r++)
 #pragma GCC unroll 8
@@ -55,6 +55,7 @@ __attribute__((noinline)) void correlate_weights(const WeightStencil<T>& stencil
           for (int c = 0; c < Length; c++)
             if (k - c >= 0 && k - c < columns) sum[j][r][c] += grad[k - c] * value;
         }
+    }
   }
 #pragma GCC unroll 8
   for (int j = 0; j < Sources; j++)
@@ -66,7 +67,12 @@ __attribute__((noinline)) void correlate_weights(const WeightStencil<T>& stencil
         store<T>(at, load<T>(at) + sum[j][r][c]);
       }
 }
-constexpr int max_grad_sources = registers == 32 ? 4 : 2;
+
+// Source channels at once: 4 have 12 sums, which leave room for 3 gradients and one value in 16
+// registers, but not for permutations.
+constexpr int max_grad_sources(Fetch fetch) {
+  return registers == 32 || !is_permuted(fetch) ? 4 : 2;
+}
 
 template <class T>
 using CorrelateWeights = void (*)(const WeightStencil<T>&, const Run* runs,
@@ -85,7 +91,7 @@ CorrelateWeights<T> correlate_weights_of(int64_t sources, int64_t runs, int64_t 
                      : correlate_weights_of<T, fetch, Columns, 1, 1>(length);
   if constexpr (fetch != Fetch::lanes) {
     if (sources == 2) return correlate_weights_of<T, fetch, Columns, 2, 1>(length);
-    if constexpr (max_grad_sources == 4)
+    if constexpr (max_grad_sources(fetch) == 4)
       return sources == 3 ? correlate_weights_of<T, fetch, Columns, 3, 1>(length)
                           : correlate_weights_of<T, fetch, Columns, 4, 1>(length);
   }
@@ -106,10 +112,8 @@ CorrelateWeights<T> correlate_weights_of(Fetch fetch, int64_t sources, int64_t r
 template <class T>
 CorrelateWeights<T> correlate_weights_for(int64_t columns, Fetch fetch, int64_t sources,
                                           int64_t runs, int64_t length) {
-  if constexpr (slack == 8) {
-    if (columns == 8) return correlate_weights_of<T, 8>(fetch, sources, runs, length);
-    if (columns == 7) return correlate_weights_of<T, 7>(fetch, sources, runs, length);
-  }
+  if (columns == 8) return correlate_weights_of<T, 8>(fetch, sources, runs, length);
+  if (columns == 7) return correlate_weights_of<T, 7>(fetch, sources, runs, length);
   if (columns == 4) return correlate_weights_of<T, 4>(fetch, sources, runs, length);
   return correlate_weights_of<T, 2>(fetch, sources, runs, length);
 }
@@ -127,7 +131,7 @@ struct Stretches {
     const int64_t positions =
         ((strip.images - 1) * plan.row_pitch + strip.rows - 1) * plan.pitch + plan.cols;
     for (const int64_t columns : {8, 7, 4, 2})
-      if (columns <= slack && plan.cols % columns == 0) {
+      if (plan.cols % columns == 0) {
         stretches.columns = columns;
         for (int64_t i = 0; i < strip.images; i++)
           for (int64_t r = 0; r < strip.rows; r++)
@@ -163,7 +167,7 @@ void correlate_block(const Channels<T>& channels, int64_t block, int64_t taps,
     for (int64_t first = 0; first < channels.sources; first += lanes<T>) {
       const T* plane = of.planes + first / lanes<T> * of.vector_stride;
       even_parts(
-          std::min<int64_t>(lanes<T>, channels.sources - first), max_grad_sources,
+          std::min<int64_t>(lanes<T>, channels.sources - first), max_grad_sources(channels.fetch),
           [&](int64_t j, int64_t size) {
             for (int64_t r = 0, together; r < run_count; r += together) {
               // With one source channel three runs are needed for enough chains of additions.

@@ -58,7 +58,7 @@ void weight_grad_entry(Type type, const WeightGradient& call) {
           Channels<float>(g, Pass::forward, product).fetch == Fetch::broadcast)
         return weight_grad<float, S, product>(plan, call);
     const std::vector<RowTarget> rows = row_targets<Sum<S>, S>(plan, input, grad, channels);
-    if (has_row_weights(rows, channels.fetch))
+    if (has_row_weights(rows, channels))
       return weight_grad_in_place<Sum<S>, S>(rows[0], channels, call);
     weight_grad<Sum<S>, S>(plan, call);
   });

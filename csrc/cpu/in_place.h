@@ -44,7 +44,9 @@ std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const 
   if (channels.fetch == Fetch::broadcast) {
     if (!std::is_same_v<S, T>) return {};
   } else {
-    if (is_permuted(channels.fetch) && !(std::is_same_v<S, float> && registers == 32)) return {};
+    if (is_permuted(channels.fetch) && !std::is_same_v<S, float>) return {};
+    // Over a whole vector: two channels' permutations, weights and sums take more than 16 registers.
+    if (channels.fetch == Fetch::permuted && registers < 32) return {};
     // One vector of source channels, and all of its lanes.
     if (channels.together * channels.sources != lanes<T> ||
         channels.groups % channels.together != 0)
@@ -115,6 +117,14 @@ struct OutputRow {
   S* to;
   const S *ahead, *ahead_to;
 };
+
+// The first source channel that a vector of outputs reads.
+template <class T>
+int64_t first_channel(const Channels<T>& channels, const LaneBlock& block) {
+  const bool broadcasting = channels.fetch == Fetch::broadcast;
+  return (broadcasting ? block.group : block.group / channels.together * channels.together) *
+         channels.sources;
+}
 
 // What one vector of outputs is computed from.
 template <class T>
@@ -272,8 +282,9 @@ RowTile<T, S> row_tile_of(const RowTarget& target) {
 }
 template <class T, class S>
 RowTile<T, S> row_tile_for(const Channels<T>& channels, const RowTarget& target) {
-  if constexpr (std::is_same_v<S, float> && registers == 32) {
-    if (channels.fetch == Fetch::permuted) return row_tile_of<T, S, Fetch::permuted, 2>(target);
+  if constexpr (std::is_same_v<S, float>) {
+    if constexpr (registers == 32)
+      if (channels.fetch == Fetch::permuted) return row_tile_of<T, S, Fetch::permuted, 2>(target);
     if (channels.fetch == Fetch::within_quads)
       return channels.sources == 4 ? row_tile_of<T, S, Fetch::within_quads, 4>(target)
                                    : row_tile_of<T, S, Fetch::within_quads, 2>(target);
@@ -374,10 +385,7 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
                                       g.taps() * lanes<T>, channels.permutation_of(b),
                                       channels.sources,    source.stride_h,
                                       block.lanes()};
-          const int64_t channel = (channels.fetch == Fetch::broadcast
-                                       ? block.group
-                                       : block.group / channels.together * channels.together) *
-                                  channels.sources;
+          const int64_t channel = first_channel(channels, block);
           for (size_t first = 0; first < rows.size(); first += tile.segments)
             for (int64_t k = 0; k < target.cols; k += tile.columns) {
               const int64_t col = std::min(k, target.cols - tile.columns);
@@ -400,26 +408,31 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
 }
 
 // D[source][row, tap][lane] += Σ_column grads[column][lane] · from[row][step · column +
-// tap][source] over `count` rows of gradients, for `Rows` rows of the kernel and groups of `Quad`
-// channels: so many chains of additions that they overlap, and no more than registers hold.
-template <class T, class S, int Quad, int Rows, int Step, int Columns>
-__attribute__((noinline)) void correlate_row_weights(const std::vector<OutputRow<S>>& output_rows,
-                                                     int64_t row_stride, const TileAt& tile,
-                                                     const std::vector<KernelRow>& kernel,
-                                                     const WeightSums<T>& of) {
-  const OutputRow<S>* const rows = output_rows.data();
-  const int64_t count = output_rows.size();
+// tap][source] over rows of gradients, for `Rows` rows of the kernel and `Sources` channels at a
+// time: so many chains of additions that they overlap, and no more than registers hold. Channels
+// are broadcast, or those of groups of `Quad`.
+template <class T, class S>
+struct RowWeights {
+  const OutputRow<S>* rows;
+  int64_t count;
+  int64_t row_stride;  // from one source row to the next
+  const std::vector<KernelRow>& kernel;
+  int64_t sources;  // channels per output
+  WeightSums<T> sums;
+};
+template <class T, class S, Fetch fetch, int Quad, int Sources, int Rows, int Step, int Columns>
+__attribute__((noinline)) void correlate_row_weights(const RowWeights<T, S>& of,
+                                                     const TileAt& tile) {
   const auto [from, ahead, to, to_pitch, left, right] = tile;
-  const auto [sums, sum_stride] = of;
   constexpr int last = (Columns - 1) * Step + 2;
-  for (int first = 0; first < 3; first += Rows) {
-    Vector<T> sum[Rows][Quad][3]{};
-    for (int64_t i = 0; i < count; i++) {
-      const OutputRow<S>& row = rows[i];
-      if (first == 0) {
+  auto add = [&](int first, int source) __attribute__((always_inline)) {
+    Vector<T> sum[Rows][Sources][3]{};
+    for (int64_t i = 0; i < of.count; i++) {
+      const OutputRow<S>& row = of.rows[i];
+      if (first == 0 && source == 0) {
 #pragma GCC unroll 2
         for (int r = 0; r < Step; r++) {
-          const S* at = row.ahead + ahead * Step - r * row_stride;
+          const S* at = row.ahead + ahead * Step - r * of.row_stride;
 #pragma GCC unroll 32
           for (int k = 0; k < Columns * Step; k++) __builtin_prefetch(at + k * lanes<T>, 0, 2);
         }
@@ -427,87 +440,152 @@ __attribute__((noinline)) void correlate_row_weights(const std::vector<OutputRow
         for (int k = 0; k < Columns; k++)
           __builtin_prefetch(row.ahead_to + ahead + k * lanes<T>, 0, 2);
       }
+      const PixelRow<S>* const pixels = row.from + first;
+      if (Rows == 1 && !pixels->mask) continue;
       Vector<T> grad[Columns];
-#pragma GCC unroll 16
-      for (int k = 0; k < Columns; k++) {
-        grad[k] = load<T>(row.to + to + k * to_pitch);
-        keep_in_register(grad[k]);
-      }
-      const PixelRow<S>* const source = row.from + first;
       const S* at[Rows];
 #pragma GCC unroll 3
-      for (int r = 0; r < Rows; r++) at[r] = source[r].at + (from & source[r].mask);
+      for (int r = 0; r < Rows; r++)
+        at[r] = pixels[r].at +
+                ((fetch == Fetch::broadcast ? from + source : from) & pixels[r].mask);
 #pragma GCC unroll 32
-      for (int k = 0; k <= last; k++)
+      for (int k = 0; k <= last; k++) {
+        const bool beyond = (k == 0 && left) || (k == last && right);
+        // Where its first tap meets it, so that three are in registers at a time.
+        if (k % Step == 0 && k / Step < Columns) {
+          Vector<T> loaded = load<T>(row.to + to + k / Step * to_pitch);
+          keep_in_register(loaded);
+          grad[k / Step] = loaded;
+        }
 #pragma GCC unroll 3
         for (int r = 0; r < Rows; r++) {
-          Vector<T> pixel =
-              load<T>((k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at[r]);
-          keep_in_register(pixel);
-          at[r] += source[r].pitch;
+          const S* const place = beyond ? no_pixel<T, S> : at[r];
+          at[r] += pixels[r].pitch;
+          if (fetch == Fetch::broadcast && beyond) continue;
+          Vector<T> pixel;
+          if constexpr (fetch == Fetch::lanes || registers == 32) {
+            pixel = load<T>(place);
+            keep_in_register(pixel);
+          }
 #pragma GCC unroll 4
-          for (int j = 0; j < Quad; j++) {
-            Vector<T> value = pixel;
-            if constexpr (Quad > 1) {
-              value = spread<T, Quad>(pixel, j);
-              keep_in_register(value);
+          for (int j = 0; j < Sources; j++) {
+            Vector<T> value;
+            if constexpr (fetch == Fetch::broadcast) {
+              value = broadcast<T>(place[j]);
+            } else if constexpr (fetch == Fetch::within_quads) {
+              if constexpr (registers < 32) {
+                // Loaded with each permutation: there is no register to keep it in.
+                const S* again = place;
+                asm volatile("" : "+r"(again));
+                pixel = load<T>(again);
+              }
+              value = spread<T, Quad>(pixel, source + j);
+            } else {
+              value = pixel;
             }
+            if constexpr (fetch != Fetch::lanes) keep_in_register(value);
 #pragma GCC unroll 3
             for (int c = 0; c < 3; c++)
               if (k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns)
                 sum[r][j][c] += grad[(k - c) / Step] * value;
           }
         }
+      }
     }
 #pragma GCC unroll 3
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 4
-      for (int j = 0; j < Quad; j++)
+      for (int j = 0; j < Sources; j++)
 #pragma GCC unroll 3
         for (int c = 0; c < 3; c++) {
-          T* const at = sums + j * sum_stride + kernel[first + r].weight[c];
+          T* const at =
+              of.sums.at + (source + j) * of.sums.stride + of.kernel[first + r].weight[c];
           store<T>(at, load<T>(at) + sum[r][j][c]);
         }
-  }
+  };
+  for (int first = 0; first < 3; first += Rows)
+    if constexpr (fetch == Fetch::broadcast) {
+      for (int source = 0; source < of.sources; source += Sources) add(first, source);
+    } else {
+#pragma GCC unroll 4
+      for (int source = 0; source < Quad; source += Sources) add(first, source);
+    }
 }
 
 template <class T, class S>
 struct RowWeightsTile {
   int64_t columns;
-  void (*correlate)(const std::vector<OutputRow<S>>&, int64_t row_stride, const TileAt&,
-                    const std::vector<KernelRow>&, const WeightSums<T>&);
+  void (*correlate)(const RowWeights<T, S>&, const TileAt&);
 };
 // The next tile of a row of which `rest` columns are left: one that divides them, or the widest.
-template <class T, class S, int Quad, int Rows, int... Columns>
-RowWeightsTile<T, S> row_weights_tile(int64_t rest, int64_t step,
-                                      std::integer_sequence<int, Columns...>) {
+template <class T, class S, Fetch fetch, int Quad, int Sources, int Rows>
+RowWeightsTile<T, S> row_weights_tile(int64_t rest, int64_t step) {
+  static_assert(Rows * Sources * 3 + 3 + 1 <= registers, "sums, gradients and a value");
   RowWeightsTile<T, S> tile{};
   auto consider = [&](auto columns, bool divides) {
     constexpr int c = columns;
-    if constexpr (Rows * Quad * 3 + c + 2 <= registers || c <= 4)
-      if (!tile.correlate && (divides ? c > 4 && rest % c == 0 : c <= rest))
-        tile = {c, step == 1 ? correlate_row_weights<T, S, Quad, Rows, 1, c>
-                             : correlate_row_weights<T, S, Quad, Rows, 2, c>};
+    if (!tile.correlate && (divides ? c > 4 && rest % c == 0 : c <= rest))
+      tile = {c, step == 1 ? correlate_row_weights<T, S, fetch, Quad, Sources, Rows, 1, c>
+                           : correlate_row_weights<T, S, fetch, Quad, Sources, Rows, 2, c>};
   };
-  (consider(std::integral_constant<int, Columns>{}, true), ...);
-  (consider(std::integral_constant<int, Columns>{}, false), ...);
+  auto consider_all = [&](auto... columns) {
+    (consider(columns, true), ...);
+    (consider(columns, false), ...);
+  };
+  consider_all(std::integral_constant<int, 14>{}, std::integral_constant<int, 8>{},
+               std::integral_constant<int, 7>{}, std::integral_constant<int, 4>{},
+               std::integral_constant<int, 2>{}, std::integral_constant<int, 1>{});
   return tile;
 }
 template <class T, class S>
 RowWeightsTile<T, S> row_weights_tile(const Channels<T>& channels, int64_t rest, int64_t step) {
-  using Columns = std::integer_sequence<int, 14, 8, 7, 4, 2, 1>;
-  if constexpr (std::is_same_v<S, float> && registers == 32)
-    if (channels.fetch == Fetch::within_quads)
-      return channels.sources == 4 ? row_weights_tile<T, S, 4, 1>(rest, step, Columns{})
-                                   : row_weights_tile<T, S, 2, 3>(rest, step, Columns{});
-  return row_weights_tile<T, S, 1, 3>(rest, step, Columns{});
+  constexpr Fetch quads = Fetch::within_quads;
+  constexpr int of_two = registers == 32 ? 2 : 1;
+  if constexpr (std::is_same_v<S, float>)
+    if (channels.fetch == quads)
+      return channels.sources == 4 ? row_weights_tile<T, S, quads, 4, 4, 1>(rest, step)
+                                   : row_weights_tile<T, S, quads, 2, of_two, 3>(rest, step);
+  if constexpr (std::is_same_v<S, T>)
+    if (channels.fetch == Fetch::broadcast)
+      return row_weights_tile<T, S, Fetch::broadcast, 1, 4, 1>(rest, step);
+  return row_weights_tile<T, S, Fetch::lanes, 1, 1, 3>(rest, step);
 }
 
-// Whether the weight gradient can be computed in place: group size 1, or within 16 bytes, and
-// kernels of 3 × 3.
-inline bool has_row_weights(const std::vector<RowTarget>& targets, Fetch fetch) {
-  return targets.size() == 1 && (fetch == Fetch::lanes || fetch == Fetch::within_quads) &&
-         targets[0].kernel.size() == 3 && targets[0].taps == 7;
+// Whether the weight gradient can be computed in place, and is faster so: kernels of 3 × 3 at group
+// size 1, within 16 bytes or, where channels are broadcast four at a time, where planes would have
+// runs of one tap, or rows beyond the borders are many.
+template <class T>
+bool has_row_weights(const std::vector<RowTarget>& targets, const Channels<T>& channels) {
+  if (targets.size() != 1 || targets[0].kernel.size() != 3 || targets[0].taps != 7) return false;
+  if (channels.fetch != Fetch::broadcast)
+    return channels.fetch == Fetch::lanes || channels.fetch == Fetch::within_quads;
+  return registers < 32 && channels.sources % std::max(4, lanes<T>) == 0 &&
+         channels.outputs % lanes<T> == 0 &&
+         (targets[0].step == 2 || targets[0].cols <= 4);
+}
+
+// Rows whose pixels are those of `rows`, `channels` channels of each from `channel` on, one pixel
+// after the other in `to`: where they lie, pixels of a power of two of channels fall on few sets of
+// the first-level cache, and channels that are broadcast four at a time read them often.
+template <class T, class S>
+void gather_rows(const std::vector<OutputRow<S>>& rows, int64_t width, int64_t channel,
+                 int64_t channels, S* to, std::vector<OutputRow<S>>& gathered) {
+  gathered = rows;
+  for (size_t i = 0; i < rows.size(); i++)
+    for (int r = 0; r < 3; r++) {
+      const PixelRow<S>& from = rows[i].from[r];
+      PixelRow<S>& row = gathered[i].from[r];
+      if (!from.mask) continue;
+      if (i && r == 0 && from.at == rows[i - 1].from[2].at) {
+        row = gathered[i - 1].from[2];
+        continue;
+      }
+      row = {to - channels, channels, -1};
+      const S* pixel = from.at + from.pitch + channel;
+      for (int64_t k = 0; k < width; k++, pixel += from.pitch)
+        for (int64_t c = 0; c < channels; c += lanes<T>, to += lanes<T>)
+          store<T>(to, load<T>(pixel + c));
+    }
 }
 
 template <class T, class S>
@@ -516,28 +594,54 @@ void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels,
   const Image &grad = call.grad, &input = call.input;
   const Geometry& g = call.geometry;
   const int64_t blocks = channels.blocks.size(), packed = channels.packed;
+  const bool gathering = channels.fetch == Fetch::broadcast;
   const RowUnits<T, S> units({target}, input, grad, g.images, 1);
-  const int64_t slices = std::min(grad_tasks, units.count);
+  // No more slices than their sums, which are written and read, are small beside the tensors.
+  const int64_t pixels =
+      input.height * input.width * input.channels + grad.height * grad.width * grad.channels;
+  const int64_t slices = std::min(
+      units.count, std::clamp<int64_t>(g.images * pixels / (2 * blocks * packed), 8, grad_tasks));
+  // So many rows of a tile stay in the first-level cache while every source channel and row of the
+  // kernel passes over them.
+  const int64_t column_bytes =
+      target.step * target.step * (gathering ? channels.sources : lanes<T>) * sizeof(S) +
+      GROSS_VECTOR_BYTES;
   Buffer<T> partial(slices * blocks * packed);
   auto work = [&](int64_t begin, int64_t end) {
-    std::vector<OutputRow<S>> rows;
+    std::vector<OutputRow<S>> rows, gathered;
+    S* const pixels_of_group =
+        gathering ? scratch<S>(3 * units.together * input.width * channels.sources) : nullptr;
     for (int64_t slice = begin; slice < end; slice++) {
       T* const sums = partial.data() + slice * blocks * packed;
       std::fill_n(sums, blocks * packed, T(0));
       for (int64_t unit = units.count * slice / slices; unit < units.count * (slice + 1) / slices;
            unit++) {
-        units.rows_of(unit, target, 1, rows);
-        for (int64_t b = 0; b < blocks; b++)
+        const int64_t count = units.rows_of(unit, target, 1, rows);
+        for (int64_t b = 0; b < blocks; b++) {
+          const LaneBlock& block = channels.blocks[b];
+          const int64_t channel = first_channel(channels, block);
+          if (gathering && block.output == 0)
+            gather_rows<T>(rows, input.width, channel, channels.sources, pixels_of_group, gathered);
+          const OutputRow<S>* const read = gathering ? gathered.data() : rows.data();
           for (int64_t col = 0, columns; col < target.cols; col += columns) {
             const RowWeightsTile<T, S> tile =
                 row_weights_tile<T, S>(channels, target.cols - col, target.step);
             columns = tile.columns;
-            tile.correlate(rows, input.stride_h,
-                           {col * target.step * input.stride_w + b * lanes<T>,
-                            (b * target.cols + col) * lanes<T>, col * grad.stride_w + b * lanes<T>,
-                            grad.stride_w, col == 0, target.right && col + columns == target.cols},
-                           target.kernel, {sums + b * packed, g.taps() * lanes<T>});
+            const int64_t most = std::max<int64_t>(1, run_budget / (columns * column_bytes));
+            for (int64_t i = 0; i < count; i += most)
+              tile.correlate({read + i,
+                              std::min(most, count - i),
+                              input.stride_h,
+                              target.kernel,
+                              channels.sources,
+                              {sums + b * packed, g.taps() * lanes<T>}},
+                             {gathering ? col * target.step * channels.sources
+                                        : col * target.step * input.stride_w + channel,
+                              (b * target.cols + col) * lanes<T>,
+                              col * grad.stride_w + block.first(channels), grad.stride_w, col == 0,
+                              target.right && col + columns == target.cols});
           }
+        }
       }
     }
   };

@@ -12,7 +12,7 @@
 namespace gross::cpu::GROSS_ISA {
 
 // Positions that a kernel may read past the last, as zeros.
-constexpr int64_t slack = registers == 32 ? 8 : 4;
+constexpr int64_t slack = 8;
 
 // The planes of one strip; strides in elements.
 struct Planes {
