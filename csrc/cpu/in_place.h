@@ -45,7 +45,8 @@ std::vector<RowTarget> row_targets(const Plan& plan, const Image& source, const 
     if (!std::is_same_v<S, T>) return {};
   } else {
     if (is_permuted(channels.fetch) && !std::is_same_v<S, float>) return {};
-    // Over a whole vector: two channels' permutations, weights and sums take more than 16 registers.
+    // Over a whole vector: two channels' permutations, weights and sums take more than 16
+    // registers.
     if (channels.fetch == Fetch::permuted && registers < 32) return {};
     // One vector of source channels, and all of its lanes.
     if (channels.together * channels.sources != lanes<T> ||
@@ -446,8 +447,8 @@ __attribute__((noinline)) void correlate_row_weights(const RowWeights<T, S>& of,
       const S* at[Rows];
 #pragma GCC unroll 3
       for (int r = 0; r < Rows; r++)
-        at[r] = pixels[r].at +
-                ((fetch == Fetch::broadcast ? from + source : from) & pixels[r].mask);
+        at[r] =
+            pixels[r].at + ((fetch == Fetch::broadcast ? from + source : from) & pixels[r].mask);
 #pragma GCC unroll 32
       for (int k = 0; k <= last; k++) {
         const bool beyond = (k == 0 && left) || (k == last && right);
@@ -498,8 +499,7 @@ __attribute__((noinline)) void correlate_row_weights(const RowWeights<T, S>& of,
       for (int j = 0; j < Sources; j++)
 #pragma GCC unroll 3
         for (int c = 0; c < 3; c++) {
-          T* const at =
-              of.sums.at + (source + j) * of.sums.stride + of.kernel[first + r].weight[c];
+          T* const at = of.sums.at + (source + j) * of.sums.stride + of.kernel[first + r].weight[c];
           store<T>(at, load<T>(at) + sum[r][j][c]);
         }
   };
@@ -560,8 +560,7 @@ bool has_row_weights(const std::vector<RowTarget>& targets, const Channels<T>& c
   if (channels.fetch != Fetch::broadcast)
     return channels.fetch == Fetch::lanes || channels.fetch == Fetch::within_quads;
   return registers < 32 && channels.sources % std::max(4, lanes<T>) == 0 &&
-         channels.outputs % lanes<T> == 0 &&
-         (targets[0].step == 2 || targets[0].cols <= 4);
+         channels.outputs % lanes<T> == 0 && (targets[0].step == 2 || targets[0].cols <= 4);
 }
 
 // Rows whose pixels are those of `rows`, `channels` channels of each from `channel` on, one pixel
@@ -604,7 +603,7 @@ void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels,
   // So many rows of a tile stay in the first-level cache while every source channel and row of the
   // kernel passes over them.
   const int64_t column_bytes =
-      target.step * target.step * (gathering ? channels.sources : lanes<T>) * sizeof(S) +
+      target.step * target.step * (gathering ? channels.sources : lanes<T>)*sizeof(S) +
       GROSS_VECTOR_BYTES;
   Buffer<T> partial(slices * blocks * packed);
   auto work = [&](int64_t begin, int64_t end) {
@@ -629,17 +628,17 @@ void weight_grad_in_place(const RowTarget& target, const Channels<T>& channels,
             columns = tile.columns;
             const int64_t most = std::max<int64_t>(1, run_budget / (columns * column_bytes));
             for (int64_t i = 0; i < count; i += most)
-              tile.correlate({read + i,
-                              std::min(most, count - i),
-                              input.stride_h,
-                              target.kernel,
-                              channels.sources,
-                              {sums + b * packed, g.taps() * lanes<T>}},
-                             {gathering ? col * target.step * channels.sources
-                                        : col * target.step * input.stride_w + channel,
-                              (b * target.cols + col) * lanes<T>,
-                              col * grad.stride_w + block.first(channels), grad.stride_w, col == 0,
-                              target.right && col + columns == target.cols});
+              tile.correlate(
+                  {read + i,
+                   std::min(most, count - i),
+                   input.stride_h,
+                   target.kernel,
+                   channels.sources,
+                   {sums + b * packed, g.taps() * lanes<T>}},
+                  {gathering ? col * target.step * channels.sources
+                             : col * target.step * input.stride_w + channel,
+                   (b * target.cols + col) * lanes<T>, col * grad.stride_w + block.first(channels),
+                   grad.stride_w, col == 0, target.right && col + columns == target.cols});
           }
         }
       }

@@ -174,9 +174,8 @@ def _mutates(traced: fx.GraphModule, node: fx.Node) -> bool:
         module = traced.get_submodule(str(node.target))
         if not getattr(module, "inplace", False):
             return False
-        twin = type(module).__new__(type(module))
-        twin.__dict__ = module.__dict__.copy()
-        twin.inplace = False  # type: ignore[assignment]
+        twin: Any = type(module).__new__(type(module))
+        twin.__dict__ = module.__dict__ | {"inplace": False}
         node.target = _added(traced, f"{node.name}_out_of_place", twin)
         return True
     if node.op == "call_function" and node.target in _PLACED and node.kwargs.get("inplace"):
