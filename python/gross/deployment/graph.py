@@ -67,7 +67,7 @@ def trace(model: nn.Module, example: Tensor) -> fx.GraphModule:
             traced = fx.symbolic_trace(model)
             memory = _Memory(traced, example)
             # ``a += b`` reaches torch.fx as ``a + b``, which leaves other names of ``a`` behind.
-            if not _equal(memory.output, model(example.clone())):
+            if not _equal(memory.result, model(example.clone())):
                 raise UntraceableError("what it writes into is read by another name")
         except Exception as by_fx:
             try:
@@ -130,13 +130,13 @@ class _Memory(fx.Interpreter):
 
     Attributes:
         of: by node, the memory and how the value lies in it.
-        output: of the network.
+        result: the network's output.
     """
 
     def __init__(self, traced: fx.GraphModule, example: Tensor) -> None:
         super().__init__(traced, garbage_collect_values=False)
         self.of: dict[fx.Node, tuple[int, tuple]] = {}
-        self.output = self.run(example.clone())
+        self.result = self.run(example.clone())
         self.env.clear()
 
     def run_node(self, node: fx.Node) -> Any:
