@@ -466,11 +466,12 @@ def test_onnx_runs_elsewhere(images: Tensor, tmp_path: Path) -> None:
     """Catches operators that another runtime does not know, and outputs that are others there."""
     import onnxruntime
 
-    plain = gross.export(small(), example=images, kernels=False)
+    net = small()
+    plain = gross.export(net, example=images, kernels=False)
     save_program(plain, images, tmp_path / "network.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
     with torch.inference_mode():
-        wanted = small()(images)
+        wanted = net(images)
     (found,) = session.run(None, {"input": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
     openvino = pytest.importorskip("openvino")
