@@ -211,7 +211,9 @@ class _Fusing:
         if after is not None and after.kind in ("layer", "convolution") and after.padding == (0, 0):
             self.before[node] = operation
             return
-        self.left[_name(node)] = "a batch norm with padding, or another reader, after it"
+        self.left[_name(node)] = (
+            "no convolution before it, and none without padding after it, can take it in"
+        )
 
     def _activation(self, node: fx.Node, operation: Operation) -> None:
         made = self._before(operation.inputs[0])
@@ -265,15 +267,13 @@ def _kind(traced: fx.GraphModule, node: fx.Node) -> str | None:
 def _name(node: fx.Node) -> str:
     """The module whose call the node is, also in a graph of ``torch.export``; else the node's own
     name."""
-    if node.op == "call_module":
-        return str(node.target)
     stack = [*(node.meta.get("nn_module_stack") or {}).values()]
     if stack:
         path, kind = stack[-1]
         name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
         if name.startswith(("torch.nn.modules.", "gross_kernels.layers.")):
             return path
-    return node.name
+    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _fold_after(operation: Operation, scale: Tensor, shift: Tensor) -> None:

@@ -62,15 +62,22 @@ class Report:
     left: Mapping[str, str]
 
     def __str__(self) -> str:
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("layer", "runs as", "followed by", "output", "ms", title="deployment")
+        table = Table(
+            Column("layer", no_wrap=True),
+            "runs as",
+            "followed by",
+            "output",
+            "ms",
+            title="deployment",
+        )
         for row in self.steps:
             times = ", ".join(f"{name} {ms:.3f}" for name, ms in row.milliseconds.items())
             table.add_row(row.name, row.choice, ", ".join(row.followed_by), size(row.output), times)
         lines = [text(table)]
         if self.left:
-            left = Table("left to PyTorch", "because")
+            left = Table(Column("left to PyTorch", no_wrap=True), "because")
             for name, why in self.left.items():
                 left.add_row(name, why)
             lines.append(text(left))

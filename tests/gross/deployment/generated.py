@@ -255,7 +255,8 @@ def supernet(network: nn.Module, group_sizes: tuple[int, ...] = (1, 4)) -> nn.Mo
     """All 3×3 convolutions but the first decomposed, in evaluation mode, at their last group
     sizes; of a network that has no other a copy."""
     network = with_statistics(network)
-    if sum(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in network.modules()) < 2:
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    if sum(m.kernel_size != (1, 1) and m.groups == 1 for m in convolutions) < 2:
         return copy.deepcopy(network)
     net = gross.decompose(network, group_sizes, keep_costlier=True, method="random", quiet=True)
     for layer in decomposed_layers(net).values():

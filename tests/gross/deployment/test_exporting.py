@@ -117,7 +117,7 @@ NETWORKS = {
     "vgg16": (models.vgg16_bn, 64, 2),
     "densenet": (lambda: models.densenet.DenseNet(8, (2, 2), 16), 64, None),
     "mobilenet_v2": (models.mobilenet_v2, 64, 1),
-    "u_net": (UNet, 32, 3),
+    "u_net": (UNet, 32, 2),
     "super_resolution": (SuperResolution, 12, 1),
 }
 
@@ -140,8 +140,10 @@ def test_whole_networks(name: str) -> None:
     printed = str(exported.report)
     for row in exported.report.steps:
         assert row.name in printed
-    for reason in exported.report.left.values():
-        assert len(reason) > 10
+    for left, reason in exported.report.left.items():
+        assert left in printed
+        assert reason.split()[0] in printed
+        assert "out_of_place" not in left
 
 
 def test_what_is_left_is_said_with_its_reason() -> None:
@@ -162,7 +164,7 @@ def test_what_is_left_is_said_with_its_reason() -> None:
     assert exported.report.left == {
         "4": "no program knows it",
         "5": "no program knows it",
-        "6": "a batch norm with padding, or another reader, after it",
+        "6": "no convolution before it, and none without padding after it, can take it in",
     }
     layer = next(row for row in exported.report.steps if row.name == "1")
     assert layer.followed_by == ("batch norm", "silu")
@@ -466,18 +468,21 @@ def test_onnx_runs_elsewhere(images: Tensor, tmp_path: Path) -> None:
     """Catches operators that another runtime does not know, and outputs that are others there."""
     import onnxruntime
 
-    plain = gross.export(small(), example=images, kernels=False)
+    net = small()
+    plain = gross.export(net, example=images, kernels=False)
     save_program(plain, images, tmp_path / "network.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
     with torch.inference_mode():
-        wanted = small()(images)
+        wanted = net(images)
     (found,) = session.run(None, {"input": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
     openvino = pytest.importorskip("openvino")
     # In a process of its own: its threads stay bound to cores.
     script = """
 import sys, numpy, openvino
-model = openvino.Core().compile_model(sys.argv[1], "CPU")
+# Some processors would be given 16 bits.
+settings = {"INFERENCE_PRECISION_HINT": "f32"}
+model = openvino.Core().compile_model(sys.argv[1], "CPU", settings)
 numpy.save(sys.argv[3], model([numpy.load(sys.argv[2])])[model.outputs[0]])
 """
     assert openvino
