@@ -172,6 +172,9 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil,
   const T* const weights = stencil.weights;
   const auto [from, ahead, to, to_pitch, left, right] = tile;
   constexpr int together = is_permuted(fetch) ? 2 : 1, last = (Columns - 1) * Step + 2;
+  // Beside 12 sums two weights and a pixel: with a third weight the compiler would keep sums in
+  // memory. That one is an operand in memory.
+  constexpr int kept = Segments * Columns + 4 > registers - 1 && fetch == Fetch::broadcast ? 2 : 3;
   Vector<T> sum[Segments][Columns]{};
   const int64_t count = stencil.kernel.size();
 #pragma GCC unroll 8
@@ -185,11 +188,12 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil,
   for (int64_t r = 0; r < count; r++) {
     auto add = [&](int64_t j) __attribute__((always_inline)) {
       Vector<T> weight[together][3];
+      const T* last_weight = weights + j * stencil.weight_stride + stencil.kernel[r].weight[2];
       [[maybe_unused]] Vector<Index<T>> index[together];
 #pragma GCC unroll 2
       for (int i = 0; i < together; i++) {
 #pragma GCC unroll 3
-        for (int c = 0; c < 3; c++)
+        for (int c = 0; c < kept; c++)
           if (Taps >> c & 1) {
             weight[i][c] =
                 load<T>(weights + (j + i) * stencil.weight_stride + stencil.kernel[r].weight[c]);
@@ -208,7 +212,9 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil,
         asm volatile("" : "+r"(at));
 #pragma GCC unroll 32
         for (int k = 0; k <= last; k++, at += row.pitch) {
-          const S* const place = (k == 0 && left) || (k == last && right) ? no_pixel<T, S> : at;
+          const bool beyond = (k == 0 && left) || (k == last && right);
+          if (kept < 3 && beyond) continue;
+          const S* const place = beyond ? no_pixel<T, S> : at;
           Vector<T> pixel;
           if constexpr (fetch == Fetch::broadcast)
             pixel = broadcast<T>(*place);
@@ -223,8 +229,14 @@ __attribute__((noinline)) void correlate_rows(const RowStencil<T>& stencil,
             if constexpr (is_permuted(fetch)) keep_in_register(value);
 #pragma GCC unroll 3
             for (int c = 0; c < 3; c++)
-              if ((Taps >> c & 1) && k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns)
-                sum[segment][(k - c) / Step] += value * weight[i][c];
+              if ((Taps >> c & 1) && k >= c && (k - c) % Step == 0 && (k - c) / Step < Columns) {
+                Vector<T> by = weight[i][c];
+                if (c >= kept) {
+                  asm volatile("" : "+r"(last_weight));
+                  by = load<T>(last_weight);
+                }
+                sum[segment][(k - c) / Step] += value * by;
+              }
           }
         }
       }
@@ -271,28 +283,53 @@ RowTile<T, S> row_tile_of(int64_t width) {
     return RowTile<T, S>{c, segments, correlate_rows<T, S, fetch, Quad, Taps, Step, c, segments>};
   });
 }
+// Where channels are broadcast 16 registers hold 12 sums beside three weights and a pixel: two
+// multiply–add units of four cycles' latency want eight at least, and each row of 7 columns alone
+// would be less. Tiles of 12, 6, 4 and 3 columns make up any row of six or more, none computed
+// twice.
+constexpr bool by_twelve(Fetch fetch) { return registers < 32 && fetch == Fetch::broadcast; }
+template <class T, class S, int Step>
+RowTile<T, S> tile_of_twelve(int64_t rest) {
+  auto tile = [](auto columns) {
+    constexpr int c = columns, segments = 12 / c;
+    return RowTile<T, S>{c, segments,
+                         correlate_rows<T, S, Fetch::broadcast, 1, 7, Step, c, segments>};
+  };
+  if (rest % 4 == 3) return tile(std::integral_constant<int, 3>{});
+  if (rest % 4 != 0 && rest >= 6) return tile(std::integral_constant<int, 6>{});
+  return rest >= 12 ? tile(std::integral_constant<int, 12>{})
+                    : tile(std::integral_constant<int, 4>{});
+}
 template <class T, class S, Fetch fetch, int Quad>
-RowTile<T, S> row_tile_of(const RowTarget& target) {
-  if (target.step == 2) return row_tile_of<T, S, fetch, Quad, 7, 2>(target.cols);
-  switch (target.taps) {
-    case 2: return row_tile_of<T, S, fetch, Quad, 2, 1>(target.cols);
-    case 3: return row_tile_of<T, S, fetch, Quad, 3, 1>(target.cols);
-    case 6: return row_tile_of<T, S, fetch, Quad, 6, 1>(target.cols);
-    default: return row_tile_of<T, S, fetch, Quad, 7, 1>(target.cols);
+RowTile<T, S> row_tile_of(const RowTarget& target, int64_t rest) {
+  const bool halves = target.step == 2;
+  if constexpr (by_twelve(fetch)) {
+    return halves ? tile_of_twelve<T, S, 2>(rest) : tile_of_twelve<T, S, 1>(rest);
+  } else {
+    if (halves) return row_tile_of<T, S, fetch, Quad, 7, 2>(target.cols);
+    if constexpr (fetch != Fetch::broadcast) switch (target.taps) {
+        case 2: return row_tile_of<T, S, fetch, Quad, 2, 1>(target.cols);
+        case 3: return row_tile_of<T, S, fetch, Quad, 3, 1>(target.cols);
+        case 6: return row_tile_of<T, S, fetch, Quad, 6, 1>(target.cols);
+      }
+    return row_tile_of<T, S, fetch, Quad, 7, 1>(target.cols);
   }
 }
+// The next tile of a row of which `rest` columns are left.
 template <class T, class S>
-RowTile<T, S> row_tile_for(const Channels<T>& channels, const RowTarget& target) {
+RowTile<T, S> row_tile_for(const Channels<T>& channels, const RowTarget& target, int64_t rest) {
   if constexpr (std::is_same_v<S, float>) {
     if constexpr (registers == 32)
-      if (channels.fetch == Fetch::permuted) return row_tile_of<T, S, Fetch::permuted, 2>(target);
+      if (channels.fetch == Fetch::permuted)
+        return row_tile_of<T, S, Fetch::permuted, 2>(target, rest);
     if (channels.fetch == Fetch::within_quads)
-      return channels.sources == 4 ? row_tile_of<T, S, Fetch::within_quads, 4>(target)
-                                   : row_tile_of<T, S, Fetch::within_quads, 2>(target);
+      return channels.sources == 4 ? row_tile_of<T, S, Fetch::within_quads, 4>(target, rest)
+                                   : row_tile_of<T, S, Fetch::within_quads, 2>(target, rest);
   }
   if constexpr (std::is_same_v<S, T>)
-    if (channels.fetch == Fetch::broadcast) return row_tile_of<T, S, Fetch::broadcast, 1>(target);
-  return row_tile_of<T, S, Fetch::lanes, 1>(target);
+    if (channels.fetch == Fetch::broadcast)
+      return row_tile_of<T, S, Fetch::broadcast, 1>(target, rest);
+  return row_tile_of<T, S, Fetch::lanes, 1>(target, rest);
 }
 
 // The rows of targets, those of all images one after the other, in units that stay in the cache.
@@ -301,8 +338,9 @@ struct RowUnits {
   const Image &source, &target_image;
   int64_t height, total, together, count;
 
+  // Of a multiple of `even` rows each, if they are as many.
   RowUnits(const std::vector<RowTarget>& targets, const Image& source, const Image& target_image,
-           int64_t images, int64_t at_least)
+           int64_t images, int64_t at_least, int64_t even = 1)
       : source(source), target_image(target_image), height(0) {
     for (const RowTarget& target : targets) height = std::max(height, target.rows);
     total = images * height;
@@ -310,12 +348,14 @@ struct RowUnits {
                               (source.height * source.width * source.channels +
                                target_image.height * target_image.width * target_image.channels) /
                               height;
-    together = std::clamp<int64_t>(std::min(rows_budget / row_bytes, total / at_least), 1, total);
+    together = std::max<int64_t>(
+        1,
+        std::min(round_up(std::max<int64_t>(1, rows_budget / row_bytes), even), total / at_least));
     count = ceil_div(total, together);
   }
 
-  // The target's rows of one unit, and how many they are; filled up to a multiple of `segments`
-  // with the last of them.
+  // The target's rows of one unit, and how many they are; the last of them follows them `segments`
+  // − 1 times more, for tiles of so many rows.
   int64_t rows_of(int64_t unit, const RowTarget& target, int64_t segments,
                   std::vector<OutputRow<S>>& rows) const {
     const S* const from = static_cast<const S*>(source.data);
@@ -349,7 +389,7 @@ struct RowUnits {
       rows.push_back(row);
     }
     const int64_t different = rows.size();
-    while (!rows.empty() && rows.size() % segments) rows.push_back(rows.back());
+    if (different) rows.insert(rows.end(), segments - 1, OutputRow<S>(rows.back()));
     return different;
   }
 };
@@ -369,16 +409,20 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
   Epilogue<T> all = prepared ? prepared->epilogue : Epilogue<T>{};
   displaces<T, S>(all, target_image);
 
-  const RowUnits<T, S> units(targets, source, target_image, g.images, 4 * threads.count);
+  // Tiles of 12 sums have rows that divide 12.
+  const int64_t twelve = 12, even = by_twelve(channels.fetch) ? twelve : 1;
+  const RowUnits<T, S> units(targets, source, target_image, g.images, 4 * threads.count, even);
   // A few rows are shared by blocks.
   const int64_t parts = std::clamp<int64_t>(4 * threads.count / units.count, 1, blocks);
   auto work = [&](int64_t begin, int64_t end) {
     std::vector<OutputRow<S>> rows;
     for (int64_t i = begin; i < end; i++)
       for (const RowTarget& target : targets) {
-        const RowTile<T, S> tile = row_tile_for<T, S>(channels, target);
         const int64_t to_pitch = target.lattice.col_step * target_image.stride_w, part = i % parts;
-        const int64_t different = units.rows_of(i / parts, target, tile.segments, rows);
+        const int64_t different = units.rows_of(i / parts, target, max_segments, rows),
+                      height = by_twelve(channels.fetch)
+                                   ? twelve
+                                   : row_tile_for<T, S>(channels, target, target.cols).segments;
         for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; b++) {
           const Epilogue<T> epilogue = all.from(b);
           const LaneBlock& block = channels.blocks[b];
@@ -387,20 +431,24 @@ void convolve_in_place(const std::vector<RowTarget>& targets, const Channels<T>&
                                       channels.sources,    source.stride_h,
                                       block.lanes()};
           const int64_t channel = first_channel(channels, block);
-          for (size_t first = 0; first < rows.size(); first += tile.segments)
-            for (int64_t k = 0; k < target.cols; k += tile.columns) {
-              const int64_t col = std::min(k, target.cols - tile.columns);
-              tile.correlate(stencil, &rows[first],
-                             {col * target.step * source.stride_w + channel,
-                              (b * target.cols + col) * target.step * lanes<T>,
-                              col * to_pitch + block.first(channels), to_pitch, col == 0,
-                              target.right && col + tile.columns == target.cols});
-              if constexpr (std::is_same_v<S, T>)
-                for (int64_t r = first; !epilogue.is_empty() &&
-                                        r < std::min<int64_t>(different, first + tile.segments);
-                     r++)
-                  finish<T>(rows[r].to + col * to_pitch + block.first(channels), tile.columns,
-                            to_pitch, epilogue, block.lanes());
+          for (int64_t top = 0; top < different; top += height)
+            for (int64_t k = 0, columns; k < target.cols; k += columns) {
+              const RowTile<T, S> tile = row_tile_for<T, S>(channels, target, target.cols - k);
+              columns = tile.columns;
+              const int64_t col = std::min(k, target.cols - tile.columns),
+                            end = std::min(different, top + height);
+              for (int64_t first = top; first < end; first += tile.segments) {
+                tile.correlate(stencil, &rows[first],
+                               {col * target.step * source.stride_w + channel,
+                                (b * target.cols + col) * target.step * lanes<T>,
+                                col * to_pitch + block.first(channels), to_pitch, col == 0,
+                                target.right && col + tile.columns == target.cols});
+                if constexpr (std::is_same_v<S, T>)
+                  for (int64_t r = first;
+                       !epilogue.is_empty() && r < std::min(end, first + tile.segments); r++)
+                    finish<T>(rows[r].to + col * to_pitch + block.first(channels), tile.columns,
+                              to_pitch, epilogue, block.lanes());
+              }
             }
         }
       }
@@ -444,6 +492,16 @@ __attribute__((noinline)) void correlate_row_weights(const RowWeights<T, S>& of,
       const PixelRow<S>* const pixels = row.from + first;
       if (Rows == 1 && !pixels->mask) continue;
       Vector<T> grad[Columns];
+      auto load_grad = [&](int k) __attribute__((always_inline)) {
+        Vector<T> loaded = load<T>(row.to + to + k * to_pitch);
+        keep_in_register(loaded);
+        grad[k] = loaded;
+      };
+      // All where registers hold them; else where its first tap meets each, three at a time.
+      if constexpr (registers == 32) {
+#pragma GCC unroll 16
+        for (int k = 0; k < Columns; k++) load_grad(k);
+      }
       const S* at[Rows];
 #pragma GCC unroll 3
       for (int r = 0; r < Rows; r++)
@@ -452,12 +510,7 @@ __attribute__((noinline)) void correlate_row_weights(const RowWeights<T, S>& of,
 #pragma GCC unroll 32
       for (int k = 0; k <= last; k++) {
         const bool beyond = (k == 0 && left) || (k == last && right);
-        // Where its first tap meets it, so that three are in registers at a time.
-        if (k % Step == 0 && k / Step < Columns) {
-          Vector<T> loaded = load<T>(row.to + to + k / Step * to_pitch);
-          keep_in_register(loaded);
-          grad[k / Step] = loaded;
-        }
+        if (registers < 32 && k % Step == 0 && k / Step < Columns) load_grad(k / Step);
 #pragma GCC unroll 3
         for (int r = 0; r < Rows; r++) {
           const S* const place = beyond ? no_pixel<T, S> : at[r];
@@ -520,10 +573,12 @@ struct RowWeightsTile {
 // The next tile of a row of which `rest` columns are left: one that divides them, or the widest.
 template <class T, class S, Fetch fetch, int Quad, int Sources, int Rows>
 RowWeightsTile<T, S> row_weights_tile(int64_t rest, int64_t step) {
-  static_assert(Rows * Sources * 3 + 3 + 1 <= registers, "sums, gradients and a value");
+  constexpr int sums = Rows * Sources * 3;
+  static_assert(sums + 3 + 1 <= registers, "sums, gradients and a value");
   RowWeightsTile<T, S> tile{};
   auto consider = [&](auto columns, bool divides) {
     constexpr int c = columns;
+    if (registers == 32 && sums + c + 2 > registers && c > 4) return;
     if (!tile.correlate && (divides ? c > 4 && rest % c == 0 : c <= rest))
       tile = {c, step == 1 ? correlate_row_weights<T, S, fetch, Quad, Sources, Rows, 1, c>
                            : correlate_row_weights<T, S, fetch, Quad, Sources, Rows, 2, c>};
