@@ -211,9 +211,14 @@ class _Fusing:
         if after is not None and after.kind in ("layer", "convolution") and after.padding == (0, 0):
             self.before[node] = operation
             return
-        self.left[_name(node)] = (
-            "no convolution before it, and none without padding after it, can take it in"
+        # Alone, a convolution of single channels, which takes in what follows: a program runs it
+        # faster than PyTorch a batch norm, and is not interrupted.
+        dtype = type_of(node)
+        kernel = scale.to(dtype).view(-1, 1, 1, 1)
+        alone = Operation(
+            "convolution", operation.inputs, (kernel,), shift.to(dtype), groups=len(kernel)
         )
+        self._start(node, alone)
 
     def _activation(self, node: fx.Node, operation: Operation) -> None:
         made = self._before(operation.inputs[0])
