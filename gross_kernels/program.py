@@ -202,8 +202,9 @@ class Program(nn.Module):
         flat: which outputs are ``[N, C]`` to the rest of the network though the program returns
             ``[N, C, 1, 1]``.
 
-    On the CPU without gradients this is ``gross::program_run``; with gradients, on other devices
-    and for inputs of another dtype than the weights' it is the same in PyTorch's own operators.
+    On the CPU without gradients this is ``gross::program_run``, which refuses inputs of another
+    dtype than the weights'; with gradients and on other devices it is the same in PyTorch's own
+    operators.
     """
 
     def __init__(self, steps: Steps, weights: Sequence[Tensor], flat: Sequence[bool]) -> None:
