@@ -97,7 +97,7 @@ def test_weights_of_another_layer(made_for: dict, said: str) -> None:
 HEADERS = {
     # Byte of the header, and what the error says of it.
     "magic": (0, "packed: got numbers without the header of packed weights, accepted is"),
-    "version": (8, "packed: got an order of version .*, accepted is .* in version 1"),
+    "version": (8, "packed: got an order of version .*, accepted is .* in version 2"),
     "vectors": (12, r"packed: got weights for .*, vectors of \d+ bytes, accepted is"),
     "rest": (127, "packed: got weights for"),
 }

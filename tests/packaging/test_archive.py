@@ -48,7 +48,7 @@ def test_archive(tmp_path: Path) -> None:
     [
         ("gross_kernels", ()),
         ("python/gross", ("train", "search", "onnx")),
-        ("examples", ("demo",)),
+        ("examples", ("demo", "super-resolution")),
         ("benchmarks", ("bench",)),
         ("tests", ("test",)),
     ],

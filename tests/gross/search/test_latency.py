@@ -1,6 +1,7 @@
 """Latency tables: what is timed, how it adds up, and the file."""
 
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -87,8 +88,9 @@ def test_layers_are_timed_where_they_stand(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_activations_are_not_in_fresh_pages():
-    """Catches measurements that are of page faults: 48 MB come in fresh pages by default, every
-    time. In a process of its own, as memory is kept for the rest of one."""
+    """Catches measurements that are of page faults: 48 MB come in fresh pages by default, twice in
+    each of four calls. What is kept grows once more where the heap is in pieces. In a process of
+    its own, as memory is kept for the rest of one."""
     script = """
 import resource, torch
 from gross.latency import milliseconds
@@ -104,7 +106,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     command = [sys.executable, "-c", script]
     faults = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert faults < 1000
+    block = 48 * 2**20 // resource.getpagesize()
+    assert faults < 1.5 * block
 
 
 def test_the_error_is_of_whole_networks(measured):
