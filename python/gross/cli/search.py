@@ -353,9 +353,8 @@ def export_command(
 ) -> None:
     """Write one configuration of SUPERNET as the network that is deployed, and measure it.
 
-    The file holds plain weights and takes any batch size. The table compares the dense network
-    (each decomposed layer as the one convolution that it stands for), the decomposed one in plain
-    convolutions, and the exported one.
+    The file holds plain weights and takes any batch size. The table compares the dense network,
+    the decomposed one in plain convolutions, and the exported one.
 
     Example: gross export supernet.safetensors --configuration 1,8,16 --output network.pt2
     """

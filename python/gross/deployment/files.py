@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from typing import Any
 
 import torch
@@ -83,6 +84,9 @@ def load_program(path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"path: got {path}, accepted is a file that save_program wrote")
     extra: dict[str, Any] = {EXTRA: ""}
     try:
+        # Of these torch would also print a page.
+        if source.suffix != ".pt2" or not zipfile.is_zipfile(source):
+            raise ValueError("it is no whole archive")
         program = torch.export.load(source, extra_files=extra)
         if int(extra[EXTRA]) > FORMAT:
             raise ValueError(f"got format {int(extra[EXTRA])}, accepted is {FORMAT}")
