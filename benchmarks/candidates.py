@@ -21,8 +21,7 @@ import gross
 import numpy as np
 import torch
 from gross.deployment import save_program
-from gross.deployment.comparing import dense
-from gross.supernet import decomposed_layers, set_configuration
+from gross.supernet import decomposed_layers, dense_network, set_configuration
 from torch import Tensor, nn
 from torchvision import models
 
@@ -98,7 +97,7 @@ def call(name: str, batch: int, candidate: str, folder: Path) -> Callable[[], An
     kind, runtime = candidate.split(" ", 1)
     configuration = [GROUP_SIZE] * len(decomposed_layers(network))
     plain = (
-        dense(network, configuration)
+        dense_network(network, configuration)
         if kind == "dense"
         else gross.export(network, example=given, kernels=False)
     )

@@ -20,12 +20,13 @@ import gross
 import numpy as np
 import pytest
 import torch
+from gross.supernet import dense_network
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from gross_kernels.program import Step, Steps, run
 
 from . import measure
-from .candidates import CANDIDATES, GROUP_SIZE, NETWORKS, supernet
+from .candidates import CANDIDATES, NETWORKS, supernet
 from .conftest import DEPLOYED
 from .measure import stopwatch
 
@@ -80,7 +81,8 @@ def test_network(
             )
             for one, each in times.items()
         },
-        "mac_ratio": _dense_macs(network, size) / gross.macs(network, size).total,
+        "mac_ratio": gross.macs(dense_network(network), size).total
+        / gross.macs(network, size).total,
         **measure.machine(),
     }
     benchmark.extra_info.update(entry)
@@ -122,13 +124,6 @@ def test_host_time(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) 
         stopwatch.seconds += entry["step"] / 1e6
 
     benchmark.pedantic(ours, rounds=1)
-
-
-def _dense_macs(network: torch.nn.Module, size: tuple[int, int, int]) -> int:
-    from gross.deployment.comparing import dense
-    from gross.supernet import decomposed_layers
-
-    return gross.macs(dense(network, [GROUP_SIZE] * len(decomposed_layers(network))), size).total
 
 
 @contextmanager

@@ -14,10 +14,10 @@ import time
 import torch
 import torch.nn.functional as F
 from gross import decompose, export
-from gross.deployment.comparing import comparison, dense
+from gross.deployment.comparing import comparison
 from gross.macs import macs
 from gross.report import short
-from gross.supernet import decomposed_layers, set_configuration
+from gross.supernet import decomposed_layers, dense_network, set_configuration
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -130,7 +130,7 @@ def deploy(network: nn.Module, images: Tensor) -> None:
     for batch in (1, len(images)):
         example = images[:batch]
         candidates = {
-            "dense": dense(network, configuration),
+            "dense": dense_network(network, configuration),
             "decomposed, plain": export(network, configuration, example=example, kernels=False),
             "decomposed, exported": export(network, configuration, example=example),
         }

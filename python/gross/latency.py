@@ -28,12 +28,17 @@ from torch import Tensor, nn
 from gross_kernels import pack
 from gross_kernels.environment import processor
 
-from .architecture_search.cost import dense_network
 from .arguments import check_flag, check_module, check_number, check_tensor, check_type
 from .copying import copy_model, unwrapped
 from .deployment import export
 from .report import text
-from .supernet import Configuration, check_supernet, decomposed_layers, set_configuration
+from .supernet import (
+    Configuration,
+    check_supernet,
+    decomposed_layers,
+    dense_network,
+    set_configuration,
+)
 from .training.memory import keep_freed_memory
 from .training.run import replace
 
@@ -104,7 +109,7 @@ class LatencyTable:
         whole = [export(supernet, c, kernels=kernels, example=example) for c in covering]
         apart = [_apart(supernet, c, kernels) for c in covering]
         clocks = [_LayerClock(network, list(layers), example.device) for network in apart]
-        dense = dense_network(supernet).eval().to(memory_format=torch.channels_last)
+        dense = dense_network(supernet)
         calls = [*clocks, *(partial(_time, network) for network in (*whole, dense))]
         samples: list[list[Any]] = [[] for _ in calls]
         for i in _turns(len(calls), seconds):

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from gross_kernels import GroSSConv2d
 
 from .arguments import check_int, check_ints, check_module
-from .copying import plain_name, unwrapped
+from .copying import copy_model, plain_name, unwrapped
 
 #: One group size per decomposed layer, in network order.
 Configuration = tuple[int, ...]
@@ -71,6 +73,51 @@ def set_configuration(
     checked = check_configuration(configuration, sizes, active, list(layers))
     for layer, group_size in zip(layers.values(), checked, strict=True):
         layer.group_size = group_size
+
+
+def dense_network(supernet: nn.Module, configuration: Sequence[int] | None = None) -> nn.Module:
+    """The supernet with each decomposed layer as the one dense convolution that it stands for at
+    a group size (default: the active one): the products, and the time, of the network before its
+    decomposition. In evaluation mode and channels-last."""
+    layers = decomposed_layers(supernet)
+    configuration = (
+        [layer.group_size for layer in layers.values()]
+        if configuration is None
+        else (configuration)
+    )
+    replaced = {
+        id(layer): _convolution(layer, size)
+        for layer, size in zip(layers.values(), configuration, strict=True)
+    }
+    copied = copy_model(unwrapped(supernet), replaced, with_attributes=False).eval()
+    vars(copied).pop("decomposition_report", None)
+    return copied.to(memory_format=torch.channels_last)
+
+
+def _convolution(layer: GroSSConv2d, size: int) -> nn.Module:
+    before, layer.group_size = layer.group_size, size
+    try:
+        weight = layer.weight.detach()
+    finally:
+        layer.group_size = before
+    made: Any = {"padding_mode": layer.padding_mode}
+    conv = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        bias=layer.bias is not None,
+        **made,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        if conv.bias is not None and layer.bias is not None:
+            conv.bias.copy_(layer.bias)
+    return nn.Sequential(conv, nn.ReLU()) if layer.relu else conv
 
 
 def check_configuration(

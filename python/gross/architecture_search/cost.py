@@ -10,15 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
 
 from ..arguments import check_type
-from ..copying import copy_model, unwrapped
+from ..copying import unwrapped
 from ..macs import macs
-from ..supernet import Configuration, check_configuration, check_supernet, decomposed_layers
+from ..supernet import Configuration, check_configuration, check_supernet, dense_network
 
 if TYPE_CHECKING:
     from ..latency import LatencyTable
@@ -192,28 +192,6 @@ def costs_of(
             "milliseconds", latency.rest, tuple(latency.layers.values()), latency.dense
         )
     return costs
-
-
-def dense_network(supernet: nn.Module) -> nn.Module:
-    """The network with a plain convolution, freshly drawn, for each decomposed layer: what it was
-    before its decomposition, up to the weights."""
-    dense: dict[int, nn.Module] = {}
-    for layer in decomposed_layers(supernet).values():
-        weight = layer.grouped[0]
-        mode: Any = layer.padding_mode
-        dense[id(layer)] = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            bias=layer.bias is not None,
-            padding_mode=mode,
-            device=weight.device,
-            dtype=weight.dtype,
-        ).train(layer.training)
-    return copy_model(unwrapped(supernet), dense, with_attributes=False)
 
 
 def _number(name: str, amount: Amount, cost: Cost) -> float:

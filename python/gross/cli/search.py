@@ -36,13 +36,13 @@ from ..architecture_search.progress import shown
 from ..architecture_search.result import load, save
 from ..architecture_search.searching import METHODS, STARTS, Method
 from ..deployment import export, save_program
-from ..deployment.comparing import comparison, dense
+from ..deployment.comparing import comparison
 from ..evaluation import Accuracy, evaluate
 from ..latency import LatencyTable
 from ..macs import macs
 from ..report import error_console
 from ..supernet import configuration as active_configuration
-from ..supernet import decomposed_layers
+from ..supernet import decomposed_layers, dense_network
 from ..training import Recipe
 from ..training.distributed import launched, shard
 from ..training.memory import keep_freed_memory
@@ -372,7 +372,7 @@ def export_command(
         written = folded if plain or output.suffix == ".onnx" else fast
         save_program(written, example, output)
         candidates = {
-            "dense": dense(net, chosen),
+            "dense": dense_network(net, chosen),
             "plain convolutions": folded,
             "gross's kernels": fast,
         }
