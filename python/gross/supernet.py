@@ -80,14 +80,10 @@ def dense_network(supernet: nn.Module, configuration: Sequence[int] | None = Non
     a group size (default: the active one): the products, and the time, of the network before its
     decomposition. In evaluation mode and channels-last."""
     layers = decomposed_layers(supernet)
-    configuration = (
-        [layer.group_size for layer in layers.values()]
-        if configuration is None
-        else (configuration)
-    )
+    sizes = [layer.group_size for layer in layers.values()]
     replaced = {
         id(layer): _convolution(layer, size)
-        for layer, size in zip(layers.values(), configuration, strict=True)
+        for layer, size in zip(layers.values(), configuration or sizes, strict=True)
     }
     copied = copy_model(unwrapped(supernet), replaced, with_attributes=False).eval()
     vars(copied).pop("decomposition_report", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -123,7 +124,4 @@ def _constant(network: nn.Module, node: object) -> Tensor:
         raise ValueError(
             "network: got a program whose weights are computed, accepted are constants"
         )
-    found: Any = network
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found.detach()
+    return attrgetter(str(node.target))(network).detach()

@@ -431,11 +431,13 @@ class _Arguments:
         args, kwargs = self.node.args, self.node.kwargs
         return self.value(args[position] if position < len(args) else kwargs.get(name, default))
 
+    def after_input(self, **defaults: Any) -> list[Any]:
+        """Those that follow the input, in their order, by their names and defaults."""
+        return [self.get(i, name, default) for i, (name, default) in enumerate(defaults.items(), 1)]
+
     def value(self, given: Any) -> Any:
         if isinstance(given, fx.Node) and given.op == "get_attr":
-            found: Any = self.traced
-            for part in str(given.target).split("."):
-                found = getattr(found, part)
+            found = operator.attrgetter(str(given.target))(self.traced)
             return found.detach() if isinstance(found, Tensor) else found
         if isinstance(given, (list, tuple)) and not isinstance(given, torch.Size):
             return type(given)([self.value(item) for item in given])
@@ -467,13 +469,11 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _f_conv(a: _Arguments) -> Operation | None:
-    weight, bias = a.get(1, "weight"), a.get(2, "bias")
+    weight, bias, *rest = a.after_input(
+        weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1
+    )
     if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
         return None
-    rest = [
-        a.get(i, name, 1 if i != 4 else 0)
-        for i, name in ((3, "stride"), (4, "padding"), (5, "dilation"), (6, "groups"))
-    ]
     return _convolution(a.input, weight, bias, *rest) if _is_static(*rest) else None
 
 
@@ -485,10 +485,7 @@ def _f_linear(a: _Arguments) -> Operation | None:
 
 
 def _f_batch_norm(a: _Arguments) -> Operation | None:
-    values = [
-        a.get(i, name)
-        for i, name in ((1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))
-    ]
+    values = a.after_input(running_mean=None, running_var=None, weight=None, bias=None)
     if not _is_static(*values) or a.get(5, "training", False):
         return None
     mean, variance, weight, bias = values
@@ -524,33 +521,21 @@ def _f_add(a: _Arguments) -> Operation | None:
 
 
 def _f_max_pool(a: _Arguments) -> Operation | None:
-    values = [
-        a.get(i, name, default)
-        for i, name, default in (
-            (1, "kernel_size", None),
-            (2, "stride", None),
-            (3, "padding", 0),
-            (4, "dilation", 1),
-            (5, "ceil_mode", False),
-        )
-    ]
+    values = a.after_input(kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False)
     if not _is_static(*values) or a.get(6, "return_indices", False):
         return None
     return _max_pool(a.input, *values)
 
 
 def _f_mean_pool(a: _Arguments) -> Operation | None:
-    values = [
-        a.get(i, name, default)
-        for i, name, default in (
-            (1, "kernel_size", None),
-            (2, "stride", None),
-            (3, "padding", 0),
-            (4, "ceil_mode", False),
-            (5, "count_include_pad", True),
-            (6, "divisor_override", None),
-        )
-    ]
+    values = a.after_input(
+        kernel_size=None,
+        stride=None,
+        padding=0,
+        ceil_mode=False,
+        count_include_pad=True,
+        divisor_override=None,
+    )
     return _mean_pool(a.input, *values) if _is_static(*values) else None
 
 

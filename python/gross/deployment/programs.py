@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def build(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> fx.GraphModule
             if at == number and node not in steps:
                 made[node] = graph.node_copy(node, lambda given: made[given])
                 if node.op in ("call_module", "get_attr"):
-                    root[str(node.target)] = _attribute(traced, str(node.target))
+                    root[str(node.target)] = attrgetter(str(node.target))(traced)
     graph.set_codegen(traced.graph._codegen)
     return Deployed(root, graph, class_name="Deployed")
 
@@ -78,13 +79,6 @@ def _live(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> list[fx.Node]:
 
 def _reads(made: Fused) -> list[fx.Node]:
     return [made.source] if made.residual is None else [made.source, made.residual]
-
-
-def _attribute(traced: fx.GraphModule, path: str) -> Any:
-    found: Any = traced
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def _add_program(
