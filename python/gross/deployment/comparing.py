@@ -12,7 +12,7 @@ from gross_kernels.program import Program
 
 from ..latency import milliseconds
 from ..macs import macs
-from .exporting import tensors_of
+from .graph import tensors_of
 
 
 def comparison(candidates: Mapping[str, nn.Module], example: Tensor) -> list[dict[str, Any]]:
