@@ -1,0 +1,287 @@
+// Products of 8 bits: pixels of uint8 times int8 weights, summed exactly in 32 bits, and what
+// becomes of the sums.
+//
+// A 32-bit lane holds four neighbouring bytes that a pixel reads, broadcast to all lanes, against
+// the weights of one output for them. 14 pixels × 2 vectors of outputs are 28 of these products for
+// 16 loads, as in a pointwise convolution of float32 (pointwise.h), and four times its
+// multiply–adds.
+#pragma once
+
+#include "channels.h"
+#include "epilogue.h"
+#include "memory.h"
+#include "parts.h"
+#include "pointwise.h"
+
+namespace gross::cpu::GROSS_ISA {
+
+// The bytes that one output reads: `rows` of them, each of so many neighbouring ones. Of a
+// convolution a row of its kernel, all channels of all its columns; where columns are spread, one
+// column.
+struct ByteRows {
+  int64_t channels, rows, bytes;
+
+  explicit ByteRows(const Geometry& g)
+      : channels(g.in_channels),
+        rows(g.dilation_w == 1 ? g.kernel_h : g.taps()),
+        bytes(g.in_channels * g.taps() / rows) {}
+
+  int64_t quads() const { return ceil_div(bytes, 4); }
+  int64_t packed() const { return rows * quads() * lanes<float>; }  // lanes of a vector of outputs
+};
+
+// Where a run of pixels reads: offset[row] + k · pitch is pixel k's.
+struct BytePixels {
+  const uint8_t* at;
+  int64_t pitch;
+  const int64_t* offsets;
+  int64_t rows, quads;
+};
+
+// Packed weights: [vector of outputs][row][quad][lane][4], and what each sum begins with.
+struct ByteWeights {
+  const int32_t *at, *starts;
+  int64_t stride, vectors;
+
+  ByteWeights from(int64_t vector) const {
+    return {at + vector * stride, starts + vector * lanes<float>, stride, vectors - vector};
+  }
+};
+
+// to[pixel] = start + Σ weight · byte, for `Vectors` vectors of outputs, `to_stride` apart.
+template <Dot dot, int Count, int Vectors>
+__attribute__((noinline)) void multiply_bytes(const BytePixels& source, const ByteWeights& packed,
+                                              float* const* to, int64_t to_stride) {
+  Vector<int32_t> sum[Vectors][Count];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; v++)
+#pragma GCC unroll 16
+    for (int k = 0; k < Count; k++) sum[v][k] = load<int32_t>(packed.starts + v * lanes<int32_t>);
+  const int32_t* weights = packed.at;
+  const int64_t pitch = source.pitch, stride = packed.stride, quads = source.quads;
+  for (int64_t row = 0; row < source.rows; row++) {
+    // Three pixels of one base register: base, base + pitch, base + 2 pitch.
+    const uint8_t* base[(Count + 2) / 3];
+#pragma GCC unroll 8
+    for (int i = 0; i < (Count + 2) / 3; i++)
+      base[i] = source.at + source.offsets[row] + 3 * i * pitch;
+    for (int64_t j = 0; j < quads; j++, weights += lanes<int32_t>) {
+      Vector<int32_t> weight[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; v++) {
+        weight[v] = load<int32_t>(weights + v * stride);
+        if constexpr (dot == Dot::instruction) keep_in_register(weight[v]);
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < Count; k++) {
+        Vector<int32_t> value = broadcast_quad(base[k / 3] + k % 3 * pitch + 4 * j);
+        if constexpr (Vectors > 1) keep_in_register(value);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; v++) add_dot<dot>(sum[v][k], value, weight[v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; v++)
+#pragma GCC unroll 16
+    for (int k = 0; k < Count; k++)
+      store<float>(to[k] + v * to_stride, __builtin_convertvector(sum[v][k], Vector<float>));
+}
+
+// A run of neighbouring pixels: what the first of them reads, its number among the target's, and
+// how many they are.
+struct ByteRun {
+  const uint8_t* at;
+  int64_t pixel, count;
+};
+
+// `runs` of pixels times all weights. Before each tile place(pixel, pixels, vector, to) says where
+// its sums go; done(pixel, pixels, vector, vectors) follows it.
+template <Dot dot, int Vectors, class Place, class Done>
+void multiply_runs(const BytePixels& source, const std::vector<ByteRun>& runs,
+                   const ByteWeights& weights, int64_t to_stride, int64_t vector, Place place,
+                   Done done) {
+  const ByteWeights some = weights.from(vector);
+  for (const ByteRun& run : runs)
+    even_parts(run.count, max_pixels, [&](int64_t first, int64_t taken) {
+      float* to[max_pixels];
+      place(run.pixel + first, taken, vector, to);
+      BytePixels pixels = source;
+      pixels.at = run.at + first * source.pitch;
+      with_constant<max_pixels>(taken, [&](auto count) {
+        multiply_bytes<dot, count, Vectors>(pixels, some, to, to_stride);
+      });
+      done(run.pixel + first, taken, vector, Vectors);
+    });
+}
+template <Dot dot, class Place, class Done>
+void multiply_all_runs(const BytePixels& source, const std::vector<ByteRun>& runs,
+                       const ByteWeights& weights, int64_t to_stride, Place place, Done done) {
+  int64_t v = 0;
+  for (; v + 2 <= weights.vectors; v += 2)
+    multiply_runs<dot, 2>(source, runs, weights, to_stride, v, place, done);
+  if (v < weights.vectors) multiply_runs<dot, 1>(source, runs, weights, to_stride, v, place, done);
+}
+
+// Calls f with the product to use, of weights of which any two neighbours fit 16 bits or not.
+template <Dot best, class F>
+void with_dot(bool fits, F f) {
+#if defined(GROSS_AVX512) || defined(GROSS_AVX2)
+  if constexpr (best == Dot::narrow)
+    if (!fits) return f(std::integral_constant<Dot, Dot::exact>{});
+#endif
+  f(std::integral_constant<Dot, best>{});
+}
+
+// Packing -----------------------------------------------------------------------------------------
+
+// int8 weights [output][channel][kh][kw] and the zero point of what they are multiplied with.
+struct ByteKernel {
+  const int8_t* at;
+  ByteRows rows;
+  int64_t taps, columns;  // columns of a row
+  int32_t zero;
+
+  ByteKernel(const Series& series, const Geometry& g, int32_t zero)
+      : at(static_cast<const int8_t*>(series.terms[0])),
+        rows(g),
+        taps(g.taps()),
+        columns(taps / rows.rows),
+        zero(zero) {}
+};
+
+// Those of one vector of outputs, as lanes; returns whether any two neighbours that one sum of 16
+// bits takes, times 255, fit it.
+inline bool pack_bytes(const ByteKernel& of, const LaneBlock& block, int32_t* to, int32_t* starts) {
+  const auto& [channels, rows, bytes] = of.rows;
+  const int64_t quads = of.rows.quads(), size = channels * of.taps;
+  std::fill_n(to, of.rows.packed(), 0);
+  std::fill_n(starts, lanes<float>, 0);
+  bool fits = true;
+  for (int64_t lane = 0; lane < block.lanes(); lane++) {
+    const int8_t* const output = of.at + (block.output + lane) * size;
+    int64_t total = 0;
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t quad = 0; quad < quads; quad++) {
+        int8_t four[4] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(4, bytes - 4 * quad); i++) {
+          const int64_t at = 4 * quad + i;
+          four[i] = output[at % channels * of.taps + row * of.columns + at / channels];
+        }
+        for (int i = 0; i < 4; i++) total += four[i];
+        for (int i = 0; i < 4; i += 2) {
+          const int more = std::max<int>(four[i], 0) + std::max<int>(four[i + 1], 0),
+                    less = std::min<int>(four[i], 0) + std::min<int>(four[i + 1], 0);
+          fits = fits && more <= 128 && less >= -128;
+        }
+        std::memcpy(to + (row * quads + quad) * lanes<float> + lane, four, sizeof four);
+      }
+    starts[lane] = static_cast<int32_t>(-of.zero * total);
+  }
+  return fits;
+}
+
+// Ending ------------------------------------------------------------------------------------------
+
+// What becomes of sums: act(scale · sum + bias + residual) or act(scale · sum + bias) + residual,
+// as numbers or in 8 bits. The residual and the target are compact, [pixel][channel].
+struct ByteEnding {
+  const float *scales, *bias, *slopes;  // one number per output, in whole vectors
+  const Finish& finish;
+  const Image& target;
+  const std::vector<LaneBlock>& outputs;
+
+  int64_t pixel_stride() const { return target.channels; }
+};
+
+// Sums of `count` pixels of one vector of outputs, lanes<float> apart, to pixels from `pixel` on.
+struct ByteSums {
+  const float* at;
+  int64_t pixel, count, vector;
+};
+
+struct NoResidual {};
+// R, Q: what residual and target are held as: float, uint8_t, or NoResidual. In 8 bits everything
+// is in units of the target's scale, but what SiLU is applied to.
+template <class R, class Q, Activation activation>
+void end_sums(const ByteEnding& of, const ByteSums& sums) {
+  constexpr bool in_bytes = std::is_same_v<Q, uint8_t>;
+  const Held &residual = of.finish.forms.residual, &target = of.finish.forms.target;
+  const LaneBlock& block = of.outputs[sums.vector];
+  const int64_t n = block.lanes(), stride = of.pixel_stride(),
+                first = sums.pixel * stride + block.output;
+  const bool last = of.finish.residual_last;
+  const float unit = in_bytes ? 1 / target.scale : 1,
+              before = activation == Activation::silu ? 1 : unit,
+              share = (std::is_same_v<R, uint8_t> ? residual.scale : 1) * (last ? unit : before);
+  const Vector<float> scale = load<float>(of.scales + sums.vector * lanes<float>) * before,
+                      bias = load<float>(of.bias + sums.vector * lanes<float>) * before,
+                      slope = load<float>(of.slopes + sums.vector * lanes<float>), none{},
+                      six = none + 6 * unit;
+  // Where ReLU comes last, it is one of the bounds.
+  const bool bounded = in_bytes && activation == Activation::relu && !last;
+  const float least = bounded ? 0.0f : static_cast<float>(-target.zero),
+              most = static_cast<float>(255 - target.zero);
+  Q* to = static_cast<Q*>(of.target.data) + first;
+  [[maybe_unused]] const R* from =
+      of.finish.residual ? static_cast<const R*>(of.finish.residual->data) + first : nullptr;
+  for (int64_t k = 0; k < sums.count; k++, to += stride) {
+    Vector<float> value = load<float>(sums.at + k * lanes<float>) * scale + bias, other{};
+    if constexpr (std::is_same_v<R, uint8_t>)
+      other = (load_bytes(from + k * stride, n) - static_cast<float>(residual.zero)) * share;
+    if constexpr (std::is_same_v<R, float>)
+      other = (n == lanes<float> ? load<float>(from + k * stride)
+                                 : load_first<float>(from + k * stride, n)) *
+              share;
+    if (!last) value += other;
+    if constexpr (activation == Activation::relu6)
+      value = value < none ? none : (value > six ? six : value);
+    else if (!bounded)
+      value = activated<activation, float>(value, slope);
+    if constexpr (activation == Activation::silu) value *= unit;
+    if (last) value += other;
+    if constexpr (in_bytes)
+      store_bytes(to, nearest(value, least, most) + target.zero, n);
+    else
+      store_strided<float>(to, value, 1, n);
+  }
+}
+
+inline void end_all(const ByteEnding& of, const ByteSums& sums) {
+  const Forms& forms = of.finish.forms;
+  with_activation(of.finish.activation, [&](auto activation) {
+    const auto with = [&](auto residual) {
+      using R = decltype(residual);
+      if (forms.target.in_bytes())
+        end_sums<R, uint8_t, activation>(of, sums);
+      else
+        end_sums<R, float, activation>(of, sums);
+    };
+    if (!of.finish.residual)
+      with(NoResidual{});
+    else if (forms.residual.in_bytes())
+      with(uint8_t{});
+    else
+      with(float{});
+  });
+}
+
+// `runs` of pixels times weights, and what follows; `spare` holds a tile.
+constexpr int64_t byte_spare = 2 * max_pixels * lanes<float>;
+template <Dot dot>
+void multiply_to_end(const BytePixels& source, const std::vector<ByteRun>& runs,
+                     const ByteWeights& weights, const ByteEnding& ending, int64_t vector,
+                     float* spare) {
+  multiply_all_runs<dot>(
+      source, runs, weights, max_pixels * lanes<float>,
+      [&](int64_t, int64_t taken, int64_t, float** to) {
+        for (int64_t k = 0; k < taken; k++) to[k] = spare + k * lanes<float>;
+      },
+      [&](int64_t pixel, int64_t taken, int64_t first, int64_t vectors) {
+        for (int64_t v = 0; v < vectors; v++)
+          end_all(ending,
+                  {spare + v * max_pixels * lanes<float>, pixel, taken, vector + first + v});
+      });
+}
+
+}  // namespace gross::cpu::GROSS_ISA

@@ -1,0 +1,166 @@
+// Windows of 8 bits, and values from one form into another.
+#pragma once
+
+#include "bytes.h"
+
+namespace gross::cpu::GROSS_ISA {
+
+// Channels [first, first + count) of a pixel, as numbers above the zero point.
+struct ByteSourcePixels {
+  using Element = uint8_t;
+  float zero;
+  GROSS_INLINE Vector<float> load(const uint8_t* at, int64_t, int64_t count) const {
+    return load_bytes(at, count) - zero;
+  }
+};
+struct FloatSourcePixels {
+  using Element = float;
+  GROSS_INLINE Vector<float> load(const float* at, int64_t stride, int64_t count) const {
+    return load_strided<float>(at, stride, count);
+  }
+};
+
+// Where the window of an output lies in an image: rows and columns that are there.
+struct Window {
+  int64_t first_row, first_col;
+  template <class F>
+  GROSS_INLINE void each(const Geometry& g, const Image& source, F f) const {
+    for (int64_t ky = 0; ky < g.kernel_h; ky++)
+      for (int64_t kx = 0; kx < g.kernel_w; kx++) {
+        const int64_t row = first_row + ky * g.dilation_h, col = first_col + kx * g.dilation_w;
+        if (row >= 0 && row < source.height && col >= 0 && col < source.width)
+          f(row * source.stride_h + col * source.stride_w);
+      }
+  }
+};
+
+// One row of outputs: tile by tile the largest number, or the sum, of each window, and what
+// follows.
+template <class Source>
+void pool_bytes_row(const Pooling& call, const Source& reads, const ByteEnding& ending,
+                    int64_t image, int64_t y) {
+  using Element = typename Source::Element;
+  const Image &source = call.source, &target = call.target;
+  const Geometry& g = call.geometry;
+  const Element* const data = static_cast<const Element*>(source.data) + image * source.stride_n;
+  float sums[max_pixels * lanes<float>];
+  std::vector<int64_t> offsets;
+  for (int64_t x = 0; x < target.width; x++) {
+    offsets.clear();
+    const Window window{y * g.stride_h - g.padding_h, x * g.stride_w - g.padding_w};
+    window.each(g, source, [&](int64_t offset) { offsets.push_back(offset); });
+    for (size_t v = 0; v < ending.outputs.size(); v++) {
+      const LaneBlock& block = ending.outputs[v];
+      const Element* const at = data + block.output * source.stride_c;
+      const auto value = [&](int64_t offset) {
+        return reads.load(at + offset, source.stride_c, block.lanes());
+      };
+      Vector<float> found = offsets.empty() ? Vector<float>{} : value(offsets[0]);
+      for (size_t i = 1; i < offsets.size(); i++) {
+        const Vector<float> next = value(offsets[i]);
+        found = call.mean ? found + next : ((next > found) | (next != next) ? next : found);
+      }
+      store<float>(sums, found);
+      end_all(ending,
+              {sums, (image * target.height + y) * target.width + x, 1, static_cast<int64_t>(v)});
+    }
+  }
+}
+
+// The largest bytes of windows, of a value that stays in its form.
+inline void pool_largest_bytes(const Pooling& call, int64_t image, int64_t y) {
+  const Image &source = call.source, &target = call.target;
+  const Geometry& g = call.geometry;
+  using All __attribute__((vector_size(GROSS_VECTOR_BYTES))) = uint8_t;
+  constexpr int64_t size = sizeof(All);
+  const uint8_t* const data = static_cast<const uint8_t*>(source.data) + image * source.stride_n;
+  uint8_t* to = static_cast<uint8_t*>(target.data) + image * target.stride_n + y * target.stride_h;
+  std::vector<int64_t> offsets;
+  for (int64_t x = 0; x < target.width; x++, to += target.channels) {
+    offsets.clear();
+    const Window window{y * g.stride_h - g.padding_h, x * g.stride_w - g.padding_w};
+    window.each(g, source, [&](int64_t offset) { offsets.push_back(offset); });
+    for (int64_t c = 0; c < target.channels; c += size) {
+      const int64_t count = std::min(size, target.channels - c);
+      All found{};
+      for (const int64_t offset : offsets) {
+        All next{};
+        if (count == size)
+          __builtin_memcpy(&next, data + offset + c, size);
+        else
+          __builtin_memcpy(&next, data + offset + c, count);
+        found = next > found ? next : found;
+      }
+      if (count == size)
+        __builtin_memcpy(to + c, &found, size);
+      else
+        __builtin_memcpy(to + c, &found, count);
+    }
+  }
+}
+
+// Rows of numbers in any strides into 8 bits, channel after channel.
+inline void quantise_row(const Pooling& call, int64_t image, int64_t y) {
+  const Image &source = call.source, &target = call.target;
+  const Held& held = call.finish.forms.target;
+  const float* const data =
+      static_cast<const float*>(source.data) + image * source.stride_n + y * source.stride_h;
+  uint8_t* const to =
+      static_cast<uint8_t*>(target.data) + image * target.stride_n + y * target.stride_h;
+  const float unit = 1 / held.scale, least = static_cast<float>(-held.zero),
+              most = static_cast<float>(255 - held.zero);
+  // `count` numbers, `stride` apart, to bytes that are as many apart as there are planes.
+  const auto quantise = [&](const float* from, int64_t stride, int64_t count, uint8_t* at,
+                            int64_t planes) {
+    for (int64_t k = 0; k < count; k += lanes<float>) {
+      const int64_t n = std::min<int64_t>(lanes<float>, count - k);
+      const Vector<int32_t> bytes =
+          nearest(load_strided<float>(from + k * stride, stride, n) * unit, least, most) +
+          held.zero;
+      if (planes == 1) {
+        store_bytes(at + k, bytes, n);
+      } else {
+        uint8_t part[lanes<float>];
+        store_bytes(part, bytes);
+        for (int64_t i = 0; i < n; i++) at[(k + i) * planes] = part[i];
+      }
+    }
+  };
+  if (source.stride_c == 1 && source.stride_w == source.channels)
+    return quantise(data, 1, source.width * source.channels, to, 1);
+  for (int64_t c = 0; c < source.channels; c++)
+    quantise(data + c * source.stride_c, source.stride_w, source.width, to + c, source.channels);
+}
+
+inline void pool_bytes(const Pooling& call) {
+  const Geometry& g = call.geometry;
+  const Image& target = call.target;
+  const auto& [source, residual, to] = call.finish.forms;
+  const std::vector<LaneBlock> outputs = vectors_of<float>(target.channels, target.channels);
+  const bool plain = call.finish.activation == Activation::none && !call.finish.residual;
+  const bool same = source.scale == to.scale && source.zero == to.zero;
+  const bool copies =
+      g.taps() == 1 && g.stride_h == 1 && g.stride_w == 1 && !g.padding_h && !g.padding_w;
+  const int64_t numbers = outputs.size() * lanes<float>;
+  // A window's share of its sum, in the source's steps; no bias.
+  const float share = (call.mean ? 1.0f / static_cast<float>(g.taps()) : 1.0f) *
+                      (source.in_bytes() ? source.scale : 1.0f);
+  const std::vector<float> scales(numbers, share), none(numbers, 0.0f);
+  const ByteEnding ending{scales.data(), none.data(), none.data(), call.finish, target, outputs};
+  auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t image = i / target.height, y = i % target.height;
+      if (plain && same && source.in_bytes() && !call.mean)
+        pool_largest_bytes(call, image, y);
+      else if (plain && copies && !source.in_bytes() && to.in_bytes())
+        quantise_row(call, image, y);
+      else if (source.in_bytes())
+        pool_bytes_row(call, ByteSourcePixels{static_cast<float>(source.zero)}, ending, image, y);
+      else
+        pool_bytes_row(call, FloatSourcePixels{}, ending, image, y);
+    }
+  };
+  run(call.threads, g.images * target.height, work);
+}
+
+}  // namespace gross::cpu::GROSS_ISA
