@@ -300,6 +300,10 @@ class Program(nn.Module):
         """Multiply–accumulates for inputs of these shapes, as :func:`gross.macs` counts them."""
         return _macs(self.steps, inputs)
 
+    def macs_in_8_bits(self, inputs: Sequence[Sequence[int]]) -> int:
+        """Those of :meth:`macs` that multiply 8 bits: of a layer, the pointwise ones."""
+        return _macs(self.steps, inputs, in_8_bits=True)
+
     @property
     def steps(self) -> Steps:
         return from_text(self.text)
@@ -380,21 +384,23 @@ def _shapes(steps: Steps, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ..
     return shapes
 
 
-def _macs(steps: Steps, inputs: Sequence[Sequence[int]]) -> int:
-    """Every product once, and one more per output of a convolution with a bias."""
+def _macs(steps: Steps, inputs: Sequence[Sequence[int]], in_8_bits: bool = False) -> int:
+    """Every product once, and one more per output of a convolution with a bias; or those of 8 bits
+    alone, without biases."""
     shapes = _shapes(steps, inputs)
     total = 0
     for step, output in zip(steps.steps, shapes[len(inputs) :], strict=True):
-        if step.weights < 0:
+        if step.weights < 0 or (in_8_bits and step.scales < 0):
             continue
         images, size = output[0], output[2:] or (1, 1)
-        has_bias = step.bias >= 0 and step.kind != "linear"
+        has_bias = step.bias >= 0 and step.kind != "linear" and not in_8_bits
         if step.kind == "layer":
             before = shapes[step.source][2:]
             total += images * convolution_macs(step.width[0], step.in_channels, (1, 1), before)
-            total += images * convolution_macs(
-                step.width[1], step.group_size, step.kernel_size, size
-            )
+            if not in_8_bits:
+                total += images * convolution_macs(
+                    step.width[1], step.group_size, step.kernel_size, size
+                )
             total += images * convolution_macs(
                 step.out_channels, step.width[1], (1, 1), size, has_bias
             )

@@ -35,7 +35,7 @@ from ..architecture_search.individual import CONFIGURATIONS, PARTIAL, Point, Stu
 from ..architecture_search.progress import shown
 from ..architecture_search.result import load, save
 from ..architecture_search.searching import METHODS, STARTS, Method
-from ..deployment import export, save_program
+from ..deployment import Int8, export, save_program
 from ..deployment.comparing import comparison
 from ..evaluation import Accuracy, evaluate
 from ..latency import LatencyTable
@@ -49,9 +49,11 @@ from ..training.memory import keep_freed_memory
 from ..training.recipes import parse
 from .app import (
     CALLABLE,
+    CalibrationImages,
     InputSize,
     Ints,
     Json,
+    Root,
     app,
     check_output,
     device_named,
@@ -349,6 +351,32 @@ def export_command(
     tune: Annotated[
         bool, typer.Option("--tune", help="Time how each layer can run, instead of predicting it.")
     ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="float32; or int8, which needs --calibration: with gross's kernels in a .pt2 "
+            "file, by ONNX Runtime's quantiser in an .onnx file."
+        ),
+    ] = "float32",
+    calibration: Annotated[
+        CalibrationImages | None,
+        typer.Option(
+            parser=CalibrationImages.parse,
+            metavar="DATA[:COUNT]",
+            help="For int8: COUNT training images (256) of digits, cifar10 or folder:PATH to find "
+            "ranges from.",
+            show_default=False,
+        ),
+    ] = None,
+    most_error: Annotated[
+        float,
+        typer.Option(
+            help="For int8 with gross's kernels: the largest error of the output, relative, root "
+            "mean square; layers that would cause more stay in float32."
+        ),
+    ] = Int8.most_error,
+    root: Root = None,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Write one configuration of SUPERNET as the network that is deployed, and measure it.
@@ -357,9 +385,20 @@ def export_command(
     the decomposed one in plain convolutions, and the exported one.
 
     Example: gross export supernet.safetensors --configuration 1,8,16 --output network.pt2
+
+    Example: gross export supernet.safetensors --precision int8 --calibration cifar10:256
+    --output network.onnx
     """
     with failures():
         check_output("--output", output)
+        if precision not in ("float32", "int8"):
+            raise typer.BadParameter(
+                f"got {precision!r}, accepted are float32 and int8", param_hint="--precision"
+            )
+        if (precision == "int8") != (calibration is not None):
+            raise typer.BadParameter(
+                "needed for --precision int8, and for nothing else", param_hint="--calibration"
+            )
         if output.suffix not in (".pt2", ".onnx"):
             raise typer.BadParameter(
                 f"got {output}, accepted is a .pt2 or .onnx file", param_hint="--output"
@@ -369,19 +408,36 @@ def export_command(
         example = _example(supernet, input_size, batch)
         folded = export(net, chosen, example=example, kernels=False)
         fast = export(net, chosen, example=example, tune=tune)
-        written = folded if plain or output.suffix == ".onnx" else fast
-        save_program(written, example, output)
         candidates = {
             "dense": dense_network(net, chosen),
             "plain convolutions": folded,
             "gross's kernels": fast,
         }
+        is_plain = plain or output.suffix == ".onnx"
+        if calibration is not None:
+            images = calibration.inputs(root, tuple(example.shape[1:]), seed)
+            if is_plain:
+                save_program(folded, example, output, precision="int8", calibration=images)
+            else:
+                settings = Int8(most_error=most_error)
+                fast = export(
+                    net,
+                    chosen,
+                    example=example,
+                    tune=tune,
+                    precision=settings,
+                    calibration=images,
+                )
+                candidates["gross's kernels, int8"] = fast
+        if calibration is None or not is_plain:
+            save_program(folded if is_plain else fast, example, output)
         rows = comparison(candidates, example)
         table = Table(*rows[0], box=SIMPLE_HEAD, title=f"{output}, batch {batch}")
         for row in rows:
             table.add_row(
                 row["network"],
                 f"{row['macs']:,}",
+                f"{row['in_8_bits']:,}",
                 f"{row['parameters']:,}",
                 f"{row['milliseconds']:.3f}",
                 f"{row['difference']:.1e}",

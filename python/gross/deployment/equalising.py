@@ -16,9 +16,9 @@ from .programs import live, reads
 from .rounding import refusal, summed, with_weights
 
 #: How much of the differences between a value's channels goes into the weights that read it.
-EQUALISED = (0.25, 0.5, 0.75, 1.0)
+EQUALISED = (0.5, 0.75, 1.0)
 #: Images on which that is chosen.
-EQUALISED_ON = 4
+EQUALISED_ON = 2
 #: Activations of which a · f(x) = f(a · x) for a > 0.
 _HOMOGENEOUS = ("none", "relu", "prelu")
 

@@ -17,9 +17,9 @@ from ..copying import copy_model, plain_name, unwrapped
 from ..supernet import check_configuration, decomposed_layers
 from ..supernet import configuration as active_configuration
 from . import graph
-from .fusing import Fused, fuse
+from .fusing import fuse
 from .graph import tensors_of
-from .plan import Report, Row, choose
+from .plan import Report, choose
 from .precision import Int8, read
 from .programs import build
 from .quantising import quantise
@@ -173,7 +173,7 @@ def _deployed(
     lowered = quantise(traced, steps, batches, settings)
     inside = [replace(row, loss=lowered.losses.get(node)) for node, row in rows.items()]
     exported = build(traced, lowered.steps).eval()
-    exported.report = Report(inside, left, lowered.error)
+    exported.report = Report(inside, left, lowered.error)  # type: ignore[assignment]
     return exported
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gross_kernels.program import weight_bits
+from gross_kernels.environment import weight_bits
 
 from ..arguments import check_choice, check_module, check_path, check_tensor
 from ..extras import from_extra

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from gross_kernels.program import Quantised, define
+from gross_kernels.program import Program, Quantised
 
 from .fusing import Fused
 from .precision import Int8
@@ -21,7 +21,7 @@ SAMPLE = 2**17
 #: Parts of the largest magnitude at which a range may be cut.
 CUTS = tuple(1 - 0.02 * i for i in range(36))
 #: Patches of each batch that moments are summed over, and the most numbers that a patch may have.
-PATCHES, COLUMNS = 2**12, 2304
+PATCHES, COLUMNS = 2**12, 1152
 
 
 def run(
@@ -40,7 +40,8 @@ def run(
         if node in steps:
             made = steps[node]
             encoded, weights = encode([made], made.reads(), [node])
-            (values[node],) = define([values[each] for each in made.reads()], weights, encoded)
+            program = Program(encoded, weights or [images.new_empty(0)], (False,))
+            (values[node],) = program(*(values[each] for each in made.reads()))
             see(made, values[made.source], values[node])
         else:
             values[node] = interpreter.run_node(node)
@@ -184,7 +185,7 @@ def _between(made: Fused, source: Tensor) -> Tensor:
 def _patches(made: Fused, source: Tensor) -> Tensor | None:
     """Some of what the first weights' rows are multiplied by, ``[numbers, patches]``."""
     operation, first = made.operation, made.operation.weights[0]
-    if first[0].numel() > COLUMNS or operation.groups > 1 and operation.kind != "layer":
+    if first[0].numel() > COLUMNS or (operation.groups > 1 and operation.kind != "layer"):
         return None
     if operation.kind == "linear":
         pixels = source if source.dim() == 2 else source.permute(0, 2, 3, 1).flatten(1)

@@ -19,7 +19,6 @@ from .fusing import Fused
 from .graph import shape_of
 from .programs import encode
 
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -129,7 +128,13 @@ def _precisions(rows: Sequence[Row]) -> Table:
     from rich.table import Column, Table
 
     table = Table(
-        Column("layer", no_wrap=True), "bits", "range", "its error", "the output's", "", title="8 bits"
+        Column("layer", no_wrap=True),
+        "bits",
+        "range",
+        "its error",
+        "the output's",
+        "",
+        title="8 bits",
     )
     for row in rows:
         loss = row.loss

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gross_kernels.program import weight_bits
+from gross_kernels.environment import weight_bits
 
 from ..arguments import check_choice, check_int, check_number
 from ..decomposition.calibration import Calibration
@@ -44,7 +44,10 @@ class Int8:
         accepted = "a number above 50, at most 100"
         if check_number("percentile", self.percentile, accepted, 50, open_below=True) > 100:
             raise ValueError(f"percentile: got {self.percentile}, accepted is {accepted}")
-        if self.weight_bits is not None and check_int("weight_bits", self.weight_bits) not in (7, 8):
+        if self.weight_bits is not None and check_int("weight_bits", self.weight_bits) not in (
+            7,
+            8,
+        ):
             raise ValueError(f"weight_bits: got {self.weight_bits}, accepted are 7 and 8")
 
     @property

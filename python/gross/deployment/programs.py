@@ -117,15 +117,23 @@ def encode(
 ) -> tuple[Steps, list[Tensor]]:
     """Steps that read `inputs` and one another, and their weights."""
     numbers = {node: i for i, node in enumerate(inputs)}
+    held: list[Quantised | None] = [None for _ in inputs]
     weights: list[Tensor] = []
     steps: list[Step] = []
+
+    def add(step: Step, form: Quantised | None) -> int:
+        steps.append(step)
+        held.append(form)
+        return len(held) - 1
+
     for one in inside:
         residual = -1 if one.residual is None else numbers[one.residual]
-        steps.append(one.step(numbers[one.source], residual, len(weights)))
+        if one.scales and 0 <= residual < len(inputs):
+            # Steps in 8 bits add what the program itself has laid out.
+            residual = add(Step("quantise", residual), None)
+        step = one.step(numbers[one.source], residual, len(weights))
         weights += one.weights()
-        numbers[one.node] = len(inputs) + len(steps) - 1
-    held: list[Quantised | None] = [None for _ in inputs]
-    held += [one.held for one in inside]
+        numbers[one.node] = add(step, one.held)
     quantised = tuple(held) if any(held) else ()
     numbered = tuple(numbers[node] for node in returned)
     return Steps(tuple(steps), len(inputs), numbered, quantised), weights

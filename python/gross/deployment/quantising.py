@@ -24,7 +24,7 @@ from .graph import Operation, shape_of, tensors_of
 from .observing import first, observe, run
 from .plan import Loss
 from .precision import Int8
-from .programs import build, live, reads
+from .programs import build, live
 from .rounding import refusal, summed, with_weights
 
 #: Images on which biases are corrected and errors measured.
@@ -170,13 +170,13 @@ class _Trial:
         found = [tensor for batch in self.batches for tensor in tensors_of(network(batch))]
         return [tensor.double() for tensor in found if tensor.is_floating_point()]
 
-    def error(self, chosen: Mapping[fx.Node, Fused]) -> float:
+    def error(self, chosen: dict[fx.Node, Fused]) -> float:
         """Of the network's output, relative, root mean square."""
         pairs = list(zip(self._outputs(self.laid_out(chosen)), self.expected, strict=True))
         lost = sum(float((found - wanted).square().sum()) for found, wanted in pairs)
         return math.sqrt(lost / max(sum(float(w.square().sum()) for _, w in pairs), 1e-30))
 
-    def laid_out(self, chosen: Mapping[fx.Node, Fused]) -> dict[fx.Node, Fused]:
+    def laid_out(self, chosen: dict[fx.Node, Fused]) -> dict[fx.Node, Fused]:
         """All steps. Pooling runs in 8 bits where its source is held so. A step's output is held
         in 8 bits where all that read it can; where a step in 8 bits reads floats, a copy is
         made."""

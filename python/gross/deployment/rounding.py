@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gross_kernels.program import Quantised, Step, Steps, define
+from gross_kernels.program import Program, Quantised, Step, Steps
 
 from .fusing import Fused
 from .precision import Int8
@@ -106,4 +106,4 @@ def summed(made: Fused, source: Tensor, form: Quantised | None = None) -> Tensor
     if form is not None:
         copy = Step("quantise", 0)
         steps = Steps((copy, replace(step, source=1)), 1, (2,), (None, form, None))
-    return define([source], made.weights(), steps)[0]
+    return Program(steps, made.weights(), (False,))(source)[0]
