@@ -474,7 +474,7 @@ class ProgramRun {
                     values_[0].image.width, ", accepted are sizes that every kernel fits into");
     Value& value = values_[step.target];
     value.images = read.images;
-    value.flat = step.kind == StepKind::linear;
+    value.flat = step.kind == StepKind::linear || (step.kind == StepKind::quantise && read.flat);
     const int64_t channels = step.has_weights() ? step.out_channels : source.channels,
                   height = rows / step.stride_h + 1, width = cols / step.stride_w + 1;
     value.image = {nullptr, channels,         height,  width, channels * height * width,
