@@ -523,8 +523,10 @@ class LayerWalk {
   void to_bytes(const T* from, const Strip& strip, const LaneBlock& block, uint8_t* to) const {
     const int64_t pixels = strip.images * strip.rows * call_.output.width, n = block.lanes();
     to += block.first(packing_.grouped);
-    for (int64_t p = 0; p < pixels; p++)
-      store_bytes(to + p * pitch_, nearest(load<T>(from + p * lanes<T>), -127, 127) + byte_zero, n);
+    for (int64_t p = 0; p < pixels; p++) {
+      const Vector<int32_t> q = nearest(load<T>(from + p * lanes<T>), -127, 127) + byte_zero;
+      n == lanes<T> ? store_bytes(to + p * pitch_, q) : store_bytes(to + p * pitch_, q, n);
+    }
   }
 
   // Vectors [first, last) of a strip's outputs.

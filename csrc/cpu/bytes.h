@@ -222,29 +222,42 @@ void end_sums(const ByteEnding& of, const ByteSums& sums) {
   const bool bounded = in_bytes && activation == Activation::relu && !last;
   const float least = bounded ? 0.0f : static_cast<float>(-target.zero),
               most = static_cast<float>(255 - target.zero);
-  Q* to = static_cast<Q*>(of.target.data) + first;
-  [[maybe_unused]] const R* from =
+  const float offset = static_cast<float>(residual.zero);
+  const int32_t zero = target.zero;
+  const float* const at = sums.at;
+  const int64_t count = sums.count;
+  Q* const to = static_cast<Q*>(of.target.data) + first;
+  [[maybe_unused]] const R* const from =
       of.finish.residual ? static_cast<const R*>(of.finish.residual->data) + first : nullptr;
-  for (int64_t k = 0; k < sums.count; k++, to += stride) {
-    Vector<float> value = load<float>(sums.at + k * lanes<float>) * scale + bias, other{};
-    if constexpr (std::is_same_v<R, uint8_t>)
-      other = (load_bytes(from + k * stride, n) - static_cast<float>(residual.zero)) * share;
-    if constexpr (std::is_same_v<R, float>)
-      other = (n == lanes<float> ? load<float>(from + k * stride)
-                                 : load_first<float>(from + k * stride, n)) *
-              share;
-    if (!last) value += other;
-    if constexpr (activation == Activation::relu6)
-      value = value < none ? none : (value > six ? six : value);
-    else if (!bounded)
-      value = activated<activation, float>(value, slope);
-    if constexpr (activation == Activation::silu) value *= unit;
-    if (last) value += other;
-    if constexpr (in_bytes)
-      store_bytes(to, nearest(value, least, most) + target.zero, n);
-    else
-      store_strided<float>(to, value, 1, n);
-  }
+  // Whether all lanes hold outputs.
+  const auto end = [&](auto whole) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < count; k++) {
+      Vector<float> value = load<float>(at + k * lanes<float>) * scale + bias, other{};
+      if constexpr (std::is_same_v<R, uint8_t>) {
+        const R* const read = from + k * stride;
+        other = ((whole ? load_bytes(read) : load_bytes(read, n)) - offset) * share;
+      }
+      if constexpr (std::is_same_v<R, float>) {
+        const R* const read = from + k * stride;
+        other = (whole ? load<float>(read) : load_first<float>(read, n)) * share;
+      }
+      if (!last) value += other;
+      if constexpr (activation == Activation::relu6)
+        value = value < none ? none : (value > six ? six : value);
+      else if (!bounded)
+        value = activated<activation, float>(value, slope);
+      if constexpr (activation == Activation::silu) value *= unit;
+      if (last) value += other;
+      if constexpr (in_bytes) {
+        const Vector<int32_t> q = nearest(value, least, most) + zero;
+        whole ? store_bytes(to + k * stride, q) : store_bytes(to + k * stride, q, n);
+      } else {
+        whole ? store<float>(to + k * stride, value)
+              : store_first<float>(to + k * stride, value, n);
+      }
+    }
+  };
+  n == lanes<float> ? end(std::true_type{}) : end(std::false_type{});
 }
 
 inline void end_all(const ByteEnding& of, const ByteSums& sums) {

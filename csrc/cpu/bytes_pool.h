@@ -10,7 +10,7 @@ struct ByteSourcePixels {
   using Element = uint8_t;
   float zero;
   GROSS_INLINE Vector<float> load(const uint8_t* at, int64_t, int64_t count) const {
-    return load_bytes(at, count) - zero;
+    return (count == lanes<float> ? load_bytes(at) : load_bytes(at, count)) - zero;
   }
 };
 struct FloatSourcePixels {
@@ -118,7 +118,7 @@ inline void quantise_row(const Pooling& call, int64_t image, int64_t y) {
           nearest(load_strided<float>(from + k * stride, stride, n) * unit, least, most) +
           held.zero;
       if (planes == 1) {
-        store_bytes(at + k, bytes, n);
+        n == lanes<float> ? store_bytes(at + k, bytes) : store_bytes(at + k, bytes, n);
       } else {
         uint8_t part[lanes<float>];
         store_bytes(part, bytes);

@@ -217,24 +217,47 @@ GROSS_INLINE void add_dot(Vector<int32_t>& sum, Vector<int32_t> x, Vector<int32_
   add(pieces((bytes >> 8) & 0x00ff00ffu) * (weights >> 8));
 }
 
-// Numbers of 8 bits, as many as a vector has 32-bit lanes: all, or the first n and zeros. As
-// `store_bytes` takes them they lie within 0 … 255.
+// Numbers of 8 bits, as many as a vector has 32-bit lanes: all, or the first n, and zeros in the
+// other lanes. As `store_bytes` takes them they lie within 0 … 255.
 using Bytes __attribute__((vector_size(GROSS_VECTOR_BYTES / 4))) = uint8_t;
 
-GROSS_INLINE Vector<float> load_bytes(const uint8_t* from, int64_t n = lanes<float>) {
-  Bytes bytes{};
-  if (n == lanes<float>)
-    __builtin_memcpy(&bytes, from, sizeof bytes);
-  else
-    __builtin_memcpy(&bytes, from, n);
+GROSS_INLINE Vector<float> widen_bytes(Bytes bytes) {
+#if defined(GROSS_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)bytes));
+#elif defined(GROSS_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+#else
   return __builtin_convertvector(__builtin_convertvector(bytes, Vector<int32_t>), Vector<float>);
+#endif
 }
-GROSS_INLINE void store_bytes(uint8_t* to, Vector<int32_t> v, int64_t n = lanes<float>) {
-  const Bytes bytes = __builtin_convertvector(v, Bytes);
-  if (n == lanes<float>)
-    __builtin_memcpy(to, &bytes, sizeof bytes);
-  else
-    __builtin_memcpy(to, &bytes, n);
+GROSS_INLINE Vector<float> load_bytes(const uint8_t* from) {
+  Bytes bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  return widen_bytes(bytes);
+}
+GROSS_INLINE Vector<float> load_bytes(const uint8_t* from, int64_t n) {
+  uint8_t part[sizeof(Bytes)] = {};
+  std::memcpy(part, from, n);
+  return load_bytes(part);
+}
+GROSS_INLINE Bytes narrow_bytes(Vector<int32_t> v) {
+#if defined(GROSS_AVX2)
+  const __m256i halves = _mm256_packs_epi32((__m256i)v, (__m256i)v);
+  const __m256i bytes = _mm256_packus_epi16(halves, halves);
+  return (Bytes)_mm_cvtsi128_si64(
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+#else
+  return __builtin_convertvector(v, Bytes);
+#endif
+}
+GROSS_INLINE void store_bytes(uint8_t* to, Vector<int32_t> v) {
+  const Bytes bytes = narrow_bytes(v);
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+GROSS_INLINE void store_bytes(uint8_t* to, Vector<int32_t> v, int64_t n) {
+  uint8_t part[sizeof(Bytes)];
+  store_bytes(part, v);
+  std::memcpy(to, part, n);
 }
 
 // The nearest whole number, ties to even, of one within `least` … `most`, at most 2²² in size; of
