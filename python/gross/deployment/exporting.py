@@ -20,7 +20,7 @@ from . import graph
 from .fusing import fuse
 from .graph import tensors_of
 from .plan import Report, choose
-from .precision import Int8, read
+from .precision import Int8, read, warn_of_slow_weights
 from .programs import build
 from .quantising import quantise
 
@@ -170,9 +170,19 @@ def _deployed(
     if lowering is None:
         return exported
     settings, batches = lowering
+    for i, batch in enumerate(batches):
+        try:
+            with torch.no_grad():
+                exported(batch[:1].clone())
+        except RuntimeError as error:
+            raise ValueError(
+                f"calibration[{i}]: got {tuple(batch.shape)}, accepted is what the network takes "
+                f"like the example: {error}"
+            ) from error
     lowered = quantise(traced, steps, batches, settings)
     inside = [replace(row, loss=lowered.losses.get(node)) for node, row in rows.items()]
     exported = build(traced, lowered.steps).eval()
+    warn_of_slow_weights(exported.buffers())
     exported.report = Report(inside, left, lowered.error)  # type: ignore[assignment]
     return exported
 

@@ -17,7 +17,7 @@ from ..arguments import check_choice, check_module, check_path, check_tensor
 from ..extras import from_extra
 from ..supernet import decomposed_layers
 from .onnx_int8 import quantise_file
-from .precision import read
+from .precision import read, warn_of_slow_weights
 from .programs import has_programs
 
 #: Raised when programs can no longer be read as they were; a file beside the network has it.
@@ -68,6 +68,10 @@ def save_program(
                 "export(..., precision='int8') makes a network that is written in 8 bits"
             )
         batches = read(calibration, example)
+    elif calibration is not None:
+        raise ValueError(
+            "calibration: got data for precision 'float32', accepted is None; or 'int8'"
+        )
     part = target.with_name(f"{target.stem}.{os.getpid()}.part{target.suffix}")
     lowered = part.with_suffix(".int8.onnx")
     # A batch of one would be taken for a constant.
@@ -139,6 +143,7 @@ def fold_packing(network: fx.GraphModule) -> None:
             continue
         _, weights, *rest = node.args
         tensors = [_constant(network, weight) for weight in weights]
+        warn_of_slow_weights(tensors)
         real = next(tensor for tensor in tensors if tensor.is_floating_point())
         packed = node.target(real.new_empty(0), tensors, *rest)
         network.register_buffer(f"packed_{i}", packed, persistent=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gross_kernels.environment import weight_bits
+from gross_kernels.environment import instruction_set, weight_bits
 
 from ..arguments import check_choice, check_int, check_number
 from ..decomposition.calibration import Calibration
@@ -54,6 +56,19 @@ class Int8:
     def largest_weight(self) -> int:
         """Weights in 8 bits lie between minus this and this."""
         return 2 ** ((self.weight_bits or weight_bits()) - 1) - 1
+
+
+def warn_of_slow_weights(kernels: Iterable[Tensor]) -> None:
+    """Say that weights of 8 bits run on an instruction set that wants 7."""
+    slow = weight_bits() == 7 and any(
+        bool((kernel.abs() > 63).any()) for kernel in kernels if kernel.dtype == torch.int8
+    )
+    if slow:
+        warnings.warn(
+            f"weights of 8 bits run on {instruction_set()} by an exact, slower way; "
+            "Int8(weight_bits=7) makes weights that it multiplies fast",
+            stacklevel=3,
+        )
 
 
 def read(calibration: object, example: Tensor) -> list[Tensor]:
