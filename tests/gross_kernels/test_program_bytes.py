@@ -205,9 +205,7 @@ class Draw:
         dilation = (1, 1) if pools else choice([(1, 1), (1, 1), (2, 2), (1, 3)])
         most = tuple(k // 2 for k in kernel) if pools else tuple(k + 1 for k in kernel)
         padding = choice([(0, 0), tuple(k // 2 for k in kernel), most])
-        step = replace(
-            step, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation
-        )
+        step = replace(step, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation)
         return step, tuple(
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)

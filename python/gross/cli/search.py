@@ -136,6 +136,9 @@ def search_command(
     latency: Annotated[
         Path | None, typer.Option(help="A table that gross latency wrote.", show_default=False)
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of --milliseconds: float32, or int8 if the table has it.")
+    ] = "float32",
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "breadth-first",
     runs: Annotated[int, typer.Option(min=1, help="Breadth-first: from so many starts.")] = 20,
     evaluations: Annotated[int, typer.Option(min=1, help="random, evolution: so many.")] = 500,
@@ -195,6 +198,13 @@ def search_command(
         wanted, size = _metric(metric, supernet, data, images)
         size = input_size or size or _known_size(supernet)
         table = None if latency is None else LatencyTable.load(latency)
+        if precision != "float32":
+            if precision != "int8" or table is None:
+                raise typer.BadParameter(
+                    f"got {precision!r}, accepted are float32, and int8 with --latency",
+                    param_hint="--precision",
+                )
+            table = table.in_8_bits()
         amounts = {
             "macs": _amount("--macs", max_macs),
             "parameters": _amount("--parameters", max_parameters),
@@ -305,7 +315,17 @@ def latency_command(
     batch: Batch = 1,
     kernels: Kernels = True,
     seconds: Annotated[float, typer.Option(help="How long to measure.")] = 10.0,
+    calibration: Annotated[
+        CalibrationImages | None,
+        typer.Option(
+            parser=CalibrationImages.parse,
+            metavar="DATA[:COUNT]",
+            help="Time the layers in 8 bits too, calibrated on COUNT training images.",
+            show_default=False,
+        ),
+    ] = None,
     input_size: InputSize = None,
+    root: Root = None,
     network: Network = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -320,7 +340,12 @@ def latency_command(
         place = device_named(device)
         net = _load(supernet, network, place)
         example = _example(supernet, input_size, batch).to(place)
-        table = LatencyTable.measure(net, example, kernels=kernels, seconds=seconds)
+        images = None
+        if calibration is not None:
+            images = calibration.inputs(root, tuple(example.shape[1:]), 0)
+        table = LatencyTable.measure(
+            net, example, kernels=kernels, seconds=seconds, calibration=images
+        )
         check = table.check(net, example, seconds=seconds)
         if output is not None:
             table.save(output)

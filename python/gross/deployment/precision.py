@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gross_kernels.environment import instruction_set, weight_bits
 
-from ..arguments import check_choice, check_int, check_number
+from ..arguments import check_callable, check_choice, check_int, check_number
 from ..decomposition.calibration import Calibration
 
 RANGES = ("mse", "percentile", "largest")
@@ -28,6 +28,9 @@ class Int8:
         most_error: largest error of the network's output that 8 bits may cause: root mean square,
             relative to that of the output itself, over calibration images. Steps that lose too
             much stay in float32.
+        metric: ``metric(network) -> float``, higher is better, of the exported network; beside
+            ``most_error``, it may lose ``most_loss`` against the float network. It is called once
+            for each step that leaves, so that some hundred images are enough.
         ranges: where a value's range is cut: "mse", where the mean squared error is the smallest,
             "percentile", or "largest", not at all.
         percentile: how much of all values the range holds, for "percentile".
@@ -36,12 +39,17 @@ class Int8:
     """
 
     most_error: float = 0.03
+    metric: Callable[[nn.Module], float] | None = None
+    most_loss: float = 0.0
     ranges: str = "mse"
     percentile: float = 99.99
     weight_bits: int | None = None
 
     def __post_init__(self) -> None:
         check_number("most_error", self.most_error, "a number above 0", open_below=True)
+        if self.metric is not None:
+            check_callable("metric", self.metric, "a function of the network that returns a number")
+        check_number("most_loss", self.most_loss, "a number of at least 0")
         check_choice("ranges", self.ranges, RANGES)
         accepted = "a number above 50, at most 100"
         if check_number("percentile", self.percentile, accepted, 50, open_below=True) > 100:

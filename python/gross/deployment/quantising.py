@@ -10,14 +10,15 @@ most for what they compute stay in float32 until its error is within the bound."
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from gross_kernels.program import Quantised
 
+from ..report import tracked
 from .equalising import equalise
 from .fusing import Fused
 from .graph import Operation, shape_of, tensors_of
@@ -47,25 +48,18 @@ class Lowered:
     error: float
 
 
-def weight_bits() -> int:
-    """8 where this processor sums products of 8 bits exactly, 7 where it sums pairs in 16 bits."""
-    return 8
-
-
 def quantise(
     traced: fx.GraphModule,
     steps: Mapping[fx.Node, Fused],
     batches: Sequence[Tensor],
     settings: Int8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Lowered:
-    """Bring into 8 bits what the bound on the output's error allows.
+    """Bring into 8 bits what the bounds allow.
 
     Args:
         traced: the network; values that are needed in 8 bits and as floats get a node more.
         steps: of the network in float32; left as they are.
         batches: images to calibrate on.
-        progress: called with how many steps have been tried, and how many there are.
 
     Raises:
         ValueError: if a value of the network is not finite on the calibration data.
@@ -84,18 +78,30 @@ def quantise(
     few = first(batches, IMAGES)
     own = _correct(traced, steps, lowered, held, few)
     trial = _Trial(traced, dict(steps), held, few)
-    for done, node in enumerate(lowered):
-        progress(done, len(lowered))
-        alone = trial.error({node: lowered[node]})
+    for node in tracked(list(lowered), "8 bits"):
+        alone = trial.error(trial.network({node: lowered[node]}))
         losses[node] = replace(losses[node], own=own[node], output=alone)
     chosen = dict(lowered)
-    error = trial.error(chosen)
-    while chosen and not error <= settings.most_error:
+    while True:
+        network = trial.network(chosen)
+        error = trial.error(network)
+        reason = _excess(error, network, trial.float_network, settings)
+        if not reason or not chosen:
+            return Lowered(trial.laid_out(chosen), losses, error)
         worst = max(chosen, key=lambda node: losses[node].output ** 2 / _products(chosen[node]))
-        losses[worst] = replace(losses[worst], reason="the output's error")
+        losses[worst] = replace(losses[worst], reason=reason)
         del chosen[worst]
-        error = trial.error(chosen)
-    return Lowered(trial.laid_out(chosen), losses, error)
+
+
+def _excess(error: float, network: nn.Module, before: nn.Module, settings: Int8) -> str:
+    """Which bound does not hold; empty if both do."""
+    if not error <= settings.most_error:
+        return "the output's error"
+    if settings.metric is None:
+        return ""
+    with torch.no_grad():
+        lost = float(settings.metric(before)) - float(settings.metric(network))
+    return "" if lost <= settings.most_loss else "the metric"
 
 
 def _products(made: Fused) -> int:
@@ -162,17 +168,20 @@ class _Trial:
     ) -> None:
         self.traced, self.steps, self.held, self.batches = traced, steps, held, batches
         self.copies: dict[fx.Node, fx.Node] = {}
-        self.expected = self._outputs(steps)
+        self.float_network = self.network({})
+        self.expected = self._outputs(self.float_network)
+
+    def network(self, chosen: dict[fx.Node, Fused]) -> nn.Module:
+        return build(self.traced, self.laid_out(chosen)).eval()
 
     @torch.no_grad()
-    def _outputs(self, steps: dict[fx.Node, Fused]) -> list[Tensor]:
-        network = build(self.traced, steps).eval()
+    def _outputs(self, network: nn.Module) -> list[Tensor]:
         found = [tensor for batch in self.batches for tensor in tensors_of(network(batch))]
         return [tensor.double() for tensor in found if tensor.is_floating_point()]
 
-    def error(self, chosen: dict[fx.Node, Fused]) -> float:
-        """Of the network's output, relative, root mean square."""
-        pairs = list(zip(self._outputs(self.laid_out(chosen)), self.expected, strict=True))
+    def error(self, network: nn.Module) -> float:
+        """Of its output, relative, root mean square."""
+        pairs = list(zip(self._outputs(network), self.expected, strict=True))
         lost = sum(float((found - wanted).square().sum()) for found, wanted in pairs)
         return math.sqrt(lost / max(sum(float(w.square().sum()) for _, w in pairs), 1e-30))
 

@@ -250,6 +250,23 @@ def test_the_bound_decides_what_stays_in_float32(network: nn.Module, images: Ten
     assert error(found, plain, images) < 1e-6
 
 
+def test_a_metric_decides_what_stays_in_float32(network: nn.Module, images: Tensor) -> None:
+    """Catches a metric that is not asked, or a loss with the wrong sign."""
+    plain = gross.export(network, example=images)
+
+    def closeness(found: nn.Module) -> float:
+        return -error(found, plain, images)
+
+    counts = []
+    for most in (1.0, 0.004, 1e-6):
+        chosen = Int8(most_error=1e3, metric=closeness, most_loss=most)
+        found = gross.export(network, example=images, precision=chosen, calibration=images)
+        assert error(found, plain, images) <= most
+        counts.append(len(steps_in_8_bits(found)))
+        assert {row.loss.reason for row in found.report.steps if row.loss} <= {"", "the metric"}
+    assert counts[0] == 5 > counts[1] > counts[2] == 0
+
+
 def test_the_report_says_what_8_bits_do(exported: nn.Module) -> None:
     """Catches a report without the figures that decide."""
     printed = str(exported.report)
