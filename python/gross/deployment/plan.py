@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from gross_kernels.program import run
+from gross_kernels.program import Quantised, Step, Steps, run
 
 from ..report import size, text
 from .fusing import Fused
 from .graph import shape_of
+from .precision import Int8
 from .programs import encode
+from .rounding import with_weights
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -180,7 +182,7 @@ def choose(
             if not int8:
                 candidates["parts"] = parts(made, inner)
             if tune and example.device.type == "cpu":
-                times = _measured(candidates, example)
+                times = _measured(candidates, example, int8)
             else:
                 rates = INT8 if int8 else FLOAT32
                 times = {name: _predicted(some, rates) for name, some in candidates.items()}
@@ -271,7 +273,9 @@ def _grouped_rate(group_size: int) -> float:
     return GROUPED_RATES[max(known)]
 
 
-def _measured(candidates: Mapping[str, list[Fused]], example: Tensor) -> dict[str, float]:
+def _measured(
+    candidates: Mapping[str, list[Fused]], example: Tensor, int8: bool
+) -> dict[str, float]:
     """Milliseconds with torch's threads: medians of turns, candidate after candidate."""
     made = candidates["fused"][0]
     sources = [made.source] if made.residual is None else [made.source, made.residual]
@@ -281,7 +285,10 @@ def _measured(candidates: Mapping[str, list[Fused]], example: Tensor) -> dict[st
         tensors.append(made_of.contiguous(memory_format=torch.channels_last))
     calls: dict[str, Callable[[], object]] = {}
     for name, candidate in candidates.items():
-        steps, weights = encode(candidate, sources, [made.node])
+        if int8:
+            steps, weights = _in_8_bits(candidate[0])
+        else:
+            steps, weights = encode(candidate, sources, [made.node])
         program = steps.pack(weights, example.new_empty(0))
         calls[name] = partial(run, tensors, program, steps.text())
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -295,3 +302,15 @@ def _measured(candidates: Mapping[str, list[Fused]], example: Tensor) -> dict[st
                 call()
                 times[name].append(time.perf_counter() - began)
     return {name: 1e3 * sorted(of)[len(of) // 2] for name, of in times.items()}
+
+
+def _in_8_bits(made: Fused) -> tuple[Steps, list[Tensor]]:
+    """A step alone in 8 bits, to be timed: its ranges are any."""
+    kernels = made.operation.weights
+    channels = torch.ones(len(kernels[1])) if len(kernels) == 3 else None
+    lowered = with_weights(made, Int8(), channels=channels)
+    inputs = len(made.reads())
+    copies = [Step("quantise", i) for i in range(inputs)]
+    step = lowered.step(inputs, 2 * inputs - 1 if inputs > 1 else -1, 0)
+    held = (*[None] * inputs, *[Quantised(1 / 32, 128)] * inputs, None)
+    return Steps((*copies, step), inputs, (2 * inputs,), held), lowered.weights()

@@ -38,7 +38,7 @@ class Int8:
             VNNI), where weights of 8 bits are slower; by default what this processor wants.
     """
 
-    most_error: float = 0.03
+    most_error: float = 0.05
     metric: Callable[[nn.Module], float] | None = None
     most_loss: float = 0.0
     ranges: str = "mse"

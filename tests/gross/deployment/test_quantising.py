@@ -165,6 +165,17 @@ def test_a_range_without_its_rarest_values(network: nn.Module, images: Tensor) -
     assert scales["percentile"] == pytest.approx(2 * 3.3 / 255, rel=0.2)
 
 
+def test_tuned_plans_in_8_bits(network: nn.Module, images: Tensor) -> None:
+    """Catches choices for 8 bits that were timed in float32, or not at all."""
+    found = gross.export(network, example=images, precision=ALL, calibration=images, tune=True)
+    assert error(found, gross.export(network, example=images), images) < 0.03
+    layers = [row for row in found.report.steps if row.milliseconds]
+    assert len(layers) == 3
+    for row in layers:
+        assert set(row.milliseconds) == {"fused", "merged"}
+        assert row.choice == min(row.milliseconds, key=row.milliseconds.__getitem__)
+
+
 # How it comes about -------------------------------------------------------------------------------
 
 
