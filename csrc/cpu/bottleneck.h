@@ -296,8 +296,8 @@ class LayerWalk {
   using Weights = std::conditional_t<in_bytes, ByteLayerPacking, Packing<T>>;
   static constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
 
-  // Tensors between input and output of one strip. `grouped` holds all blocks or, of 8 bits, one
-  // that then becomes bytes.
+  // Tensors between input and output of one strip. `grouped` holds all blocks or, of 8 bits, a
+  // tile of one that then becomes bytes.
   struct Between {
     T *planes, *grouped, *input;
     uint8_t* bytes;
@@ -362,7 +362,7 @@ class LayerWalk {
     } else {
       input_size_ = static_cast<int64_t>(packing_.inputs.size()) * (input_pixels | 1) * lanes<T>;
     }
-    grouped_size_ = in_bytes ? stride_ : blocks_ * stride_;
+    grouped_size_ = in_bytes ? max_segments * max_columns * lanes<T> : blocks_ * stride_;
   }
 
   // Walk ----------------------------------------------------------------------------------------
@@ -488,15 +488,14 @@ class LayerWalk {
       if (i && pixels == whole)
         runs.back().count += pixels;
       else
-        runs.push_back({from + i * whole * input.channels, i * pixels, pixels});
+        runs.push_back({from + i * whole * input.channels, i * pixels, pixels, 0, 1});
     const int64_t none = 0;
     multiply_all_runs<dot>(
         {nullptr, input.channels, &none, 1, packing_.first_rows.quads()}, runs,
         packing_.first_weights(packed_, vectors.first, vectors.last - vectors.first),
-        planes.vector_stride,
-        [&](int64_t first, int64_t taken, int64_t vector, T** at) {
-          for (int64_t k = 0; k < taken; k++)
-            at[k] = to + vector * planes.vector_stride + places[first + k];
+        [&](int64_t first, int64_t vector) {
+          return ToPlanes{to + vector * planes.vector_stride, places.data() + first,
+                          planes.vector_stride};
         },
         [](int64_t, int64_t, int64_t, int64_t) {});
   }
@@ -505,27 +504,38 @@ class LayerWalk {
     const Channels<T>& channels = packing_.grouped;
     const Target& target = plan_.targets[0];
     const Runs runs = runs_of<T>(target, planes);
+    const int64_t width = call_.output.width, pitch = in_bytes ? pitch_ : lanes<T>;
     std::vector<Segment> segments;
-    segments_between<T>(planes, target, planes.strip.rows, call_.output.width, tile_.columns,
-                        segments);
+    segments_of<T>({nullptr, 0, 0, 0, planes.strip.rows * width * pitch, 1, width * pitch, pitch},
+                   plan_, target, {0, planes.strip.images, 0, planes.strip.rows}, tile_.columns,
+                   segments);
     for (int64_t b = blocks.first; b < blocks.last; b++) {
-      T* const block = at.grouped + (in_bytes ? 0 : b * stride_);
-      correlate_tiles<T>(
-          {at.planes + channels.plane_of(b, 0) * planes.vector_stride + channels.first_lane(b),
-           planes.vector_stride, channels.sources, runs,
-           packed_ + packing_.at_grouped + b * channels.packed,
-           call_.layer.geometry.taps() * lanes<T>, channels.permutation_of(b)},
-          tile_, segments, {block, lanes<T>});
-      if constexpr (in_bytes) to_bytes(block, planes.strip, channels.blocks[b], at.bytes);
+      const Stencil<T> stencil{
+          at.planes + channels.plane_of(b, 0) * planes.vector_stride + channels.first_lane(b),
+          planes.vector_stride,
+          channels.sources,
+          runs,
+          packed_ + packing_.at_grouped + b * channels.packed,
+          call_.layer.geometry.taps() * lanes<T>,
+          channels.permutation_of(b)};
+      if constexpr (in_bytes) {
+        const LaneBlock& block = channels.blocks[b];
+        uint8_t* const to = at.bytes + block.first(channels);
+        correlate_through(stencil, tile_, segments, at.grouped, [&](int64_t segment, const T* r) {
+          round_to_bytes(r, tile_.columns, to + segments[segment].to, pitch, block.lanes());
+        });
+      } else {
+        correlate_tiles<T>(stencil, tile_, segments, {at.grouped + b * stride_, lanes<T>});
+      }
     }
   }
-  // A block of r, in its steps, as bytes of its channels of every pixel.
-  void to_bytes(const T* from, const Strip& strip, const LaneBlock& block, uint8_t* to) const {
-    const int64_t pixels = strip.images * strip.rows * call_.output.width, n = block.lanes();
-    to += block.first(packing_.grouped);
-    for (int64_t p = 0; p < pixels; p++) {
-      const Vector<int32_t> q = nearest(load<T>(from + p * lanes<T>), -127, 127) + byte_zero;
-      n == lanes<T> ? store_bytes(to + p * pitch_, q) : store_bytes(to + p * pitch_, q, n);
+
+  // `count` pixels of a block of r, in its steps, as bytes of `channels` of them.
+  GROSS_INLINE static void round_to_bytes(const T* r, int64_t count, uint8_t* to, int64_t pitch,
+                                          int64_t channels) {
+    for (int64_t k = 0; k < count; k++, to += pitch) {
+      const Vector<int32_t> q = nearest(load<T>(r + k * lanes<T>), -127, 127) + byte_zero;
+      channels == lanes<T> ? store_bytes(to, q) : store_bytes(to, q, channels);
     }
   }
 
@@ -543,7 +553,7 @@ class LayerWalk {
                               packing_.outputs};
       multiply_to_end<dot>({nullptr, pitch_, &none, 1, packing_.last_rows.quads()},
                            {{at.bytes, (strip.image * call_.output.height + strip.row) * width,
-                             strip.images * strip.rows * width}},
+                             strip.images * strip.rows * width, 0, 1}},
                            packing_.last_weights(packed_, first, last - first), ending, first,
                            spare);
     } else {

@@ -48,10 +48,32 @@ struct ByteWeights {
   }
 };
 
-// to[pixel] = start + Σ weight · byte, for `Vectors` vectors of outputs, `to_stride` apart.
-template <Dot dot, int Count, int Vectors>
+// Where the sums of a tile go. As numbers into planes, each pixel to its place:
+struct ToPlanes {
+  float* at;
+  const int64_t* places;
+  int64_t vector_stride;
+
+  GROSS_INLINE void begin(int) {}
+  GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
+    store<float>(at + places[k] + v * vector_stride, __builtin_convertvector(sum, Vector<float>));
+  }
+};
+// As numbers, [vector][pixel][lane]:
+struct ToTile {
+  float* at;
+
+  GROSS_INLINE void begin(int) {}
+  GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
+    store<float>(at + (v * max_pixels + k) * lanes<float>,
+                 __builtin_convertvector(sum, Vector<float>));
+  }
+};
+
+// to ← start + Σ weight · byte, of `Count` pixels and `Vectors` vectors of outputs.
+template <Dot dot, int Count, int Vectors, class To>
 __attribute__((noinline)) void multiply_bytes(const BytePixels& source, const ByteWeights& packed,
-                                              float* const* to, int64_t to_stride) {
+                                              To to) {
   Vector<int32_t> sum[Vectors][Count];
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; v++)
@@ -82,45 +104,45 @@ __attribute__((noinline)) void multiply_bytes(const BytePixels& source, const By
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < Vectors; v++)
+  for (int v = 0; v < Vectors; v++) {
+    to.begin(v);
 #pragma GCC unroll 16
-    for (int k = 0; k < Count; k++)
-      store<float>(to[k] + v * to_stride, __builtin_convertvector(sum[v][k], Vector<float>));
+    for (int k = 0; k < Count; k++) to.store_sum(v, k, sum[v][k]);
+  }
 }
 
-// A run of neighbouring pixels: what the first of them reads, its number among the target's, and
-// how many they are.
+// A run of neighbouring pixels: what the first of them reads, its number among the target's, how
+// many they are, and which rows of bytes they read, where the others hold zeros.
 struct ByteRun {
   const uint8_t* at;
-  int64_t pixel, count;
+  int64_t pixel, count, first_row, rows;
 };
 
-// `runs` of pixels times all weights. Before each tile place(pixel, pixels, vector, to) says where
-// its sums go; done(pixel, pixels, vector, vectors) follows it.
-template <Dot dot, int Vectors, class Place, class Done>
+// `runs` of pixels times all weights. make(pixel, vector) says where a tile's sums go;
+// done(pixel, pixels, vector, vectors) follows it.
+template <Dot dot, int Vectors, class Make, class Done>
 void multiply_runs(const BytePixels& source, const std::vector<ByteRun>& runs,
-                   const ByteWeights& weights, int64_t to_stride, int64_t vector, Place place,
-                   Done done) {
-  const ByteWeights some = weights.from(vector);
-  for (const ByteRun& run : runs)
+                   const ByteWeights& weights, int64_t vector, Make make, Done done) {
+  for (const ByteRun& run : runs) {
+    ByteWeights some = weights.from(vector);
+    some.at += run.first_row * source.quads * lanes<int32_t>;
     even_parts(run.count, max_pixels, [&](int64_t first, int64_t taken) {
-      float* to[max_pixels];
-      place(run.pixel + first, taken, vector, to);
-      BytePixels pixels = source;
-      pixels.at = run.at + first * source.pitch;
+      const BytePixels pixels{run.at + first * source.pitch, source.pitch,
+                              source.offsets + run.first_row, run.rows, source.quads};
       with_constant<max_pixels>(taken, [&](auto count) {
-        multiply_bytes<dot, count, Vectors>(pixels, some, to, to_stride);
+        multiply_bytes<dot, count, Vectors>(pixels, some, make(run.pixel + first, vector));
       });
       done(run.pixel + first, taken, vector, Vectors);
     });
+  }
 }
-template <Dot dot, class Place, class Done>
+template <Dot dot, class Make, class Done>
 void multiply_all_runs(const BytePixels& source, const std::vector<ByteRun>& runs,
-                       const ByteWeights& weights, int64_t to_stride, Place place, Done done) {
+                       const ByteWeights& weights, Make make, Done done) {
   int64_t v = 0;
   for (; v + 2 <= weights.vectors; v += 2)
-    multiply_runs<dot, 2>(source, runs, weights, to_stride, v, place, done);
-  if (v < weights.vectors) multiply_runs<dot, 1>(source, runs, weights, to_stride, v, place, done);
+    multiply_runs<dot, 2>(source, runs, weights, v, make, done);
+  if (v < weights.vectors) multiply_runs<dot, 1>(source, runs, weights, v, make, done);
 }
 
 // Calls f with the product to use, of weights of which any two neighbours fit 16 bits or not.
@@ -201,6 +223,10 @@ struct ByteSums {
 };
 
 struct NoResidual {};
+template <class Type>
+struct Named {
+  using type = Type;
+};
 // R, Q: what residual and target are held as: float, uint8_t, or NoResidual. In 8 bits everything
 // is in units of the target's scale, but what SiLU is applied to.
 template <class R, class Q, Activation activation>
@@ -279,17 +305,79 @@ inline void end_all(const ByteEnding& of, const ByteSums& sums) {
   });
 }
 
-// `runs` of pixels times weights, and what follows; `spare` holds a tile.
+// Where the sums of a tile go that become bytes in registers: no activation but ReLU, which is one
+// of the bounds then, and no residual (`Added` is false) or one of 8 bits before it.
+template <bool Added>
+struct ToBytes {
+  uint8_t* at;
+  const uint8_t* from;  // the residual
+  int64_t stride;
+  const float *scales, *biases;
+  float unit, offset, share, least, most;
+  int32_t zero;
+  Vector<float> scale, bias;
+
+  ToBytes(const ByteEnding& of, int64_t pixel, int64_t vector)
+      : stride(of.target.channels),
+        scales(of.scales + vector * lanes<float>),
+        biases(of.bias + vector * lanes<float>) {
+    const Held &target = of.finish.forms.target, &residual = of.finish.forms.residual;
+    const int64_t first = pixel * stride + of.outputs[vector].output;
+    at = static_cast<uint8_t*>(of.target.data) + first;
+    from = Added ? static_cast<const uint8_t*>(of.finish.residual->data) + first : nullptr;
+    unit = 1 / target.scale;
+    share = residual.scale * unit;
+    offset = Added ? static_cast<float>(residual.zero) * share : 0;
+    least = of.finish.activation == Activation::relu ? 0.0f : static_cast<float>(-target.zero);
+    most = static_cast<float>(255 - target.zero);
+    zero = target.zero;
+  }
+  static bool serves(const Finish& finish) {
+    const bool bounded = finish.activation <= Activation::relu;
+    const bool before =
+        !finish.residual || finish.activation == Activation::none || !finish.residual_last;
+    return finish.forms.target.in_bytes() && bounded && before &&
+           Added == (finish.residual != nullptr) && (!Added || finish.forms.residual.in_bytes());
+  }
+
+  GROSS_INLINE void begin(int v) {
+    scale = load<float>(scales + v * lanes<float>) * unit;
+    bias = load<float>(biases + v * lanes<float>) * unit - offset;
+  }
+  GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
+    Vector<float> value = __builtin_convertvector(sum, Vector<float>) * scale + bias;
+    const int64_t to = k * stride + v * lanes<float>;
+    if constexpr (Added) value += load_bytes(from + to) * share;
+    store_bytes(at + to, nearest(value, least, most) + zero);
+  }
+};
+
+// `runs` of pixels times weights, whose first vector is `vector` of the outputs, and what follows;
+// `spare` holds a tile.
 constexpr int64_t byte_spare = 2 * max_pixels * lanes<float>;
 template <Dot dot>
 void multiply_to_end(const BytePixels& source, const std::vector<ByteRun>& runs,
                      const ByteWeights& weights, const ByteEnding& ending, int64_t vector,
                      float* spare) {
+  // Whole vectors of bytes in registers, where their ending allows it.
+  int64_t direct = 0;
+  const auto in_registers = [&](auto to) {
+    using To = decltype(to);
+    if (!To::type::serves(ending.finish)) return;
+    while (direct < weights.vectors && ending.outputs[vector + direct].lanes() == lanes<float>)
+      direct++;
+    ByteWeights whole = weights;
+    whole.vectors = direct;
+    multiply_all_runs<dot>(
+        source, runs, whole,
+        [&](int64_t pixel, int64_t v) { return typename To::type(ending, pixel, vector + v); },
+        [](int64_t, int64_t, int64_t, int64_t) {});
+  };
+  in_registers(Named<ToBytes<false>>{});
+  in_registers(Named<ToBytes<true>>{});
+  vector += direct;
   multiply_all_runs<dot>(
-      source, runs, weights, max_pixels * lanes<float>,
-      [&](int64_t, int64_t taken, int64_t, float** to) {
-        for (int64_t k = 0; k < taken; k++) to[k] = spare + k * lanes<float>;
-      },
+      source, runs, weights.from(direct), [&](int64_t, int64_t) { return ToTile{spare}; },
       [&](int64_t pixel, int64_t taken, int64_t first, int64_t vectors) {
         for (int64_t v = 0; v < vectors; v++)
           end_all(ending,

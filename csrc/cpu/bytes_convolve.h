@@ -78,7 +78,7 @@ inline void pad_rows(const uint8_t* image, const Image& of, const PaddedRows& pa
 class ByteStrips {
  public:
   explicit ByteStrips(const PackedConvolution& call)
-      : call_(call), g_(call.geometry), rows_(call.geometry) {
+      : call_(call), g_(call.geometry), rows_(call.geometry), each_(rows_.rows / g_.kernel_h) {
     const Image& source = call.source;
     const bool padded = g_.padding_h || g_.padding_w;
     if (padded) {
@@ -87,9 +87,8 @@ class ByteStrips {
       padded_rows_ = rows;
     }
     row_pitch_ = (source.width + 2 * g_.padding_w) * source.channels;
-    const int64_t each = rows_.rows / g_.kernel_h;  // rows of bytes of a row of the kernel
     for (int64_t ky = 0; ky < g_.kernel_h; ky++)
-      for (int64_t i = 0; i < each; i++)
+      for (int64_t i = 0; i < each_; i++)
         offsets_.push_back(ky * g_.dilation_h * row_pitch_ + i * g_.dilation_w * source.channels);
   }
 
@@ -123,16 +122,30 @@ class ByteStrips {
       } else {
         at += first * row_pitch_;
       }
-      for (int64_t y = 0; y < strip.rows; y++)
+      for (int64_t y = 0; y < strip.rows; y++) {
+        const auto [skipped, read] = kernel_rows(strip.row + y);
         to.push_back({at + y * g_.stride_h * row_pitch_,
-                      (i * target.height + strip.row + y) * target.width, target.width});
+                      (i * target.height + strip.row + y) * target.width, target.width,
+                      skipped * each_, read * each_});
+      }
     }
   }
 
  private:
+  // Which rows of the kernel a row of outputs reads: all, or those in the image where the padding
+  // is of zeros.
+  std::pair<int64_t, int64_t> kernel_rows(int64_t y) const {
+    if (call_.finish.forms.source.zero) return {0, g_.kernel_h};
+    const int64_t top = y * g_.stride_h - g_.padding_h, height = call_.source.height;
+    const int64_t first = std::min(g_.kernel_h, top < 0 ? ceil_div(-top, g_.dilation_h) : 0);
+    const int64_t end = height > top ? ceil_div(height - top, g_.dilation_h) : 0;
+    return {first, std::max<int64_t>(0, std::min(g_.kernel_h, end) - first)};
+  }
+
   const PackedConvolution& call_;
   const Geometry& g_;
   const ByteRows rows_;
+  const int64_t each_;  // rows of bytes of a row of the kernel
   int64_t padded_rows_ = 0, row_pitch_;
   std::vector<int64_t> offsets_;
 };
@@ -177,7 +190,7 @@ void convolve_bytes(const PackedConvolution& call) {
         if (flat) {
           const int64_t pixel = strip.row * max_pixels;
           runs = {{static_cast<const uint8_t*>(source.data) + pixel * source.channels, pixel,
-                   std::min(strip.rows * max_pixels, pixels - pixel)}};
+                   std::min(strip.rows * max_pixels, pixels - pixel), 0, 1}};
         } else {
           strips.runs(strip, memory, runs);
         }
