@@ -534,7 +534,7 @@ class LayerWalk {
   GROSS_INLINE static void round_to_bytes(const T* r, int64_t count, uint8_t* to, int64_t pitch,
                                           int64_t channels) {
     for (int64_t k = 0; k < count; k++, to += pitch) {
-      const Vector<int32_t> q = nearest(load<T>(r + k * lanes<T>), -127, 127) + byte_zero;
+      const Bytes q = nearest_bytes(load<T>(r + k * lanes<T>), -127, byte_zero);
       channels == lanes<T> ? store_bytes(to, q) : store_bytes(to, q, channels);
     }
   }

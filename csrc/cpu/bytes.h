@@ -54,6 +54,8 @@ struct ToPlanes {
   const int64_t* places;
   int64_t vector_stride;
 
+  static constexpr bool all_tiles = true;
+  GROSS_INLINE void next(int64_t pixels) { places += pixels; }
   GROSS_INLINE void begin(int) {}
   GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
     store<float>(at + places[k] + v * vector_stride, __builtin_convertvector(sum, Vector<float>));
@@ -63,6 +65,8 @@ struct ToPlanes {
 struct ToTile {
   float* at;
 
+  static constexpr bool all_tiles = false;
+  GROSS_INLINE void next(int64_t) {}
   GROSS_INLINE void begin(int) {}
   GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
     store<float>(at + (v * max_pixels + k) * lanes<float>,
@@ -72,8 +76,7 @@ struct ToTile {
 
 // to ← start + Σ weight · byte, of `Count` pixels and `Vectors` vectors of outputs.
 template <Dot dot, int Count, int Vectors, class To>
-__attribute__((noinline)) void multiply_bytes(const BytePixels& source, const ByteWeights& packed,
-                                              To to) {
+GROSS_INLINE void multiply_tile(const BytePixels& source, const ByteWeights& packed, To& to) {
   Vector<int32_t> sum[Vectors][Count];
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; v++)
@@ -111,6 +114,14 @@ __attribute__((noinline)) void multiply_bytes(const BytePixels& source, const By
   }
 }
 
+// The same of `tiles` times as many neighbouring pixels.
+template <Dot dot, int Count, int Vectors, class To>
+__attribute__((noinline)) void multiply_bytes(BytePixels source, const ByteWeights& packed,
+                                              int64_t tiles, To to) {
+  for (; tiles > 0; tiles--, source.at += Count * source.pitch, to.next(Count))
+    multiply_tile<dot, Count, Vectors>(source, packed, to);
+}
+
 // A run of neighbouring pixels: what the first of them reads, its number among the target's, how
 // many they are, and which rows of bytes they read, where the others hold zeros.
 struct ByteRun {
@@ -118,22 +129,34 @@ struct ByteRun {
   int64_t pixel, count, first_row, rows;
 };
 
-// `runs` of pixels times all weights. make(pixel, vector) says where a tile's sums go;
-// done(pixel, pixels, vector, vectors) follows it.
+// `runs` of pixels times all weights. make(pixel, vector) says where the sums go, of all tiles from
+// that pixel on or of one; done(pixel, pixels, vector, vectors) follows them.
 template <Dot dot, int Vectors, class Make, class Done>
 void multiply_runs(const BytePixels& source, const std::vector<ByteRun>& runs,
                    const ByteWeights& weights, int64_t vector, Make make, Done done) {
   for (const ByteRun& run : runs) {
     ByteWeights some = weights.from(vector);
     some.at += run.first_row * source.quads * lanes<int32_t>;
-    even_parts(run.count, max_pixels, [&](int64_t first, int64_t taken) {
-      const BytePixels pixels{run.at + first * source.pitch, source.pitch,
-                              source.offsets + run.first_row, run.rows, source.quads};
-      with_constant<max_pixels>(taken, [&](auto count) {
-        multiply_bytes<dot, count, Vectors>(pixels, some, make(run.pixel + first, vector));
-      });
-      done(run.pixel + first, taken, vector, Vectors);
-    });
+    BytePixels pixels{run.at, source.pitch, source.offsets + run.first_row, run.rows, source.quads};
+    // As few tiles as possible, of two sizes.
+    const int64_t tiles = ceil_div(run.count, max_pixels);
+    int64_t pixel = run.pixel;
+    const auto multiply = [&](int64_t some_tiles, int64_t size) {
+      for (int64_t left = some_tiles, taken; left > 0; left -= taken) {
+        auto to = make(pixel, vector);
+        taken = to.all_tiles ? left : 1;
+        with_constant<max_pixels>(size, [&](auto count) {
+          multiply_bytes<dot, count, Vectors>(pixels, some, taken, to);
+        });
+        done(pixel, taken * size, vector, Vectors);
+        pixel += taken * size;
+        pixels.at += taken * size * source.pitch;
+      }
+    };
+    if (!tiles) continue;
+    const int64_t size = run.count / tiles, larger = run.count % tiles;
+    multiply(larger, size + 1);
+    multiply(tiles - larger, size);
   }
 }
 template <Dot dot, class Make, class Done>
@@ -246,8 +269,7 @@ void end_sums(const ByteEnding& of, const ByteSums& sums) {
                       six = none + 6 * unit;
   // Where ReLU comes last, it is one of the bounds.
   const bool bounded = in_bytes && activation == Activation::relu && !last;
-  const float least = bounded ? 0.0f : static_cast<float>(-target.zero),
-              most = static_cast<float>(255 - target.zero);
+  const float least = bounded ? 0.0f : static_cast<float>(-target.zero);
   const float offset = static_cast<float>(residual.zero);
   const int32_t zero = target.zero;
   const float* const at = sums.at;
@@ -275,7 +297,7 @@ void end_sums(const ByteEnding& of, const ByteSums& sums) {
       if constexpr (activation == Activation::silu) value *= unit;
       if (last) value += other;
       if constexpr (in_bytes) {
-        const Vector<int32_t> q = nearest(value, least, most) + zero;
+        const Bytes q = nearest_bytes(value, least, zero);
         whole ? store_bytes(to + k * stride, q) : store_bytes(to + k * stride, q, n);
       } else {
         whole ? store<float>(to + k * stride, value)
@@ -313,7 +335,7 @@ struct ToBytes {
   const uint8_t* from;  // the residual
   int64_t stride;
   const float *scales, *biases;
-  float unit, offset, share, least, most;
+  float unit, offset, share, least;
   int32_t zero;
   Vector<float> scale, bias;
 
@@ -329,7 +351,6 @@ struct ToBytes {
     share = residual.scale * unit;
     offset = Added ? static_cast<float>(residual.zero) * share : 0;
     least = of.finish.activation == Activation::relu ? 0.0f : static_cast<float>(-target.zero);
-    most = static_cast<float>(255 - target.zero);
     zero = target.zero;
   }
   static bool serves(const Finish& finish) {
@@ -340,6 +361,11 @@ struct ToBytes {
            Added == (finish.residual != nullptr) && (!Added || finish.forms.residual.in_bytes());
   }
 
+  static constexpr bool all_tiles = true;
+  GROSS_INLINE void next(int64_t pixels) {
+    at += pixels * stride;
+    from += Added ? pixels * stride : 0;
+  }
   GROSS_INLINE void begin(int v) {
     scale = load<float>(scales + v * lanes<float>) * unit;
     bias = load<float>(biases + v * lanes<float>) * unit - offset;
@@ -348,7 +374,7 @@ struct ToBytes {
     Vector<float> value = __builtin_convertvector(sum, Vector<float>) * scale + bias;
     const int64_t to = k * stride + v * lanes<float>;
     if constexpr (Added) value += load_bytes(from + to) * share;
-    store_bytes(at + to, nearest(value, least, most) + zero);
+    store_bytes(at + to, nearest_bytes(value, least, zero));
   }
 };
 

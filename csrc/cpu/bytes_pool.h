@@ -107,16 +107,14 @@ inline void quantise_row(const Pooling& call, int64_t image, int64_t y) {
       static_cast<const float*>(source.data) + image * source.stride_n + y * source.stride_h;
   uint8_t* const to =
       static_cast<uint8_t*>(target.data) + image * target.stride_n + y * target.stride_h;
-  const float unit = 1 / held.scale, least = static_cast<float>(-held.zero),
-              most = static_cast<float>(255 - held.zero);
+  const float unit = 1 / held.scale, least = static_cast<float>(-held.zero);
   // `count` numbers, `stride` apart, to bytes that are as many apart as there are planes.
   const auto quantise = [&](const float* from, int64_t stride, int64_t count, uint8_t* at,
                             int64_t planes) {
     for (int64_t k = 0; k < count; k += lanes<float>) {
       const int64_t n = std::min<int64_t>(lanes<float>, count - k);
-      const Vector<int32_t> bytes =
-          nearest(load_strided<float>(from + k * stride, stride, n) * unit, least, most) +
-          held.zero;
+      const Bytes bytes =
+          nearest_bytes(load_strided<float>(from + k * stride, stride, n) * unit, least, held.zero);
       if (planes == 1) {
         n == lanes<float> ? store_bytes(at + k, bytes) : store_bytes(at + k, bytes, n);
       } else {

@@ -218,7 +218,7 @@ GROSS_INLINE void add_dot(Vector<int32_t>& sum, Vector<int32_t> x, Vector<int32_
 }
 
 // Numbers of 8 bits, as many as a vector has 32-bit lanes: all, or the first n, and zeros in the
-// other lanes. As `store_bytes` takes them they lie within 0 … 255.
+// other lanes.
 using Bytes __attribute__((vector_size(GROSS_VECTOR_BYTES / 4))) = uint8_t;
 
 GROSS_INLINE Vector<float> widen_bytes(Bytes bytes) {
@@ -240,35 +240,36 @@ GROSS_INLINE Vector<float> load_bytes(const uint8_t* from, int64_t n) {
   std::memcpy(part, from, n);
   return load_bytes(part);
 }
-GROSS_INLINE Bytes narrow_bytes(Vector<int32_t> v) {
+// The nearest whole numbers, ties to even, of `value` within `least` … 255 − zero, above `zero`; of
+// what is not a number, `least`.
+GROSS_INLINE Bytes nearest_bytes(Vector<float> value, float least, int32_t zero) {
+  const Vector<float> low = Vector<float>{} + least;
+  value = value > low ? value : low;
+#if defined(GROSS_AVX512)
+  // What is too large for the first becomes 2³¹, and the second bounds it as an unsigned number.
+  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(value), _mm512_set1_epi32(zero));
+  return (Bytes)_mm512_cvtusepi32_epi8(whole);
+#else
+  const Vector<float> high = Vector<float>{} + static_cast<float>(255 - zero);
+  value = value < high ? value : high;
 #if defined(GROSS_AVX2)
-  const __m256i halves = _mm256_packs_epi32((__m256i)v, (__m256i)v);
+  const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(value), _mm256_set1_epi32(zero));
+  const __m256i halves = _mm256_packs_epi32(whole, whole);
   const __m256i bytes = _mm256_packus_epi16(halves, halves);
   return (Bytes)_mm_cvtsi128_si64(
       _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 #else
-  return __builtin_convertvector(v, Bytes);
+  // Adding 1.5 · 2²³ rounds to whole numbers, which are then the lowest bits.
+  const Vector<int32_t> whole =
+      __builtin_bit_cast(Vector<int32_t>, value + 12582912.0f) - 0x4b400000 + zero;
+  return __builtin_convertvector(whole, Bytes);
+#endif
 #endif
 }
-GROSS_INLINE void store_bytes(uint8_t* to, Vector<int32_t> v) {
-  const Bytes bytes = narrow_bytes(v);
+GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes) {
   __builtin_memcpy(to, &bytes, sizeof bytes);
 }
-GROSS_INLINE void store_bytes(uint8_t* to, Vector<int32_t> v, int64_t n) {
-  uint8_t part[sizeof(Bytes)];
-  store_bytes(part, v);
-  std::memcpy(to, part, n);
-}
-
-// The nearest whole number, ties to even, of one within `least` … `most`, at most 2²² in size; of
-// what is not a number, `least`.
-GROSS_INLINE Vector<int32_t> nearest(Vector<float> value, float least, float most) {
-  const Vector<float> low = Vector<float>{} + least, high = Vector<float>{} + most;
-  value = value > low ? value : low;
-  value = value < high ? value : high;
-  // Adding 1.5 · 2²³ rounds to whole numbers, which are then the lowest bits.
-  return __builtin_bit_cast(Vector<int32_t>, value + 12582912.0f) - 0x4b400000;
-}
+GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes, int64_t n) { std::memcpy(to, &bytes, n); }
 
 // The first n lanes, zeros in the others; nothing beyond them is touched.
 template <class T, class S>
