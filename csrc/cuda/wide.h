@@ -276,6 +276,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) march_wide(const WideProblem p) {
       warpgroup_commit();
       store();  // the rows of the step before, while the matrix units work
       warpgroup_wait<0>();
+      fence_sums(sum);
       GROSS_UNROLL
       for (int a = 0; a < S::atoms; a++) {
         const uint32_t even = staged + half + a * 8 * S::staged_pitch;

@@ -204,17 +204,6 @@ FAULTS = {
         "out of range",
     ),
 }
-#: Compiles the kernels of the one type that these programs run: four seconds less each.
-ONE_TYPE = (
-    (
-        "convolution.cu",
-        "if (type == Type::float16) return launch_type<Type::float16>(plan, stream);",
-        "",
-    ),
-    ("convolution.cu", "return launch_type<Type::float32>(plan, stream);", "return 1;"),
-)
-
-
 @pytest.mark.build
 def test_cases_of_faults(program: Compile) -> None:
     """Without a fault they pass."""
@@ -240,6 +229,7 @@ TYPICAL = {
 @pytest.mark.parametrize("fault", faults(FAULTS, "no barrier in a step", TYPICAL))
 def test_fault_is_seen(fault: str, with_fault: Callable[..., Path]) -> None:
     file, before, after, report = FAULTS[fault]
-    finished = run(with_fault("test_convolution.cpp", (file, before, after), *ONE_TYPE), "faults")
+    program = with_fault("test_convolution.cpp", (file, before, after), flags=["-DONE_TYPE"])
+    finished = run(program, "faults")
     assert finished.returncode == 1, finished.stdout[-4000:] + finished.stderr[-4000:]
     assert re.search("FAILED.*(" + report + ")", finished.stdout), finished.stdout[-4000:]
