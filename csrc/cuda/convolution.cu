@@ -141,9 +141,8 @@ std::vector<Plan> march_plans(Type type, const Geometry& geometry, const Terms& 
   p.source = transposed ? out : in;
   p.destination = transposed ? in : out;
 
-  int raw = 0;
-  for (int i = 0; i < terms.active; i++)
-    raw += terms.group_sizes[i] * 9 * (type == Type::float32 || terms.wide ? 4 : 2);
+  const int raw = type == Type::float32 ? Assembly<Type::float32, 2>::raw_bytes(terms, transposed)
+                                        : Assembly<Type::float16, 1>::raw_bytes(terms, transposed);
   if (steps_needed(p.channels) > most_steps) return plans;
   plan.steps = steps_class(type, steps_needed(p.channels));
   plan.walk = geometry.stride == 1 ? Walk::same : transposed ? Walk::doubling : Walk::halving;

@@ -405,7 +405,7 @@ GROSS_DEVICE void assemble(uint32_t (&weight)[9][S::steps][4], const Problem& p,
                  raw = matrix + Weights::matrix_bytes(t.tiles);
   const Range outputs = Weights::outputs(p.channels, p.transposed, place.slab);
   Range piece{outputs.begin, smaller(outputs.begin + t.piece, outputs.end)};
-  Weights::request(p.terms, piece, raw, place.thread, place.threads);
+  Weights::request(p.terms, p.transposed, piece, raw, place.thread, place.threads);
   GROSS_UNROLL
   for (int i = 0; i < early_rows; i++) request(i);
   Weights::clear(t.tiles, matrix, place.thread, place.threads);
@@ -418,7 +418,7 @@ GROSS_DEVICE void assemble(uint32_t (&weight)[9][S::steps][4], const Problem& p,
     piece = {piece.end, smaller(piece.end + t.piece, outputs.end)};
     barrier(0, place.threads);
     if (piece.size() <= 0) break;
-    Weights::request(p.terms, piece, raw, place.thread, place.threads);
+    Weights::request(p.terms, p.transposed, piece, raw, place.thread, place.threads);
     copy_async_wait<0>();
   }
   Weights::load(weight, place.tile, t.tiles, matrix, place.lane);

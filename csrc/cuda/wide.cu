@@ -51,7 +51,8 @@ double estimate(const WidePlan& plan, const Device& device) {
       (read_bytes(plan) + written) * (S::block < 64 ? 1.1 : 1) / memory_bytes_a_clock;
   const int outputs = p.transposed ? S::block : S::tiles * tile_channels;
   return side_by_side({products, shared, issue, moved}) * (S::teams == 2 ? 1.1 : 1) +
-         waves * prologue_clocks(Assembly<S::type, S::steps>::raw_bytes(p.terms), outputs, p.piece,
+         waves * prologue_clocks(Assembly<S::type, S::steps>::raw_bytes(p.terms, p.transposed),
+                                 outputs, p.piece,
                                  Assembly<S::type, S::steps>::matrix_bytes(S::tiles), p.transposed);
 }
 
@@ -59,7 +60,7 @@ template <Type type, int steps, int atoms>
 WidePlan plan_of(WideProblem p, const Device& device) {
   using S = WideShape<type, steps, atoms>;
   fill_line(p, S::pixels);
-  const int raw = Assembly<type, steps>::raw_bytes(p.terms),
+  const int raw = Assembly<type, steps>::raw_bytes(p.terms, p.transposed),
             outputs = p.transposed ? S::block : S::tiles * tile_channels;
   p.piece = smaller((device.shared_bytes - S::raw_at) / raw / 8 * 8, outputs);
   const int shared = larger(S::marching_bytes, S::raw_at + p.piece * raw);

@@ -154,7 +154,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) march_wide(const WideProblem p) {
     const uint32_t matrix = shared_base() + S::matrix_at, raw = shared_base() + S::raw_at;
     const Range outputs = Weights::outputs(p.channels, p.transposed, slab);
     Range piece{outputs.begin, smaller(outputs.begin + p.piece, outputs.end)};
-    Weights::request(p.terms, piece, raw, thread, S::threads);
+    Weights::request(p.terms, p.transposed, piece, raw, thread, S::threads);
     GROSS_UNROLL
     for (int i = 0; i < S::early; i++) request(i * S::stage_step);
     Weights::clear(S::tiles, matrix, thread, S::threads);
@@ -167,7 +167,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) march_wide(const WideProblem p) {
       piece = {piece.end, smaller(piece.end + p.piece, outputs.end)};
       barrier(0, S::threads);
       if (piece.size() <= 0) break;
-      Weights::request(p.terms, piece, raw, thread, S::threads);
+      Weights::request(p.terms, p.transposed, piece, raw, thread, S::threads);
       copy_async_wait<0>();
     }
     GROSS_UNROLL

@@ -72,6 +72,7 @@ struct Traffic {
   uint64_t bytes = 0;         // asked for
   uint64_t units = 0;  // shared memory: wavefronts of 128 bytes, bank conflicts included; global:
                        // sectors of 32 bytes
+  uint64_t least = 0;  // wavefronts without conflicts
 };
 
 struct Counters {
@@ -357,8 +358,10 @@ inline void fold_logs() {
         traffic.units += sectors.size();
       } else {
         for (const auto& part : on)
-          if (!part.empty())
+          if (!part.empty()) {
             traffic.units += wavefronts(part.data(), static_cast<int>(part.size()), bytes);
+            traffic.least++;
+          }
       }
     }
     for (int l = 0; l < 32; l++) lane(l).clear();
@@ -605,6 +608,7 @@ inline void count_matrix(const uint64_t (&rows)[8]) {
   traffic.instructions++;
   traffic.bytes += 128;
   traffic.units += detail::wavefronts(rows, 8, 16);
+  traffic.least++;
 }
 inline void count_products(int count) { detail::machine.counters.products += count; }
 

@@ -1,6 +1,6 @@
 // The kernels for warpgroups on the host's emulator, against the plain kernels, which the Python
 // tests hold against float64.
-//   test_wide numerics|quick|traffic
+//   test_wide numerics|quick|traffic|conflicts
 #define GROSS_CUDA_WARP_GROUPS
 #include "../../csrc/cuda/wide.cu"
 
@@ -147,12 +147,46 @@ int traffic() {
   return failed;
 }
 
+// Conflicts of banks while weights are assembled, in both directions: two rows march after that, so
+// the accesses are nearly all of the assembly's. Half a warp writes another row of the matrix where
+// groups are of 32, in banks that overlap.
+int conflicts() {
+  int failed = 0;
+  for (int size : {32, 64})
+    for (Type terms : {Type::bfloat16, Type::float32})
+      for (bool transposed : {false, true}) {
+        const std::vector<int> sizes =
+            size == 32 ? std::vector<int>{1, 4, 16, 32} : std::vector<int>{1, 4, 16, 32, 64};
+        const Case c{Type::bfloat16,    terms, 1, 64, 64, 2, 56, sizes, transposed,
+                     size == 32 ? 2 : 1};
+        if (run(c, {}) < 0) return 1;
+        const emulator::Counters& counted = emulator::launched.back();
+        std::printf("%s, terms of %d bytes:", name_of(c).c_str(), bytes_of(terms));
+        for (emulator::Kind kind :
+             {emulator::shared_read, emulator::shared_write, emulator::copy}) {
+          const emulator::Traffic& of = counted.of[kind];
+          const double ratio = static_cast<double>(of.units) / of.least;
+          const char* names[] = {"reads", "writes", "", "copies"};
+          std::printf(" %s %llu wavefronts of %llu instructions, %.2f times the least", names[kind],
+                      static_cast<unsigned long long>(of.units),
+                      static_cast<unsigned long long>(of.instructions), ratio);
+          failed +=
+              ratio > (kind == emulator::shared_write && size == 32 && !transposed ? 1.4 : 1.15);
+        }
+        std::printf("\n");
+      }
+  return failed;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
     const std::string what = argc > 1 ? argv[1] : "numerics";
-    return (what == "traffic" ? traffic() : numerics(what == "quick")) ? 1 : 0;
+    const int failed = what == "traffic"     ? traffic()
+                       : what == "conflicts" ? conflicts()
+                                             : numerics(what == "quick");
+    return failed ? 1 : 0;
   } catch (const emulator::Error& error) {
     std::printf("%s\n", error.what());
     return 1;
