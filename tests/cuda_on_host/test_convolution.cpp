@@ -1,6 +1,6 @@
 // The forward and the input gradient on the host's emulator, against plain loops in double
 // precision.
-//   test_convolution numerics|faults|traffic
+//   test_convolution numerics|faults|traffic|conflicts
 #include "../../csrc/cuda/convolution_plan.h"
 
 #if defined(ONE_TYPE)  // four seconds less to compile for each of the others
@@ -431,6 +431,30 @@ void traffic() {
     }
 }
 
+// Conflicts of banks: while weights are assembled, as in test_wide.cpp, which is most of a march of
+// one row; and in the steady march of the input gradient of stride 2.
+void conflicts() {
+  const auto without = [](const Case& c) {
+    const emulator::Counters counted = check(c, any_plan).counted;
+    for (emulator::Kind kind : {emulator::shared_read, emulator::shared_write, emulator::copy}) {
+      const emulator::Traffic& of = counted.of[kind];
+      const double ratio = static_cast<double>(of.units) / static_cast<double>(of.least);
+      printf("  %d: %.2f times the wavefronts without conflicts, %llu\n", kind, ratio,
+             static_cast<unsigned long long>(of.units));
+      expect(ratio <= (kind == emulator::copy ? 1.15 : 1.05),
+             label(c) + ": bank conflicts, " + std::to_string(ratio));
+    }
+  };
+  constexpr Type bf16 = Type::bfloat16, f32 = Type::float32;
+  const Device device{90, 1, 227 * 1024};
+  for (bool transposed : {false, true}) {
+    without({bf16, bf16, 1, 64, 64, 1, 8, 1, {1, 4, 16, 32, 64}, transposed, device});
+    without({f32, f32, 1, 64, 64, 1, 8, 1, {1, 4, 16, 32}, transposed, device});
+  }
+  for (int channels : {32, 64})
+    without({bf16, bf16, 1, channels, channels, 40, 112, 2, {16}, true, device});
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -439,6 +463,8 @@ int main(int argc, char** argv) {
     numerics();
   else if (what == "traffic")
     traffic();
+  else if (what == "conflicts")
+    conflicts();
   else if (what == "faults")
     faults();
   else

@@ -28,6 +28,14 @@ def test_traffic(program: Compile) -> None:
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
+@pytest.mark.build
+def test_conflicts(program: Compile) -> None:
+    """Shared memory, while weights are assembled and in the input gradient of stride 2: within 1.05
+    times the wavefronts of no conflicts of banks, copies 1.15."""
+    finished = run(program("test_convolution.cpp", "-O2", "-Wno-array-bounds"), "conflicts")
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+
+
 STEP = "barrier(1 + place.team, team_threads);\n    "
 STORE = (
     "store_previous(step);\n"

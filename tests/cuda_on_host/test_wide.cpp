@@ -170,8 +170,9 @@ int conflicts() {
           std::printf(" %s %llu wavefronts of %llu instructions, %.2f times the least", names[kind],
                       static_cast<unsigned long long>(of.units),
                       static_cast<unsigned long long>(of.instructions), ratio);
-          failed +=
-              ratio > (kind == emulator::shared_write && size == 32 && !transposed ? 1.4 : 1.15);
+          failed += ratio > (kind == emulator::copy                                        ? 1.15
+                             : kind == emulator::shared_write && size == 32 && !transposed ? 1.4
+                                                                                           : 1.05);
         }
         std::printf("\n");
       }

@@ -26,8 +26,8 @@ def test_traffic(program: Compile) -> None:
 
 
 def test_conflicts(program: Compile) -> None:
-    """Shared memory while weights are assembled: within 1.15 times the wavefronts of no conflicts
-    of banks, forward's writes at groups of 32 within 1.4."""
+    """Shared memory, nearly all of it while weights are assembled: within 1.05 times the wavefronts
+    of no conflicts of banks, copies 1.15, forward's writes at groups of 32 1.4."""
     finished = run(program("test_wide.cpp", "-O2"), "conflicts")
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
