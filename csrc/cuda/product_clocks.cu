@@ -10,7 +10,14 @@ namespace gross::cuda {
 namespace {
 
 using S = WideShape<Type::bfloat16, 4, 8>;
-constexpr int batch = 36, batches = 64;  // products as of a step, and steps
+constexpr int batch = 36;  // products of a step
+#if defined(__CUDACC__)
+constexpr int batches = 64;
+#else
+constexpr int batches = 1;
+#endif
+
+constexpr int team_bytes = round_up(S::unit_bytes, 128), shared_bytes = S::teams * team_bytes + 128;
 
 // clocks[block]: of one product of m64n64k16, as a multiprocessor delivers them to `S::teams`.
 GROSS_KERNEL GROSS_BOUNDS(S::threads) time_products(float* clocks, int offset) {
@@ -18,13 +25,12 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) time_products(float* clocks, int offset) {
   __trap();  // product_clocks() never chooses another architecture
 #else
   const int thread = thread_index(), team = uniform(thread / warpgroup_threads);
-  const uint32_t units = shared_base(), bytes = S::teams * S::unit_bytes + 128;
-  for (uint32_t at = thread * 16; at < bytes; at += S::threads * 16)
-    store_shared_128(units + at, {0, 0, 0, 0}, true);
+  const uint32_t units = shared_base();
+  for (int first = 0; first < shared_bytes; first += S::threads * 16)
+    store_shared_128(units + first + thread * 16, {0, 0, 0, 0}, first + thread * 16 < shared_bytes);
   fence_for_matrix_units();
   barrier(0, S::threads);
-  const uint64_t b =
-      matrix_descriptor(units + team * (S::unit_bytes / 128 * 128) + offset, S::plane);
+  const uint64_t b = matrix_descriptor(units + team * team_bytes + offset, S::plane);
   float sum[S::atoms][4] = {};
   const uint32_t a[4] = {keep(0), keep(0), keep(0), keep(0)};
   const uint32_t begin = clock_now();
@@ -52,7 +58,7 @@ int product_clocks(int offset, float* clocks, const Device& device, Stream strea
   emulator::forget_allocations();
   emulator::allow(clocks, device.multiprocessors * sizeof(float), true);
 #endif
-  const Grid grid{device.multiprocessors, 1, S::threads, S::teams * S::unit_bytes + 128};
+  const Grid grid{device.multiprocessors, 1, S::threads, shared_bytes};
   return launch<&time_products>(grid, device, stream, clocks, offset);
 }
 
