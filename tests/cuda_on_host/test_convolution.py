@@ -212,6 +212,8 @@ FAULTS = {
         "out of range",
     ),
 }
+
+
 @pytest.mark.build
 def test_cases_of_faults(program: Compile) -> None:
     """Without a fault they pass."""
