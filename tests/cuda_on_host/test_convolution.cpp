@@ -24,6 +24,7 @@ int launch_march<Type::float32>(const Plan&, const Device&, Stream) {
 #include "../../csrc/cuda/wide.cu"
 
 #include <cmath>
+#include <thread>
 
 using namespace gross::cuda;
 
@@ -282,8 +283,35 @@ void refusals() {
   expect(!served(f32, f32, 64, 64, 64, 1, large), "eight products in k");
 }
 
+// Several threads ask for plans of the same kinds: each kind is planned once, and every answer is
+// its own.
+void plans_are_made_once() {
+  Plans<int64_t> plans;
+  std::atomic<int> made{0}, wrong{0};
+  constexpr int kinds = 500, rounds = 4;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; t++)
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kinds * rounds; i++) {
+        Job job{};
+        job.geometry.in_w = (i * 7 + t) % kinds;
+        int64_t plan = -1;
+        plans.get(plan, job, [&](int64_t& to) {
+          made++;
+          to = job.geometry.in_w;
+          return true;
+        });
+        if (plan != job.geometry.in_w) wrong++;
+      }
+    });
+  for (std::thread& each : threads) each.join();
+  expect(made == kinds && wrong == 0,
+         "plans: " + std::to_string(made) + " made, " + std::to_string(wrong) + " wrong");
+}
+
 void numerics() {
   refusals();
+  plans_are_made_once();
   constexpr Type f16 = Type::float16, bf16 = Type::bfloat16, f32 = Type::float32;
   const std::vector<int> to8{2, 8}, to16{1, 2, 4, 8, 16}, to32{1, 4, 8, 16, 32},
       to64{4, 16, 32, 64};
