@@ -109,7 +109,7 @@ double estimate(const Plan& plan, Type type, const Device& device, double prolog
                        (line >= 128  ? 1
                         : line >= 64 ? 1.1
                                      : 1.4) /
-                       memory_bytes_a_clock;
+                       (memory_bytes_a_clock * device.multiprocessors);
   const double latency = t.teams == 1 ? 1.5 : t.teams == 2 ? 1.1 : 1;
   return side_by_side({products, issue, shared, moved}) * latency + waves * prologue +
          (8 - t.stages) * 50;

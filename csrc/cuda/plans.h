@@ -33,9 +33,9 @@ double rows_read(int images, int bundle_images, int bundles, int height, int64_t
   return rows;
 }
 
-// The model, of an H200 and not measured: memory delivers 18.6 bytes a clock to each of 132
-// multiprocessors, shared memory moves 128, and what runs side by side overlaps in part.
-constexpr double memory_bytes_a_clock = 18.6 * 132, shared_bytes_a_clock = 128;
+// The model, of an H200 and not measured: memory delivers 18.6 bytes a clock to each
+// multiprocessor, shared memory moves 128, and what runs side by side overlaps in part.
+constexpr double memory_bytes_a_clock = 18.6, shared_bytes_a_clock = 128;
 
 inline double side_by_side(std::initializer_list<double> clocks) {
   double sum = 0;

@@ -122,7 +122,7 @@ std::vector<WeightGradPlan> divide_rows(WeightGradPlan plan, int stride, const D
         const double moved =
             steps * (bytes > step_bytes ? bytes : step_bytes) * waves * device.multiprocessors +
             2 * blocks * sums;
-        plan.clocks = moved / memory_bytes_a_clock;
+        plan.clocks = moved / (memory_bytes_a_clock * device.multiprocessors);
         plan.blocks = blocks;
         p.teams = teams;
         p.unit = unit;

@@ -47,8 +47,8 @@ double estimate(const WidePlan& plan, const Device& device) {
       shared_bytes_a_clock;
   const double issue = steps * 4 * 290 / 4;
   const double written = 16.0 * p.images * p.destination_image;
-  const double moved =
-      (read_bytes(plan) + written) * (S::block < 64 ? 1.1 : 1) / memory_bytes_a_clock;
+  const double moved = (read_bytes(plan) + written) * (S::block < 64 ? 1.1 : 1) /
+                       (memory_bytes_a_clock * device.multiprocessors);
   const int outputs = p.transposed ? S::block : S::tiles * tile_channels;
   return side_by_side({products, shared, issue, moved}) * (S::teams == 2 ? 1.1 : 1) +
          waves * prologue_clocks(Assembly<S::type, S::steps>::raw_bytes(p.terms, p.transposed),
