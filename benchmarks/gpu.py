@@ -1,22 +1,27 @@
-"""The grouped convolution on a GPU, as dispatch serves it, beside the Triton kernels, cuDNN, expand
-+ sum + cuDNN, and beside a copy of what must move: ``python -m benchmarks.gpu FOLDER`` writes
-gpu.json, gpu.md and, where matplotlib is installed, a plot.
+"""What there is to measure on a GPU, part by part: ``python -m benchmarks.gpu FOLDER --part PART``
+adds its entries to FOLDER's gpu.json and gpu.md.
 
-16-bit, channels-last, every call below autograd and from a cold second-level cache. Needs torch,
-Triton and pytest-benchmark alone; the shapes are those of ``shapes.cores()`` at the widths that are
-powers of two."""
+``kernels``: the grouped convolution as dispatch serves it, beside the Triton kernels, cuDNN, expand
++ sum + cuDNN, and a copy of what must move, with the plan that ran; 16-bit, channels-last, every
+call below autograd and from a cold second-level cache, on those shapes of ``shapes.cores()`` whose
+widths are powers of two. ``networks``: see ``gpu_networks``. ``sweep`` and ``profile``: see
+``gpu_plans``. Needs torch, Triton and pytest-benchmark alone.
+
+A run whose device was lost, or that hung, ends with status 3; the same command in a new process
+goes on after the entry that did it."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,80 +32,17 @@ from gross_kernels.dispatch import BACKENDS, serving
 from gross_kernels.geometry import Geometry
 from gross_kernels.series import Series, convolution_macs, restrict, sum_terms
 
-from .measure import Call, check_close, machine, median, time_call
-
-
-class Shape(NamedTuple):
-    """A square 3×3 convolution with padding 1: images, channels, size of its input, stride."""
-
-    batch: int
-    channels: int
-    size: int
-    stride: int = 1
-
-    @property
-    def label(self) -> str:
-        """As in ``shapes``: "64@56", "64@56/2"."""
-        return f"{self.channels}@{self.size}" + (f"/{self.stride}" if self.stride > 1 else "")
-
-
-#: The most telling first: a run that is short of time leaves out the last.
-SHAPES = (
-    *(Shape(128, 64, 56), Shape(128, 128, 28), Shape(128, 256, 14), Shape(128, 512, 7)),
-    *(
-        Shape(128, 64, 56, 2),
-        Shape(256, 64, 32),
-        Shape(256, 256, 8),
-        Shape(128, 128, 56),
-        Shape(128, 64, 112),
-    ),
-    *(
-        Shape(128, 256, 28),
-        Shape(128, 512, 14),
-        Shape(256, 512, 4),
-        Shape(128, 256, 14, 2),
-        Shape(256, 64, 16),
-    ),
-    *(
-        Shape(128, 128, 28, 2),
-        Shape(256, 128, 16),
-        Shape(256, 128, 8),
-        Shape(256, 256, 4),
-        Shape(128, 64, 224),
-    ),
-)
-#: The paper's group sizes, and the largest that the CUDA kernels serve.
-SIZES = (1, 4, 16, 32, 64)
-#: As the backends' functions are called.
-OPERATIONS = {
-    "forward": "forward",
-    "input gradient": "input_grad",
-    "weight gradient": "weight_grad",
-}
-#: What the CUDA kernels are meant to reach: least fraction of the copy's speed for groups of up to
-#: 16, of 32 and of 64, on maps of 56 and larger and on smaller ones.
-AIMS = {
-    "forward": {16: (0.88, 0.8), 32: (0.75, 0.65), 64: (0.58, 0.48)},
-    "input gradient": {16: (0.88, 0.8), 32: (0.75, 0.65), 64: (0.58, 0.48)},
-    "weight gradient": {16: (0.75, 0.75), 32: (0.6, 0.6), 64: (0.4, 0.4)},
-}
-LARGE = 56
-
-
-def sizes(shape: Shape) -> tuple[int, ...]:
-    """The group sizes that a shape can have."""
-    return tuple(s for s in SIZES if s <= shape.channels)
-
-
-def aim(size: int, group_size: int, operation: str) -> float:
-    """What is to be reached on maps of a size."""
-    return AIMS[operation][max(16, group_size)][size < LARGE]
+from . import gpu_networks, gpu_plans, gpu_report
+from .gpu_cases import OPERATIONS, SHAPES, SIZES, TINY, Shape, sizes
+from .gpu_results import Entry, Results, described
+from .measure import Call, check_close, machine, median, rates, time_call
 
 
 def calls(
     shape: Shape, active: int, operation: str, dtype: torch.dtype, device: str
-) -> dict[str, Call]:
-    """Ours, its definition, and what it is compared with."""
+) -> tuple[str, dict[str, Call]]:
+    """The backend that serves a case, and the calls: ours, its definition, what it is compared
+    with."""
     geometry = Geometry((shape.stride,) * 2, (1, 1))
     size = geometry.output_size((shape.size,) * 2, (3, 3))
     shapes = (
@@ -157,15 +99,38 @@ def calls(
         function = getattr(BACKENDS["triton"], OPERATIONS[operation])
         return function(*arguments) if operation == "forward" else function(grad, *arguments)
 
+    def with_set(name: str, value: Any, otherwise: Any) -> Call:
+        """Ours, while the CUDA library is told something."""
+        tell = getattr(torch.ops.gross_cuda, name)
+
+        def call() -> Any:
+            tell(value)
+            try:
+                return ours()
+            finally:
+                tell(otherwise)
+
+        return call
+
     chosen = serving(OPERATIONS[operation], input, series, geometry)
+    variants: dict[str, Call] = {}
+    if chosen is BACKENDS["cuda"]:
+        if "triton" in BACKENDS:
+            variants["Triton"] = triton
+        if operation == "weight gradient":
+            variants |= {"first pass": with_set("set_passes", 1, 3)}
+            variants |= {"second pass": with_set("set_passes", 2, 3)}
+        elif SIZES[active - 1] >= 32:
+            variants["without warpgroups"] = with_set("set_warpgroups", False, True)
     # As many bytes read and written together as input and output have.
     half = torch.empty((input.nbytes + grad.nbytes) // 2, device=device, dtype=torch.uint8)
     target = torch.empty_like(half)
     contiguous = [tensor.contiguous() for tensor in (input, grad)]
-    return {
+    by = next(name for name, backend in BACKENDS.items() if backend is chosen)
+    return by, {
         "ours": ours,
         "definition": definition,
-        **({"Triton": triton} if chosen is BACKENDS["cuda"] and "triton" in BACKENDS else {}),
+        **variants,
         "cuDNN channels-last": partial(cudnn, weight.contiguous(memory_format=torch.channels_last)),
         "cuDNN contiguous": partial(cudnn, weight, *contiguous),
         "expand + sum + cuDNN": materialised,
@@ -173,23 +138,50 @@ def calls(
     }
 
 
+@contextlib.contextmanager
+def without_search() -> Iterator[None]:
+    """Within, cuDNN takes its first algorithm: of float32 and grouped convolutions it would try all
+    for seconds."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def measure(
     shape: Shape, active: int, operation: str, dtype: torch.dtype, device: str, rounds: int
-) -> dict[str, Any]:
-    """One entry: medians in milliseconds and, pairwise, how many times as fast ours is; checked
-    against the definition first."""
-    each = calls(shape, active, operation, dtype, device)
-    definition = each.pop("definition")
-    check_close(each["ours"](), definition())
-    del definition
-    if "Triton" in each:
-        check_close(each["ours"](), each["Triton"]())
-    for call in each.values():
-        call()
-    first = {name: time_call(call) for name, call in each.items()}
+) -> Entry:
+    """What is found of one case: medians in milliseconds and, pairwise, how many times as fast ours
+    is. Checked against the definition first; with wrong values, or without a rival that fails, it
+    is measured all the same, and "error" says so."""
+    by, each = calls(shape, active, operation, dtype, device)
+    errors = []
+    with without_search():
+        expected = each.pop("definition")()
+    for name in ("ours", "Triton"):
+        if name in each:
+            try:
+                check_close(each[name](), expected)
+            except AssertionError as error:
+                errors.append(f"{name}: wrong values: {error}")
+    del expected
+    first: dict[str, float] = {}
+    for name, call in list(each.items()):
+        try:
+            call()
+            first[name] = time_call(call)
+        except Exception as error:
+            if name == "ours":
+                raise
+            errors.append(f"{name}: {described(error)}")
+            del each[name]
+            synchronise(device)
     # The slower of two layouts is not what a user would run.
-    slower = max((name for name in first if name.startswith("cuDNN")), key=first.__getitem__)
-    del each[slower]
+    layouts = [name for name in first if name.startswith("cuDNN")]
+    if len(layouts) == 2:
+        del each[max(layouts, key=first.__getitem__)]
     seconds: dict[str, list[float]] = {name: [] for name in each}
     for _ in range(rounds):
         for name, call in each.items():
@@ -201,21 +193,33 @@ def measure(
     }
     geometry = Geometry((shape.stride,) * 2, (1, 1))
     size = geometry.output_size((shape.size,) * 2, (3, 3))
+    milliseconds = {names[name]: 1e3 * median(values) for name, values in seconds.items()}
+    macs = shape.batch * convolution_macs(shape.channels, SIZES[active - 1], (3, 3), size)
+    pixels = shape.size**2 + size[0] * size[1]
+    kept = [name for name in each if name.startswith("cuDNN")]
+    each["ours"]()
     return {
-        "shape": shape.label,
         "batch": shape.batch,
         "size": shape.size,
-        "group size": SIZES[active - 1],
-        "operation": operation,
         "dtype": str(dtype).removeprefix("torch."),
-        "macs": shape.batch * convolution_macs(shape.channels, SIZES[active - 1], (3, 3), size),
-        "milliseconds": {names[name]: 1e3 * median(values) for name, values in seconds.items()},
-        "cuDNN format": "contiguous" if slower.endswith("last") else "channels-last",
+        "macs": macs,
+        "milliseconds": milliseconds,
+        **rates(macs, shape.batch * shape.channels * pixels * dtype.itemsize, milliseconds["ours"]),
+        "cuDNN format": kept[0].removeprefix("cuDNN ") if kept else "none",
         "ratios": ratios,
+        "backend": by,
+        **({"plan": ran(operation)} if by == "cuda" else {}),
+        **({"error": "; ".join(errors)} if errors else {}),
     }
 
 
-def host_microseconds(device: str, repeats: int = 2000) -> float:
+def ran(operation: str) -> dict[str, Any] | None:
+    """The plan of the CUDA library that the last call of an operation ran."""
+    text = torch.ops.gross_cuda.ran(OPERATIONS[operation])
+    return json.loads(text) if text else None
+
+
+def host_microseconds(device: str, repeats: int) -> float:
     """Wall time of one forward call without gradients on a tiny tensor: what the host spends, as
     long as the GPU is faster."""
     input = torch.randn(1, 64, 4, 4, device=device, dtype=torch.bfloat16).contiguous(
@@ -224,7 +228,7 @@ def host_microseconds(device: str, repeats: int = 2000) -> float:
     terms = [torch.randn(64, s, 3, 3, device=device, dtype=torch.bfloat16) for s in SIZES[:4]]
     arguments = (input, terms, torch.tensor(2), None, (1, 1), (1, 1), (1, 1))
     with torch.inference_mode():
-        for _ in range(100):
+        for _ in range(min(100, repeats)):
             torch.ops.gross.series_conv2d(*arguments)
         synchronise(device)
         begin = time.perf_counter()
@@ -241,173 +245,139 @@ def synchronise(device: str) -> None:
 
 
 def run(
+    results: Results,
     shapes: Sequence[Shape],
     device: str,
     rounds: int,
     deadline: float,
     progress: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
-    """Entries, until the deadline (``time.monotonic``)."""
+) -> None:
+    """The part "kernels", until the deadline (``time.monotonic``)."""
     for shape in shapes:
         for active in range(1, len(sizes(shape)) + 1):
             for operation in OPERATIONS:
+                label = {
+                    "shape": shape.label,
+                    "group size": SIZES[active - 1],
+                    "operation": operation,
+                }
                 if time.monotonic() > deadline:
                     begin = f"{shape.label}, group size {SIZES[active - 1]}"
                     progress(f"out of time: everything from {begin} is left out")
                     return
                 with torch.inference_mode():
-                    yield measure(shape, active, operation, torch.bfloat16, device, rounds)
+                    results.add(
+                        "kernels",
+                        label,
+                        partial(measure, shape, active, operation, torch.bfloat16, device, rounds),
+                    )
         progress(f"{shape.label} done")
 
 
-def markdown(entries: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The comparison table: by operation, size of maps and group size, then every entry."""
-    rivals = ("Triton", "cuDNN", "expand + sum + cuDNN")
-    lines = [
-        "# Grouped convolution over a series",
-        "",
-        *(f"- {name}: {value}" for name, value in facts.items()),
-        "- bfloat16, channels-last, cold second-level cache, medians of interleaved calls",
-        "",
-        "Times as fast: geometric mean / minimum over shapes. "
-        "Of a copy: median fraction / minimum.",
-        "",
-        *row(
-            "operation",
-            "maps",
-            "group size",
-            "shapes",
-            "of a copy",
-            "aim",
-            *(f"vs {rival}" for rival in rivals),
-        ),
-        *row(*["---"] * 9),
-    ]
-    for operation in OPERATIONS:
-        for maps, large in ((f"{LARGE} and larger", True), ("smaller", False)):
-            for size in SIZES:
-                kind = (operation, size, large)
-                some = [
-                    e["ratios"]
-                    for e in entries
-                    if (e["operation"], e["group size"], e["size"] >= LARGE) == kind
-                ]
-                if some:
-                    copies = [ratios["copy"] for ratios in some]
-                    of_copy = f"{median(copies):.2f} / {min(copies):.2f}"
-                    means = [
-                        spread([ratios[rival] for ratios in some if rival in ratios])
-                        for rival in rivals
-                    ]
-                    wanted = f"{aim(LARGE if large else 0, size, operation):.2f}"
-                    lines += row(
-                        operation, maps, str(size), str(len(some)), of_copy, wanted, *means
-                    )
-    lines += [
-        "",
-        *row(
-            "shape",
-            "group size",
-            "operation",
-            "ms",
-            "of a copy",
-            *(f"vs {rival}" for rival in rivals),
-        ),
-    ]
-    lines += row(*["---"] * 8)
-    for e in entries:
-        ratios = {name: f"{ratio:.2f}" for name, ratio in e["ratios"].items()}
-        lines += row(
-            e["shape"],
-            str(e["group size"]),
-            e["operation"],
-            f"{e['milliseconds']['ours']:.3f}",
-            ratios["copy"],
-            ratios.get("Triton", "–"),
-            f"{ratios['cuDNN']} ({e['cuDNN format']})",
-            ratios["expand + sum + cuDNN"],
-        )
-    return "\n".join(lines) + "\n"
-
-
-def row(*cells: str) -> list[str]:
-    return [f"| {' | '.join(cells)} |"]
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.geometric_mean(values):.2f} / {min(values):.2f}" if values else "–"
-
-
-def plot(entries: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Fraction of a copy's speed by shape and group size; False where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(16, 10), layout="tight")
-    labels = list(dict.fromkeys(e["shape"] for e in entries))
-    for axis, operation in zip(figure.subplots(len(OPERATIONS), 1), OPERATIONS, strict=True):
-        for i, size in enumerate(SIZES):
-            some = {
-                e["shape"]: e["ratios"]
-                for e in entries
-                if (e["operation"], e["group size"]) == (operation, size)
-            }
-            places = [labels.index(label) + 0.16 * i for label in some]
-            axis.bar(
-                places,
-                [ratios["copy"] for ratios in some.values()],
-                0.15,
-                label=f"groups of {size}",
-            )
-            cudnn = [ratios["copy"] / ratios["cuDNN"] for ratios in some.values()]
-            axis.plot(places, cudnn, "k_", label="cuDNN" if i == 0 else None)
-        axis.axhline(aim(LARGE, 16, operation), color="k", linestyle="--", linewidth=0.5)
-        axis.set_title(f"{operation}: fraction of a copy's speed")
-        axis.set_xticks([x + 0.32 for x in range(len(labels))], labels)
-    axis.legend(ncols=6)
-    figure.savefig(path, dpi=80)
-    return True
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--part", choices=PARTS, default="kernels", help="(default: kernels)")
     parser.add_argument(
-        "--seconds", type=float, default=240, help="leave out what does not fit (default: 240)"
+        "--seconds", type=float, default=150, help="leave out what does not fit (default: 150)"
     )
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (default: 15)")
+    parser.add_argument(
+        "--dry",
+        action="store_true",
+        help="tiny shapes on a CPU that plays a GPU: shows that every line runs, measures nothing",
+    )
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.dry:
+        import host_device
+
+        host_device.play()
+    elif not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: no GPU is available to torch; this measures GPUs alone")
     torch.backends.cudnn.benchmark = True
-    write(options.folder, SHAPES, "cuda", options.rounds, time.monotonic() + options.seconds)
+    end = time.monotonic() + options.seconds
+    device, rounds = ("cpu", 1) if options.dry else ("cuda", options.rounds)
+    results = Results(options.folder, gpu_report.markdown, partial(synchronise, device))
+    measured = PARTS[options.part]
+    if measured is None:
+        if not options.dry:
+            parser.error("--part faults: accepted with --dry alone")
+        faults(results)
+    else:
+        measured(results, device, rounds, end)
+    if options.part == "kernels" and not gpu_report.plot(
+        results.parts.get("kernels", []), options.folder / "gpu.png"
+    ):
+        print("gpu.png is left out: matplotlib is not installed")
 
 
-def write(folder: Path, shapes: Sequence[Shape], device: str, rounds: int, deadline: float) -> None:
-    """Measure, and write gpu.json, gpu.md and gpu.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+def kernels(results: Results, device: str, rounds: int, deadline: float) -> None:
+    """Facts of the run, and the part "kernels"."""
     sample = torch.empty(1, 64, 8, 8, device=device, dtype=torch.bfloat16).to(
         memory_format=torch.channels_last
     )
-    facts = machine() | {
-        "backend": explain(
-            sample, [torch.empty(64, 4, 3, 3, device=device, dtype=torch.bfloat16)], padding=1
-        ),
-        "host microseconds for a forward call (aim: 15)": round(host_microseconds(device), 1),
-        "CPU kernels": "loaded" if ops.load_error is None else "not loaded",
-    }
-    entries: list[dict[str, Any]] = []
-    for entry in run(shapes, device, rounds, deadline, print):
-        entries.append(entry)
-        # After every entry, so that a run that is cut short leaves what it has.
-        (folder / "gpu.json").write_text(json.dumps({"facts": facts, "entries": entries}, indent=1))
-    if not entries:
-        sys.exit("benchmarks.gpu: no time for a single entry")
-    (folder / "gpu.md").write_text(markdown(entries, facts))
-    if not plot(entries, folder / "gpu.png"):
-        print("gpu.png is left out: matplotlib is not installed")
-    print((folder / "gpu.md").read_text())
+    term = torch.empty(64, 4, 3, 3, device=device, dtype=torch.bfloat16)
+    results.state(
+        machine()
+        | clocks()
+        | {
+            "backend": explain(sample, [term], padding=1),
+            "CPU kernels": "loaded" if ops.load_error is None else "not loaded",
+        }
+    )
+    results.add(
+        "host",
+        {"call": "forward"},
+        lambda: {"microseconds": host_microseconds(device, 2000 if device == "cuda" else 2)},
+    )
+    run(results, SHAPES if device == "cuda" else TINY, device, rounds, deadline, print)
+
+
+def clocks() -> dict[str, str]:
+    """Clocks and driver as the driver says them; nothing where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem"]
+    try:
+        found = subprocess.run(
+            [*command, "--format=csv,noheader"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {"driver, clocks now, at most, of memory": found.stdout.strip()}
+
+
+def faults(results: Results) -> None:
+    """What a card may do to a measurement, one entry each. The last two end the process."""
+
+    def raises() -> Entry:
+        raise RuntimeError("no kernel image is available")
+
+    def is_lost() -> Entry:
+        def synchronise() -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        results.synchronise = synchronise
+        return {"milliseconds": 1.0}
+
+    def hangs() -> Entry:
+        time.sleep(60)
+        return {}
+
+    results.longest = 1.0
+    results.add("faults", {"fault": "raises"}, raises)
+    results.add("faults", {"fault": "loses the device"}, is_lost)
+    results.add("faults", {"fault": "hangs"}, hangs)
+    results.add("faults", {"fault": "none"}, lambda: {})
+
+
+PARTS: dict[str, Callable[[Results, str, int, float], None] | None] = {
+    "kernels": kernels,
+    "networks": gpu_networks.networks,
+    "sweep": gpu_plans.sweep,
+    "profile": gpu_plans.profile,
+    "faults": None,
+}
 
 
 if __name__ == "__main__":

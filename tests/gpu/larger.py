@@ -1,6 +1,13 @@
-"""Calls of the sizes that matter on a GPU."""
+"""Calls of the sizes that matter on a GPU; tiny ones of the same kinds where a CPU plays it."""
+
+import os
+from dataclasses import replace
 
 from case import Case
+
+#: Whether a CPU plays the card (host_device.py).
+DRY = os.environ.get("GROSS_CHECK_DRY") == "1"
+DEVICE = "cpu" if DRY else "cuda"
 
 COMMON = {"kernel_size": (3, 3), "padding": (1, 1), "channels_last": True}
 POWERS = (1, 4, 16, 32, 64)
@@ -14,4 +21,15 @@ LARGER = {
         4, 32, 32, (2, 8), (3, 3), (30, 29), padding=(1, 1), active=2, gated=True
     ),
 }
+if DRY:
+    LARGER = {
+        name: replace(
+            case,
+            batch=1,
+            in_channels=min(64, case.in_channels),
+            out_channels=min(64, case.out_channels),
+            size=(4, 5),
+        )
+        for name, case in LARGER.items()
+    }
 TYPICAL = LARGER["64@56"]
