@@ -254,7 +254,8 @@ def run(
 ) -> None:
     """The part "kernels", until the deadline (``time.monotonic``)."""
     for shape in shapes:
-        for active in range(1, len(sizes(shape)) + 1):
+        count = len(sizes(shape))
+        for active in range(1, count + 1) if device == "cuda" else {1, count}:
             for operation in OPERATIONS:
                 label = {
                     "shape": shape.label,

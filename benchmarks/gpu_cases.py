@@ -53,7 +53,7 @@ OPERATIONS = {
     "weight gradient": "weight_grad",
 }
 #: What stands for them where a CPU plays the card.
-TINY = (Shape(1, 32, 4), Shape(1, 16, 6, 2))
+TINY = (Shape(1, 32, 3), Shape(1, 16, 4, 2))
 
 
 def sizes(shape: Shape) -> tuple[int, ...]:

@@ -114,8 +114,8 @@ def measured(
     """Milliseconds of a forward pass, launched call by call and as a graph."""
     images = torch.randn(*shape, device=device, dtype=torch.bfloat16)
     images = images.contiguous(memory_format=torch.channels_last)
+    network = way.make(net())
     with torch.inference_mode():
-        network = way.make(net())
         run = partial(network, images)
         expected = run()
         replay, output = captured(run)

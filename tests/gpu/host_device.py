@@ -197,6 +197,8 @@ def play() -> None:
     import host_library
     import interpreter  # noqa: F401  makes Triton's as exact as a GPU
 
+    from gross import devices
+
     from gross_kernels import dispatch, ops
     from gross_kernels.backends import cuda, triton
     from gross_kernels.call import Call
@@ -219,6 +221,7 @@ def play() -> None:
     dispatch.PREFERENCE["cpu"] = dispatch.PREFERENCE["cuda"]
     # Layers run as they do on a GPU, by the functions that ask dispatch.
     dispatch._fused = False
+    devices.ASYNCHRONOUS.add("cpu")
     for name, function in {
         "series_conv2d": ops._cuda_forward,
         "series_conv2d_backward": ops._cuda_backward,

@@ -105,6 +105,9 @@ Kernels = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")]
+Graphs = Annotated[
+    bool, typer.Option("--graphs", help="On a GPU, replay CUDA graphs: one launch a batch.")
+]
 
 
 @app.command("search")
@@ -175,6 +178,7 @@ def search_command(
     network: Network = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    graphs: Graphs = False,
     as_json: Json = False,
 ) -> None:
     """Find the best configuration of SUPERNET within a budget, by its accuracy on validation images
@@ -190,7 +194,7 @@ def search_command(
         check_output("--output", output)
         check_output("--journal", journal)
         net = _load(supernet, network, place)
-        wanted, size = _metric(metric, supernet, data, images)
+        wanted, size = _metric(metric, supernet, data, images, graphs)
         size = input_size or size or _known_size(supernet)
         table = None if latency is None else LatencyTable.load(latency)
         amounts = {
@@ -260,6 +264,7 @@ def evaluate_command(
     images: Images = None,
     network: Network = None,
     device: Device = "cpu",
+    graphs: Graphs = False,
     as_json: Json = False,
 ) -> None:
     """Accuracy of configurations of SUPERNET on the validation images, with their MACs.
@@ -274,7 +279,7 @@ def evaluate_command(
         ]
         chosen: list[tuple[int, ...]] = [tuple(c) for c in configuration or ()] or uniform
         wanted = list(product(*sizes)) if every else chosen
-        metric = Accuracy(split.validation, images=images)
+        metric = Accuracy(split.validation, images=images, graphs=graphs)
         with shown("evaluate", as_json) as bar:
             count = len(wanted)
             accuracies = evaluate(
@@ -349,6 +354,9 @@ def export_command(
     tune: Annotated[
         bool, typer.Option("--tune", help="Time how each layer can run, instead of predicting it.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where it is measured: cpu, cuda, cuda:1. The file fits any.")
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Write one configuration of SUPERNET as the network that is deployed, and measure it.
@@ -364,19 +372,22 @@ def export_command(
             raise typer.BadParameter(
                 f"got {output}, accepted is a .pt2 or .onnx file", param_hint="--output"
             )
-        net = _load(supernet, network, torch.device("cpu")).eval()
+        place, cpu = device_named(device), torch.device("cpu")
+        net = _load(supernet, network, cpu).eval()
         chosen = configuration or active_configuration(net)
         example = _example(supernet, input_size, batch)
         folded = export(net, chosen, example=example, kernels=False)
         fast = export(net, chosen, example=example, tune=tune)
         written = folded if plain or output.suffix == ".onnx" else fast
         save_program(written, example, output)
+        if place != cpu:
+            fast = export(net, chosen, example=example, tune=tune, device=place)
         candidates = {
-            "dense": dense_network(net, chosen),
-            "plain convolutions": folded,
+            "dense": dense_network(net, chosen).to(place),
+            "plain convolutions": folded.to(place),
             "gross's kernels": fast,
         }
-        rows = comparison(candidates, example)
+        rows = comparison(candidates, example.to(place))
         table = Table(*rows[0], box=SIMPLE_HEAD, title=f"{output}, batch {batch}")
         for row in rows:
             table.add_row(
@@ -442,6 +453,7 @@ def study_command(
     ] = None,
     network: Network = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Fine-tune random configurations individually, and see whether SUPERNET ranks them as their
@@ -462,10 +474,10 @@ def study_command(
                 highlight=False,
             )
 
-        cpu = torch.device("cpu")
+        place = device_named(device)
         found = study(
-            _load(supernet, network, cpu),
-            _load(decomposed, network, cpu),
+            _load(supernet, network, place),
+            _load(decomposed, network, place),
             split,
             Recipe.load(recipe).override(dict(map(parse, override or ()))),
             output,
@@ -505,12 +517,12 @@ def _base_name(data: str) -> str:
 
 
 def _metric(
-    name: str | None, supernet: Path, data: str, images: int | None
+    name: str | None, supernet: Path, data: str, images: int | None, graphs: bool
 ) -> tuple[Metric, tuple[int, ...] | None]:
     """What a search maximises, and the size of the images that it is measured on, if known."""
     if name is None:
         split = _data(data, supernet)
-        return Accuracy(split.validation, images=images), split.input_size
+        return Accuracy(split.validation, images=images, graphs=graphs), split.input_size
     if images is not None:
         raise typer.BadParameter("got a metric of your own beside it", param_hint="--images")
     return named(name, "--metric", "module:function, a function of the supernet"), None

@@ -12,6 +12,7 @@ from gross_kernels import GroSSConv2d, pack
 
 from ..arguments import check_flag, check_module
 from ..copying import copy_model, plain_name, unwrapped
+from ..devices import Graphed, check_device, check_graphs
 from ..supernet import check_configuration, decomposed_layers
 from ..supernet import configuration as active_configuration
 from . import graph
@@ -31,6 +32,8 @@ def export(
     example: Tensor | None = None,
     kernels: bool = True,
     tune: bool = False,
+    device: str | int | torch.device | None = None,
+    graphs: bool = False,
 ) -> nn.Module:
     """The network that one configuration of a supernet is, with nothing of the others in it, as
     fast as this package can run it.
@@ -54,6 +57,8 @@ def export(
             ``nn.Conv2d``, and the network needs PyTorch alone: ready for ONNX, and for training.
         tune: time how each layer can run on this machine and take the fastest, instead of
             predicting it.
+        device: where the network is to run, such as "cuda"; by default where the supernet is.
+        graphs: on a GPU, run as CUDA graphs, one for each shape of input (:class:`gross.Graphed`).
 
     Returns:
         A new network in evaluation mode, for inference.
@@ -61,12 +66,15 @@ def export(
     Raises:
         TypeError: if ``example`` is missing or no tensor.
         ValueError: if the configuration is not the supernet's, the example does not fit the
-            network, or something in the network cannot be copied.
+            network, something in the network cannot be copied, or the device is not there.
         RuntimeError: if the outputs for ``example`` differ by more than rounding.
     """
     layers = decomposed_layers(check_module("supernet", supernet))
     check_flag("kernels", kernels)
     check_flag("tune", tune)
+    place = check_device(device) or next((p.device for p in supernet.parameters()), None)
+    if place is not None:
+        check_graphs(graphs, place)
     if configuration is None:
         configuration = active_configuration(supernet)
     sizes = [layer.group_sizes for layer in layers.values()]
@@ -87,14 +95,14 @@ def export(
     }
     plain = copy_model(unwrapped(supernet), replaced, with_attributes=False).eval()
     vars(plain).pop("decomposition_report", None)
-    exported = plain.to(memory_format=torch.channels_last)
-    if kernels and example is not None:
+    exported = plain.to(place).to(memory_format=torch.channels_last)
+    if example is not None:
         expected = _output(supernet, configuration, example)
-        exported = _deployed(plain, example, tune)
+        example = example.to(place)
+        if kernels:
+            exported = _deployed(exported, example, tune)
         _compare(expected, exported, example)
-    elif example is not None:
-        _compare(_output(supernet, configuration, example), exported, example)
-    return exported
+    return Graphed(exported) if graphs else exported
 
 
 #: What computes something else in training.
@@ -203,6 +211,7 @@ def _compare(expected: object, exported: nn.Module, example: Tensor) -> None:
     for wanted, got in zip(tensors_of(expected), tensors_of(found), strict=True):
         if not wanted.is_floating_point():
             continue
+        wanted = wanted.to(got.device)
         error = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
         if not error <= tolerance and bool(wanted.isfinite().all()):
             raise RuntimeError(
