@@ -120,8 +120,11 @@ fi
 
 # The other tests' conftest needs packages that a GPU machine may lack. Hanging tests end their
 # process: a thread that waits for a kernel cannot be interrupted.
+longest=60
+# A CPU that plays the card may be a busy one.
+if $dry; then longest=300; fi
 pytest=("$python" -m pytest --confcutdir=tests/gpu -q -p no:cacheprovider --tb=short
-  --timeout=60 --timeout-method=thread)
+  --timeout="$longest" --timeout-method=thread)
 
 if $sanitize; then
   sanitizer=$(command -v compute-sanitizer || echo "$toolkit/compute-sanitizer")
@@ -158,7 +161,7 @@ run_tests() {
 }
 
 correctness=90 processes=6
-if $dry; then correctness=300 processes=1; fi
+if $dry; then correctness=900 processes=1; fi
 tests_begin=$SECONDS
 run_tests cuda "$correctness" "$processes" tests/gpu -k "not triton"
 left=$((correctness - (SECONDS - tests_begin)))
@@ -171,8 +174,10 @@ run_tests triton "$left" "$processes" tests/gpu -k triton
 # measure PART SECONDS: adds to gpu.json. Status 3 is a device that was lost or hung: what is left
 # goes on in a new process.
 measure() {
-  local part=$1 end=$((SECONDS + $2)) status=3
-  stage "$part" "$2"
+  local part=$1 seconds=$2 status=3
+  if $dry; then seconds=$((4 * seconds)); fi
+  local end=$((SECONDS + seconds))
+  stage "$part" "$seconds"
   local arguments=("$output" --part "$part")
   if $dry; then arguments+=(--dry); fi
   while [[ $status -eq 3 && $SECONDS -lt $end ]]; do

@@ -179,9 +179,11 @@ def unpack(archive: Path) -> None:
                 raise ValueError(f"{archive}: got {member.name!r}, accepted is folder/file")
             if path.name.startswith("__grp__"):
                 group = json.loads(content)
+                # A group that names a file which is not there counts for nothing.
                 group["child_paths"] = {
-                    name: str(path.parent / Path(child).name)
-                    for name, child in group["child_paths"].items()
+                    name: str(path.parent / name)
+                    for name in group["child_paths"]
+                    if name.endswith(NEEDED)
                 }
                 content = json.dumps(group).encode()
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -196,7 +196,6 @@ def play() -> None:
     """Make this process one with a card, for good."""
     import host_library
     import interpreter  # noqa: F401  makes Triton's as exact as a GPU
-
     from gross import devices
 
     from gross_kernels import dispatch, ops
@@ -211,13 +210,15 @@ def play() -> None:
     cuda.available = lambda: True
     cuda.load_error = None
     cuda.runs_on = lambda capability, architectures: True
-    describe, supports = Call.of.__func__, triton.supports
+    describe, supports, choose = Call.of.__func__, triton.supports, dispatch.choose
 
     def of(cls: type[Call], *arguments: Any) -> Call:
         return replace(describe(cls, *arguments), device="cuda", index=0)
 
     Call.of = classmethod(of)
     triton.supports = lambda call: supports(replace(call, device="cpu"))
+    # Only on a CPU is it asked within a compiled graph, which cannot trace the CUDA library.
+    dispatch.choose = lambda call: None if torch.compiler.is_compiling() else choose(call)
     dispatch.PREFERENCE["cpu"] = dispatch.PREFERENCE["cuda"]
     # Layers run as they do on a GPU, by the functions that ask dispatch.
     dispatch._fused = False

@@ -26,10 +26,14 @@ if DRY:
         name: replace(
             case,
             batch=1,
-            in_channels=min(64, case.in_channels),
-            out_channels=min(64, case.out_channels),
+            in_channels=16,
+            out_channels=16,
+            group_sizes=tuple(s for s in case.group_sizes if s <= 16),
+            active=min(case.active, 3),
             size=(4, 5),
         )
         for name, case in LARGER.items()
     }
 TYPICAL = LARGER["64@56"]
+#: Of a layer: channels in and out, and the shape of its input.
+WIDTHS, IMAGES = ((16, 16), (1, 16, 4, 4)) if DRY else ((64, 64), (4, 64, 14, 14))

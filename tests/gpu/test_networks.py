@@ -127,7 +127,9 @@ def test_exported_to_a_device() -> None:
         expected = model(images)
     exported = gross.export(model, example=images, device=DEVICE, graphs=True)
     for _ in range(3):
-        torch.testing.assert_close(exported(images.to(DEVICE)).cpu(), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            exported(images.to(DEVICE)).cpu(), expected, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.skipif(DRY, reason="a CPU's own values are there when they are asked for")
