@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +16,12 @@ from gross.evaluation import Accuracy, evaluate
 from gross.supernet import decomposed_layers, dense_network, set_configuration
 from torch import Tensor, nn
 
-from gross_kernels import GroSSConv2d
+from gross_kernels import GroSSConv2d, dispatch
 
 from .gpu_results import Entry, Results
 from .measure import check_close, median, time_call
 from .shapes import supernet
 
-#: Inference at 224×224, and one training step's batch would be.
 BATCH = 128
 GROUP_SIZES = (1, 4, 16, 32)
 #: Layers by name: in and out channels, size, stride.
@@ -37,22 +37,33 @@ NETWORKS = ("vgg16", "resnet18")
 IMAGES, CONFIGURATIONS = 10_000, 252
 
 
+#: What a layer may be forced to; "merged" is the dense convolution that its product is.
+WAYS: tuple[str, ...] = getattr(dispatch, "WAYS", ("parts",))
+
+
 @dataclass(frozen=True)
 class Way:
-    """One way to run a network: its name, the group size of every layer (None: dense), how it is
-    made from the supernet, and what is forced while it runs."""
+    """One way to run a network: its name ("dense", "as chosen", or one of :data:`WAYS`, then
+    forced), the group size of every layer (None: dense), and how it is made from the supernet."""
 
     name: str
     group_size: int | None
     make: Callable[[nn.Module], nn.Module]
 
+    def forced(self) -> AbstractContextManager[None]:
+        """Within, layers run this way."""
+        if self.name not in WAYS:
+            return nullcontext()
+        use_layer = getattr(dispatch, "use_layer", None)
+        return dispatch.use_fused(False) if use_layer is None else use_layer(self.name)
 
-def ways(net: nn.Module) -> Iterator[Way]:
-    """Dense, and the supernet at each group size as its layers choose."""
-    del net
+
+def ways() -> Iterator[Way]:
+    """Dense, and the supernet at each group size in every way."""
     yield Way("dense", None, dense_network)
     for size in (4, 16):
-        yield Way("as chosen", size, partial(at, size=size))
+        for name in ("as chosen", *WAYS):
+            yield Way(name, size, partial(at, size=size))
 
 
 def at(net: nn.Module, size: int) -> nn.Module:
@@ -79,7 +90,7 @@ def networks(results: Results, device: str, rounds: int, deadline: float) -> Non
                 )
             return made[0]
 
-        for way in ways(nn.Identity()):
+        for way in ways():
             label = {"what": name, "batch": shape[0], "way": way.name, "group size": way.group_size}
             work = partial(measured, net, way, shape, device, rounds)
             results.add("networks", label, work)
@@ -115,7 +126,7 @@ def measured(
     images = torch.randn(*shape, device=device, dtype=torch.bfloat16)
     images = images.contiguous(memory_format=torch.channels_last)
     network = way.make(net())
-    with torch.inference_mode():
+    with torch.inference_mode(), way.forced():
         run = partial(network, images)
         expected = run()
         replay, output = captured(run)

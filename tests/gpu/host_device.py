@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -192,6 +192,9 @@ DOUBLES = {
 }
 
 
+for_good = ExitStack()
+
+
 def play() -> None:
     """Make this process one with a card, for good."""
     import host_library
@@ -221,7 +224,7 @@ def play() -> None:
     dispatch.choose = lambda call: None if torch.compiler.is_compiling() else choose(call)
     dispatch.PREFERENCE["cpu"] = dispatch.PREFERENCE["cuda"]
     # Layers run as they do on a GPU, by the functions that ask dispatch.
-    dispatch._fused = False
+    for_good.enter_context(dispatch.use_fused(False))
     devices.ASYNCHRONOUS.add("cpu")
     for name, function in {
         "series_conv2d": ops._cuda_forward,
