@@ -166,8 +166,7 @@ tests_begin=$SECONDS
 run_tests cuda "$correctness" "$processes" tests/gpu -k "not triton"
 left=$((correctness - (SECONDS - tests_begin)))
 if [[ $left -lt 30 ]]; then left=30; fi
-# A first kernel that takes more than the look into Triton's cache is being compiled, and so are
-# 140 more.
+# Where the first kernel is compiled, 140 more will be.
 if ! $dry && ! "$python" scripts/fill_triton_cache.py --filled; then processes=8; fi
 run_tests triton "$left" "$processes" tests/gpu -k triton
 

@@ -38,8 +38,6 @@ sys.path[:0] = [
 ]
 #: What a launch needs of a compiled kernel; the rest is what it was compiled from.
 NEEDED = (".cubin", ".json")
-#: A first kernel that takes more seconds than this was compiled.
-FOUND = 0.1
 
 
 class Driver:
@@ -193,7 +191,9 @@ def unpack(archive: Path) -> None:
 
 
 def filled() -> bool:
-    """Whether the first kernel of the tests is in the cache of the card at hand."""
+    """Whether the first kernel of the tests is in the cache of the card at hand: none is added.
+
+    Its time would not say it: Triton builds its launchers with the C compiler, cache or not."""
     import torch
     from larger import LARGER
 
@@ -202,13 +202,13 @@ def filled() -> bool:
 
     case = LARGER["64@56"]
     input, terms, _, _ = case.tensors(torch.bfloat16, torch.float32, "cuda")
-    torch.cuda.synchronize()
+    before = len(list(cache().rglob("*.cubin")))
     begin = time.monotonic()
     triton.forward(input, Series(terms, case.active), case.geometry)
     torch.cuda.synchronize()
-    seconds = time.monotonic() - begin
-    print(f"first Triton kernel after {seconds:.2f} s")
-    return seconds < FOUND
+    added = len(list(cache().rglob("*.cubin"))) - before
+    print(f"first Triton kernel after {time.monotonic() - begin:.2f} s, {added} compiled")
+    return added == 0
 
 
 def main() -> None:
