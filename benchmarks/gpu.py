@@ -327,6 +327,7 @@ def kernels(results: Results, device: str, rounds: int, deadline: float) -> None
         | clocks()
         | {
             "backend": explain(sample, [term], padding=1),
+            **({} if device == "cuda" else {"measured": "nothing: a CPU played the card"}),
             "CPU kernels": "loaded" if ops.load_error is None else "not loaded",
         }
     )

@@ -57,10 +57,14 @@ def markdown(facts: Mapping[str, Any], parts: Mapping[str, Sequence[Entry]]) -> 
     return "\n".join(lines) + "\n"
 
 
+#: What says which entry it is.
+LABELS = ("shape", "what", "way", "group size", "operation", "configurations", "graphs")
+LABELS += ("call", "by", "fault")
+
+
 def named(entry: Entry) -> str:
-    """What an entry is about: everything that is text or a whole number."""
-    words = (str(v) for k, v in entry.items() if k != "error" and isinstance(v, str | int))
-    return ", ".join(words)
+    """What an entry is about."""
+    return ", ".join(str(entry[label]) for label in LABELS if label in entry)
 
 
 def kernels(entries: Sequence[Entry]) -> list[str]:

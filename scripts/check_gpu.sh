@@ -29,7 +29,8 @@ fail() {
   exit 1
 }
 
-usage="usage: scripts/check_gpu.sh [--prebuilt] [--dry] [--sanitize] [--triton-cache FILE] OUTPUT_DIR"
+usage="usage: scripts/check_gpu.sh [--prebuilt] [--dry] [--sanitize]"
+usage+=" [--triton-cache FILE] OUTPUT_DIR"
 prebuilt=false dry=false sanitize=false cache=
 while [[ "${1-}" == -* ]]; do
   case $1 in
