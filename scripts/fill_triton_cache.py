@@ -77,7 +77,7 @@ def work() -> Iterator[tuple[str, Callable[[], None]]]:
     from larger import LARGER, TYPICAL
     from packing import CASES
 
-    from benchmarks.gpu_cases import OPERATIONS, SHAPES, SIZES, sizes
+    from benchmarks.gpu.cases import OPERATIONS, SHAPES, SIZES, sizes
     from gross_kernels.backends import triton
     from gross_kernels.geometry import Geometry
     from gross_kernels.series import Series

@@ -158,22 +158,17 @@ def plans(
     """The plans among which a call chooses the one of the fewest estimated clocks, by their
     numbers; none where it is not served.
 
-    Parameters
-    ----------
-    operation : {"forward", "input_grad", "weight_grad"}
-    input : Tensor
-        The convolution's input, of which shape, dtype and device count.
-    device : sequence of int, optional
-        What ``torch.ops.gross_cuda.device`` says of a device: default the input's; with it, tensors
-        on "meta" serve.
+    Args:
+        operation: "forward", "input_grad" or "weight_grad".
+        input: of the convolution; its shape, dtype and device count.
+        device: what ``torch.ops.gross_cuda.device`` says of a device, by default of the input's;
+            with it tensors on "meta" serve.
 
-    Returns
-    -------
-    list of dict
-        "kernel"; the numbers of its tile ("steps", "atoms", "tiles", "teams", "stages", "columns",
-        "images"); "grid", "threads", "shared_bytes"; the model's "clocks" and, at 1.755 GHz,
-        "microseconds" (not measured); "read_bytes" and "written_bytes" of global memory, by the
-        plan, halos included and terms not; and which one is "chosen".
+    Returns:
+        of each plan "kernel"; the numbers of its tile ("steps", "atoms", "tiles", "teams",
+        "stages", "columns", "images"); "grid", "threads", "shared_bytes"; the model's "clocks" and,
+        at 1.755 GHz, "microseconds" (not measured); "read_bytes" and "written_bytes" of global
+        memory, by the plan, halos included and terms not; and whether it is "chosen".
     """
     terms = series.terms[: series.active]
     shape = (*input.shape, terms[0].shape[0])

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_plans, gpu_report, gpu_results, shapes
+from benchmarks import shapes
+from benchmarks.gpu import cases, kernels, plans, report, results
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,23 +24,23 @@ def test_shapes_are_the_papers() -> None:
     """Catches a label, batch or stride that drifts from the networks' own, and a wide core that is
     left out."""
     cores = {core.label: core for core in shapes.cores()}
-    for shape in gpu_cases.SHAPES:
+    for shape in cases.SHAPES:
         core = cores[shape.label]
         assert (core.kernel_size, core.padding) == ((3, 3), (1, 1))
         assert core.batch(torch.device("cuda")) == shape.batch
-        assert set(gpu_cases.SIZES[:-1]) <= set(core.group_sizes)
+        assert set(cases.SIZES[:-1]) <= set(core.group_sizes)
 
 
-def results(folder: Path, **options: Any) -> gpu_results.Results:
-    return gpu_results.Results(folder, gpu_report.markdown, **({"synchronise": int} | options))
+def into(folder: Path, **options: Any) -> results.Results:
+    return results.Results(folder, report.markdown, **({"synchronise": int} | options))
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run over two tiny shapes."""
     folder = tmp_path_factory.mktemp("gpu")
-    shapes = (gpu_cases.Shape(2, 32, 5), gpu_cases.Shape(1, 32, 6, 2))
-    gpu.run(results(folder), shapes, "cpu", 2, time.monotonic() + 600, print)
+    shapes = (cases.Shape(2, 32, 5), cases.Shape(1, 32, 6, 2))
+    kernels.run(into(folder), shapes, "cpu", 2, time.monotonic() + 600, print)
     return folder
 
 
@@ -53,7 +54,7 @@ def test_everything_is_measured_and_checked(written: Path) -> None:
     definition first."""
     entries = parts(written)["kernels"]
     # Where it is no GPU, the smallest and the largest size.
-    assert len(entries) == 2 * 2 * len(gpu_cases.OPERATIONS)
+    assert len(entries) == 2 * 2 * len(cases.OPERATIONS)
     assert all(
         set(e["ratios"]) == {"ours", "cuDNN", "expand + sum + cuDNN", "copy"} for e in entries
     )
@@ -78,19 +79,19 @@ def test_table(written: Path) -> None:
     made[0]["ratios"] = {"ours": 1.0, "copy": 0.3, "cuDNN": 0.5, "expand + sum + cuDNN": 2.0}
     assert (
         "| forward | 8 and smaller | 1 | 2 | 0.40 / 0.30 | 0.70 | – | 1.00 / 0.50 | 4.00 / 2.00 |"
-        in gpu_report.markdown({}, {"kernels": made})
+        in report.markdown({}, {"kernels": made})
     )
     made[0] |= {"size": 56, "ratios": made[0]["ratios"] | {"Triton": 1.5}}
     assert (
         "| forward | 56 and larger | 1 | 1 | 0.30 / 0.30 | 0.90 | 1.50 / 1.50 | 0.50"
-        in gpu_report.markdown({}, {"kernels": made})
+        in report.markdown({}, {"kernels": made})
     )
 
 
 def test_deadline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a run that goes on when its time is up, or that says nothing of what is missing."""
-    shapes = (gpu_cases.Shape(1, 32, 4),)
-    gpu.run(results(tmp_path), shapes, "cpu", 1, time.monotonic() - 1, print)
+    shapes = (cases.Shape(1, 32, 4),)
+    kernels.run(into(tmp_path), shapes, "cpu", 1, time.monotonic() - 1, print)
     assert "everything from 32@4, group size 1 is left out" in capsys.readouterr().out
 
 
@@ -98,9 +99,9 @@ def test_wrong_values_are_recorded_and_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a wrong kernel that ends the measurement, whose error is lost, or whose time is."""
-    monkeypatch.setattr(gpu.reference, "forward", lambda input, *rest: torch.zeros_like(input))
-    shapes = (gpu_cases.Shape(1, 32, 4),)
-    gpu.run(results(tmp_path), shapes, "cpu", 1, time.monotonic() + 60, print)
+    monkeypatch.setattr(kernels.reference, "forward", lambda input, *rest: torch.zeros_like(input))
+    shapes = (cases.Shape(1, 32, 4),)
+    kernels.run(into(tmp_path), shapes, "cpu", 1, time.monotonic() + 60, print)
     entries = parts(tmp_path)["kernels"]
     wrong = [e for e in entries if "error" in e]
     assert {e["operation"] for e in wrong} == {"forward"}
@@ -117,16 +118,16 @@ def test_a_lost_device_ends_the_process_and_not_the_run(tmp_path: Path) -> None:
     def lost() -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    first = results(tmp_path)
+    first = into(tmp_path)
     first.add("kernels", {"shape": "a"}, dict)
     first.synchronise = lost
     with pytest.raises(SystemExit) as raised:
         first.add("sweep", {"shape": "b"}, dict)
-    assert raised.value.code == gpu_results.LOST
+    assert raised.value.code == results.LOST
     kept = parts(tmp_path)["sweep"]
     assert kept[0]["error"].startswith("the device is lost: RuntimeError: an illegal")
     done: list[str] = []
-    second = results(tmp_path)
+    second = into(tmp_path)
     for name in "bc":
         second.add("sweep", {"shape": name}, lambda name=name: done.append(name) or {})
     assert done == ["c"]
@@ -135,14 +136,14 @@ def test_a_lost_device_ends_the_process_and_not_the_run(tmp_path: Path) -> None:
 def test_a_hanging_entry_ends_the_process(tmp_path: Path) -> None:
     """Catches a kernel that never returns and eats all minutes, or the results before it."""
     program = (
-        "import sys, threading; from pathlib import Path; from benchmarks import gpu_results as r\n"
+        "import sys, threading; from pathlib import Path; from benchmarks.gpu import results as r\n"
         "x = r.Results(Path(sys.argv[1]), lambda *_: '', int, longest=0.5)\n"
         "x.add('kernels', {'shape': 'a'}, dict)\n"
         "x.add('kernels', {'shape': 'b'}, threading.Event().wait)\n"
     )
     command = [sys.executable, "-c", program, tmp_path]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert finished.returncode == gpu_results.LOST, finished.stderr
+    assert finished.returncode == results.LOST, finished.stderr
     assert parts(tmp_path)["kernels"] == [
         {"shape": "a"},
         {"shape": "b", "error": "no answer within 0 s"},
@@ -165,7 +166,7 @@ profiled case 512@7 4 weight gradient
 
 def test_counters_are_read() -> None:
     """Catches counters of another case, and a table that is not one."""
-    first, second = gpu_plans.read(NCU)
+    first, second = plans.read(NCU)
     assert (first["case"], first["kernel"], first["µs"]) == (
         "64@56 16 forward",
         "march<16, 4>",
@@ -177,7 +178,7 @@ def test_counters_are_read() -> None:
         "–",
     )
     with pytest.raises(RuntimeError, match="got no table"):
-        list(gpu_plans.read("==ERROR== The user does not have permission"))
+        list(plans.read("==ERROR== The user does not have permission"))
 
 
 def test_tests_on_a_card_survive_a_fault(tmp_path: Path) -> None:

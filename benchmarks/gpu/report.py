@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu_cases import OPERATIONS, SIZES
-from .gpu_results import Entry
-from .measure import median
+from ..measure import median
+from .cases import OPERATIONS, SIZES
+from .results import Entry
 
 #: Maps by the size of their input, the largest first: name, least size.
 MAPS = (("56 and larger", 56), ("9 to 55", 9), ("8 and smaller", 1))

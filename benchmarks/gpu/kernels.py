@@ -1,26 +1,16 @@
-"""What there is to measure on a GPU, part by part: ``python -m benchmarks.gpu FOLDER --part PART``
-adds its entries to FOLDER's gpu.json and gpu.md.
-
-``kernels``: the grouped convolution as dispatch serves it, beside the Triton kernels, cuDNN, expand
-+ sum + cuDNN, and a copy of what must move, with the plan that ran; 16-bit, channels-last, every
-call below autograd and from a cold second-level cache, on those shapes of ``shapes.cores()`` whose
-widths are powers of two. ``networks``: see ``gpu_networks``. ``sweep`` and ``profile``: see
-``gpu_plans``. Needs torch, Triton and pytest-benchmark alone.
-
-A run whose device was lost, or that hung, ends with status 3; the same command in a new process
-goes on after the entry that did it."""
+"""The grouped convolution on a GPU as dispatch serves it, beside the Triton kernels, cuDNN,
+expand + sum + cuDNN, and a copy of what must move, with the plan that ran: 16-bit, channels-last,
+every call below autograd and from a cold second-level cache, on those shapes of ``shapes.cores()``
+whose widths are powers of two."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +22,9 @@ from gross_kernels.dispatch import BACKENDS, serving
 from gross_kernels.geometry import Geometry
 from gross_kernels.series import Series, convolution_macs, restrict, sum_terms
 
-from . import gpu_networks, gpu_plans, gpu_report
-from .gpu_cases import OPERATIONS, SHAPES, SIZES, TINY, Shape, sizes
-from .gpu_results import Entry, Results, described
-from .measure import Call, check_close, machine, median, rates, time_call
+from ..measure import Call, check_close, machine, median, rates, time_call
+from .cases import OPERATIONS, SHAPES, SIZES, TINY, Shape, sizes
+from .results import Entry, Results, described
 
 
 def calls(
@@ -275,48 +264,7 @@ def run(
         progress(f"{shape.label} done")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", choices=PARTS, default="kernels", help="(default: kernels)")
-    parser.add_argument(
-        "--seconds", type=float, default=150, help="leave out what does not fit (default: 150)"
-    )
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each (default: 15)")
-    parser.add_argument(
-        "--dry",
-        action="store_true",
-        help="tiny shapes on a CPU that plays a GPU: shows that every line runs, measures nothing",
-    )
-    options = parser.parse_args()
-    if options.dry:
-        import host_device
-
-        host_device.play()
-    elif not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu: no GPU is available to torch; this measures GPUs alone")
-    torch.backends.cudnn.benchmark = True
-    end = time.monotonic() + options.seconds
-    device, rounds = ("cpu", 1) if options.dry else ("cuda", options.rounds)
-    results = Results(options.folder, gpu_report.markdown, partial(synchronise, device))
-    if options.dry:
-        results.longest = 300  # A CPU that plays the card may be a busy one.
-    measured = PARTS[options.part]
-    if measured is None:
-        if not options.dry:
-            parser.error("--part faults: accepted with --dry alone")
-        faults(results)
-    else:
-        measured(results, device, rounds, end)
-    if options.part == "kernels" and not gpu_report.plot(
-        results.parts.get("kernels", []), options.folder / "gpu.png"
-    ):
-        print("gpu.png is left out: matplotlib is not installed")
-
-
-def kernels(results: Results, device: str, rounds: int, deadline: float) -> None:
+def measure_all(results: Results, device: str, rounds: int, deadline: float) -> None:
     """Facts of the run, and the part "kernels"."""
     sample = torch.empty(1, 64, 8, 8, device=device, dtype=torch.bfloat16).to(
         memory_format=torch.channels_last
@@ -349,40 +297,3 @@ def clocks() -> dict[str, str]:
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return {"driver, clocks now, at most, of memory": found.stdout.strip()}
-
-
-def faults(results: Results) -> None:
-    """What a card may do to a measurement, one entry each. The last two end the process."""
-
-    def raises() -> Entry:
-        raise RuntimeError("no kernel image is available")
-
-    def is_lost() -> Entry:
-        def synchronise() -> None:
-            raise RuntimeError("an illegal memory access was encountered")
-
-        results.synchronise = synchronise
-        return {"milliseconds": 1.0}
-
-    def hangs() -> Entry:
-        time.sleep(60)
-        return {}
-
-    results.longest = 1.0
-    results.add("faults", {"fault": "raises"}, raises)
-    results.add("faults", {"fault": "loses the device"}, is_lost)
-    results.add("faults", {"fault": "hangs"}, hangs)
-    results.add("faults", {"fault": "none"}, lambda: {})
-
-
-PARTS: dict[str, Callable[[Results, str, int, float], None] | None] = {
-    "kernels": kernels,
-    "networks": gpu_networks.networks,
-    "sweep": gpu_plans.sweep,
-    "profile": gpu_plans.profile,
-    "faults": None,
-}
-
-
-if __name__ == "__main__":
-    main()

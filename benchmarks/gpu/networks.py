@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from gross_kernels import GroSSConv2d, dispatch
 
-from .gpu_results import Entry, Results
-from .measure import check_close, median, time_call
-from .shapes import supernet
+from ..measure import check_close, median, time_call
+from ..shapes import supernet
+from .results import Entry, Results
 
 BATCH = 128
 GROUP_SIZES = (1, 4, 16, 32)

@@ -23,9 +23,9 @@ from gross_kernels.backends import cuda
 from gross_kernels.geometry import Geometry
 from gross_kernels.series import Series
 
-from .gpu_cases import OPERATIONS, SIZES, TINY, Shape
-from .gpu_results import Entry, Results, described
-from .measure import Call, check_close, median, time_call
+from ..measure import Call, check_close, median, time_call
+from .cases import OPERATIONS, SIZES, TINY, Shape
+from .results import Entry, Results, described
 
 #: Layer and group size: small and large maps, every kernel, both strides.
 SWEPT = (
