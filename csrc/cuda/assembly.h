@@ -32,11 +32,24 @@ struct Assembly {
     return 9 * tiles * tile_channels * pitch;
   }
 
-  // Bytes of all terms' weights of one output channel.
-  static GROSS_HOST_DEVICE_INLINE int raw_bytes(const Terms& terms) {
-    int channels = 0;
-    for (int i = 0; i < terms.active; i++) channels += terms.group_sizes[i];
-    return channels * 9 * term_bytes(terms);
+  // Output channels that neighbouring lanes take: for the input gradient as many as lie in 16 bytes
+  // of the matrix, so that a warp's stores fill whole words of different banks.
+  static GROSS_HOST_DEVICE_INLINE int side_by_side(bool transposed) {
+    return transposed ? chunk_channels(type) : 1;
+  }
+  // Bytes from a term's weights of one output channel to the next's, in shared memory. Outputs that
+  // are read side by side are moved to different banks, where whole pieces of 16 bytes allow that:
+  // by an odd number of them, or for four outputs by twice that.
+  static GROSS_HOST_DEVICE_INLINE int raw_pitch(const Terms& terms, int i, bool transposed) {
+    const int bytes = terms.group_sizes[i] * 9 * term_bytes(terms), pieces = bytes / 16;
+    if (!transposed || bytes % 16) return bytes;
+    return 16 * (side_by_side(true) == 8 ? pieces | 1 : pieces + (6 - pieces % 4) % 4);
+  }
+  // Of all terms.
+  static GROSS_HOST_DEVICE_INLINE int raw_bytes(const Terms& terms, bool transposed) {
+    int bytes = 0;
+    for (int i = 0; i < terms.active; i++) bytes += raw_pitch(terms, i, transposed);
+    return bytes;
   }
   static GROSS_HOST_DEVICE_INLINE int term_bytes(const Terms& terms) {
     return type == Type::float32 || terms.wide ? 4 : 2;
@@ -49,18 +62,27 @@ struct Assembly {
     return {slab.first, smaller(slab.first + slab.tiles * tile_channels, channels.destination)};
   }
 
-  static GROSS_DEVICE void request(const Terms& terms, Range piece, uint32_t raw, int thread,
-                                   int threads) {
+  static GROSS_DEVICE void request(const Terms& terms, bool transposed, Range piece, uint32_t raw,
+                                   int thread, int threads) {
     for (int i = 0; i < terms.active; i++) {
-      const int bytes = terms.group_sizes[i] * 9 * term_bytes(terms);
+      const int bytes = terms.group_sizes[i] * 9 * term_bytes(terms),
+                pitch = raw_pitch(terms, i, transposed), gap = pitch - bytes;
       const char* from =
           static_cast<const char*>(terms.data[i]) + static_cast<long long>(piece.begin) * bytes;
       const int count = piece.size() * bytes / 16, rounds = divide_up(count, threads);
+      // Only where there are gaps does it matter in which row a piece lies.
+      const int row_pieces = gap > 0 ? bytes / 16 : count + threads, rows = threads / row_pieces,
+                rest = threads - rows * row_pieces;
+      int row = thread / row_pieces, column = thread - row * row_pieces;
       for (int r = 0; r < rounds; r++) {
         const int k = r * threads + thread;
-        copy_async_16(raw + 16 * k, from + 16 * static_cast<size_t>(k), true, k < count);
+        copy_async_16(raw + 16 * k + row * gap, from + 16 * static_cast<size_t>(k), true,
+                      k < count);
+        row += rows;
+        column += rest;
+        if (column >= row_pieces) column -= row_pieces, row++;
       }
-      raw += piece.size() * bytes;
+      raw += piece.size() * pitch;
     }
     copy_async_commit();
   }
@@ -111,13 +133,19 @@ struct Assembly {
     const int out_size = transposed ? channels.source_group : channels.destination_group;
     const int rows = slab.tiles * tile_channels,
               last_row = smaller(slab.first + rows, channels.destination) - 1;
-    const int pairs = (size + 1) / 2, items = piece.size() * pairs, bytes = term_bytes(terms);
+    const int pairs = (size + 1) / 2, bytes = term_bytes(terms), across = side_by_side(transposed);
+    const int items = round_up(piece.size(), across) * pairs;
+    const int shift = across == 8 ? 3 : across == 4 ? 2 : 0;
     GROSS_NO_UNROLL
     for (int k = thread; k < round_up(items, threads); k += threads) {
-      const int o = smaller(piece.begin + k / pairs, piece.end - 1), block = o / out_size * size;
-      const int c = block / 2 * 2 +
-                    k % pairs * 2;  // with odd sizes one of c and c + 1 may lie outside the block
-      const bool inside = k < items && (!transposed || (c >= slab.first && c <= last_row));
+      const int pair = k >> shift,
+                wanted = piece.begin + (pair / pairs << shift) + (k & (across - 1));
+      const int o = smaller(wanted, piece.end - 1), block = o / out_size * size;
+      const int c =
+          block / 2 * 2 +
+          pair % pairs * 2;  // with odd sizes one of c and c + 1 may lie outside the block
+      const bool inside =
+          k < items && wanted < piece.end && (!transposed || (c >= slab.first && c <= last_row));
       float sum[18];  // [channel][tap]
       GROSS_UNROLL
       for (int j = 0; j < 18; j++) sum[j] = 0.f;
@@ -129,7 +157,8 @@ struct Assembly {
         const int relative = c - static_cast<int>(static_cast<unsigned>(o) /
                                                   static_cast<unsigned>(terms.out_sizes[i])) *
                                      s;
-        const uint32_t address = at + ((o - piece.begin) * s + relative) * 9 * bytes;
+        const int pitch = raw_pitch(terms, i, transposed);
+        const uint32_t address = at + (o - piece.begin) * pitch + relative * 9 * bytes;
         if (s % 2 == 0) {
           const bool on = inside && relative >= 0 && relative < s;
           if (any_lane(on)) add_pair(sum, address, bytes, gate, on);
@@ -139,7 +168,7 @@ struct Assembly {
           if (any_lane(low)) add_one(sum, address, bytes, gate, low);
           if (any_lane(high)) add_one(sum + 9, address + 9 * bytes, bytes, gate, high);
         }
-        at += piece.size() * s * 9 * bytes;
+        at += piece.size() * pitch;
       }
       const int row = (transposed ? c : o) - slab.first,
                 tile_first = slab.first + row / tile_channels * tile_channels;

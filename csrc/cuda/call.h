@@ -3,8 +3,10 @@
 // a 3×3 convolution with padding 1 and dilation 1 on dense channels-last memory.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 struct CUstream_st;  // of the CUDA runtime: cudaStream_t is a pointer to it
 
@@ -49,36 +51,66 @@ struct Device {
   int capability;  // 10 × major + minor
   int multiprocessors;
   int shared_bytes;  // opt-in limit of shared memory per block
+  int index = 0;     // the runtime's; no plan depends on it
 };
 
 using Stream = CUstream_st*;
 
-// Launchers: nothing waits for the device, nothing is allocated; the current device is the
-// tensors'. They return a cudaError_t, 0 for success. `supports` depends on the channels, the group
-// size, the stride, the type, the series' types and the device only, never on images, heights and
-// widths: its answer is kept per kind of call.
+constexpr int by_model = -1;  // the plan that the model takes to be the fastest
+
+// A call, besides its tensors. Every plan for it has a number; `plan` forces one.
+struct Job {
+  Operation operation;
+  Type type;
+  Geometry geometry;
+  Series series;
+  Device device;
+  Stream stream = nullptr;
+  bool warpgroups = true;  // kernels for warpgroups may be chosen
+  int plan = by_model;
+};
+
+// One way to run a job, for measurements.
+struct PlanFacts {
+  const char* kernel;
+  int steps, atoms, tiles, teams, stages, columns, images;  // as in convolution.h, weight_grad.h
+  int grid_x, grid_y, threads, shared_bytes;
+  double clocks;                     // the model's estimate (not measured)
+  double read_bytes, written_bytes;  // of global memory, by the plan: halos included, terms not
+};
+
+// Plans made, attributes of kernels set and kernels launched since the library was loaded: tests
+// hold the host's work for a call against them.
+struct HostCounts {
+  std::atomic<int64_t> planned{0}, prepared{0}, launched{0};
+};
+inline HostCounts host_counts;
+
+// Launchers: nothing waits for the device, nothing is allocated there; the current device is the
+// tensors'. They return a cudaError_t, 0 for success, or `unserved`, and in `ran` the number of the
+// plan that was launched. Plans are made once for each kind of job and kept. `supports` depends on
+// the channels, the group size, the stride, the type, the series' types and the device only, never
+// on images, heights and widths: its answer is kept per kind of call.
+constexpr int unserved = -1;  // no kernel, or no plan of this number
 
 // convolution.cu; `operation` is forward or input_grad.
 bool supports_convolution(Operation operation, Type type, Type terms_type, const Geometry& geometry,
                           const Device& device);
-int forward(Type type, const Geometry& geometry, const Series& series, const void* input,
-            void* output, const Device& device, Stream stream);
-int input_grad(Type type, const Geometry& geometry, const Series& series, const void* grad,
-               void* grad_input, const Device& device, Stream stream);
+std::vector<PlanFacts> convolution_plans(const Job& job, int& chosen);
+int convolve(const Job& job, const void* source, void* destination, int& ran);
 
-// wide.cu: forward and input_grad once more, faster where it serves them.
-bool supports_wide(Operation operation, Type type, Type terms_type, const Geometry& geometry,
-                   const Device& device);
-int convolve_wide(Operation operation, Type type, const Geometry& geometry, const Series& series,
-                  const void* source, void* destination, const Device& device, Stream stream);
-
-// weight_grad.cu; `scratch` is 16-byte aligned and need not be cleared.
+// weight_grad.cu; `scratch` is 16-byte aligned and need not be cleared. `passes`: 1 the first
+// alone, 2 the second alone, 3 both; with one alone, for measurements, results are undefined.
 bool supports_weight_grad(Type type, Type terms_type, const Geometry& geometry,
                           const Device& device);
-size_t weight_grad_scratch_bytes(Type type, const Geometry& geometry, const Device& device);
-int weight_grad(Type type, const Geometry& geometry, const Series& series, const void* grad,
-                const void* input, const SeriesGradient& gradient, void* scratch,
-                const Device& device, Stream stream);
+std::vector<PlanFacts> weight_grad_plans(const Job& job, int& chosen);
+size_t weight_grad_scratch_bytes(const Job& job);
+int weight_grad(const Job& job, const void* grad, const void* input, const SeriesGradient& gradient,
+                void* scratch, int passes, int& ran);
+
+// product_clocks.cu: clocks that a warpgroup's product of m64n64k16 takes on each multiprocessor,
+// float32, when its pixels begin `offset` bytes (a multiple of 16) behind a multiple of 128.
+int product_clocks(int offset, float* clocks, const Device& device, Stream stream);
 
 // terms.cu. Σ gate_i t_i over the active of terms that have `count` elements each, whatever their
 // shape.

@@ -1,21 +1,10 @@
-// Plans and launches the forward and the input gradient. The plan is plain C++: tests on the host
-// run what a GPU would.
-#include <algorithm>
-#include <cmath>
-
-#include "convolution.h"
+// Plans the forward and the input gradient, and chooses between the kernels of convolution.h and
+// wide.h.
+#include "convolution_plan.h"
 
 namespace gross::cuda {
 
 namespace {
-
-struct Plan {
-  Problem problem;
-  Walk walk;
-  int steps, atoms;
-  bool many;
-  int grid_x, grid_y;
-};
 
 // A share of the device's shared memory and registers that holds `atoms` and `tiles`, and how it
 // does.
@@ -39,9 +28,10 @@ int widest_slab(const Channels& channels, int tiles, int columns) {
   return chunks;
 }
 
-// Sizes in shared memory; false where they exceed it. `raw`: bytes of all terms' weights of one
-// output channel.
-bool lay_out(Tile& t, const Choice& choice, Type type, bool many, int raw, int outputs, int limit) {
+// Sizes in shared memory with `stages`; false where they exceed it. `raw`: bytes of all terms'
+// weights of one output channel.
+bool lay_out(Tile& t, const Choice& choice, Type type, bool many, int raw, int outputs, int limit,
+             int stages) {
   t.tiles = choice.tiles;
   t.lanes = 1;
   while (t.lanes < choice.chunks) t.lanes *= 2;
@@ -56,15 +46,11 @@ bool lay_out(Tile& t, const Choice& choice, Type type, bool many, int raw, int o
   const int left = limit - early_rows * t.teams * static_cast<int>(t.stage_bytes) - matrix;
   if (left < 8 * raw) return false;
   t.piece = smaller(left / raw / 8 * 8, round_up(outputs, 8));
-  for (int stages : {8, 6, 4, 3}) {
-    t.stages = stages;
-    const int marching = t.teams * (t.stages * t.stage_bytes +
-                                    (choice.walk == Walk::doubling ? 4 : 2) * t.staging_bytes);
-    if (marching > limit) continue;
-    t.shared_bytes = larger(marching, limit - left + t.piece * raw);
-    return true;
-  }
-  return false;
+  t.stages = stages;
+  const int marching = t.teams * (t.stages * t.stage_bytes +
+                                  (choice.walk == Walk::doubling ? 4 : 2) * t.staging_bytes);
+  t.shared_bytes = larger(marching, limit - left + t.piece * raw);
+  return marching <= limit;
 }
 
 // What follows from the rest of a problem, so that no thread computes it.
@@ -93,10 +79,9 @@ void finish(Problem& p, Walk walk) {
     view->bundle_gap = (t.images - 1) * view->image_step;
 }
 
-// Clocks that a multiprocessor needs, by a model of an H200 (not measured): memory delivers 18.6
-// bytes a clock to each, a product of 16 × 8 × 32 bytes takes 1.7, shared memory moves 128 bytes, a
-// clock issues four instructions, and all of that overlaps in part.
-double estimate(const Plan& plan, Type type, const Device& device) {
+// Clocks that a multiprocessor needs: a product of 16 × 8 × 32 bytes takes 1.7, and a clock issues
+// four instructions. `prologue`: until the weights are there.
+double estimate(const Plan& plan, Type type, const Device& device, double prologue) {
   const Tile& t = plan.problem.tile;
   const Problem& p = plan.problem;
   const bool halving = plan.walk == Walk::halving, doubling = plan.walk == Walk::doubling;
@@ -113,7 +98,7 @@ double estimate(const Plan& plan, Type type, const Device& device) {
                        (halving || doubling ? 1.4 : 1) / 4;
   const double shared = warp_steps * plan.atoms * 256.0 *
                         (3 * plan.steps * (halving || doubling ? 2 : 1) + 3 + (doubling ? 6 : 0)) /
-                        128;
+                        shared_bytes_a_clock;
   const double read = plan.grid_y * (rows + 2 * shares) * (halving ? 4 : 1) *
                       (t.columns * t.images + (plan.many ? 0 : 2)) * t.pitch;
   const double written = static_cast<double>(p.images) * p.destination.height *
@@ -124,18 +109,16 @@ double estimate(const Plan& plan, Type type, const Device& device) {
                        (line >= 128  ? 1
                         : line >= 64 ? 1.1
                                      : 1.4) /
-                       device.multiprocessors / 18.6;
+                       (memory_bytes_a_clock * device.multiprocessors);
   const double latency = t.teams == 1 ? 1.5 : t.teams == 2 ? 1.1 : 1;
-  double sum = 0;
-  for (double each : {products, issue, shared, moved}) sum += each * each * each * each;
-  return std::sqrt(std::sqrt(sum)) * latency + waves * 2000 + (8 - t.stages) * 50;
+  return side_by_side({products, issue, shared, moved}) * latency + waves * prologue +
+         (8 - t.stages) * 50;
 }
 
-// The least estimate among the tiles that fit and that `accept` takes (tests choose); false where
-// there is none.
-template <class Accept>
-bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Terms& terms,
-                      bool transposed, const Device& device, const Accept& accept) {
+// Every tile that fits, with each number of stages that fits.
+std::vector<Plan> march_plans(Type type, const Geometry& geometry, const Terms& terms,
+                              bool transposed, const Device& device) {
+  std::vector<Plan> plans;
   Plan plan{};
   Problem& p = plan.problem;
   p.channels = channels_of(geometry, transposed, type);
@@ -158,14 +141,12 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
   p.source = transposed ? out : in;
   p.destination = transposed ? in : out;
 
-  int raw = 0;
-  for (int i = 0; i < terms.active; i++)
-    raw += terms.group_sizes[i] * 9 * (type == Type::float32 || terms.wide ? 4 : 2);
-  if (steps_needed(p.channels) > most_steps) return false;
+  const int raw = type == Type::float32 ? Assembly<Type::float32, 2>::raw_bytes(terms, transposed)
+                                        : Assembly<Type::float16, 1>::raw_bytes(terms, transposed);
+  if (steps_needed(p.channels) > most_steps) return plans;
   plan.steps = steps_class(type, steps_needed(p.channels));
   plan.walk = geometry.stride == 1 ? Walk::same : transposed ? Walk::doubling : Walk::halving;
   const int columns = plan.steps * step_channels(type), width = static_cast<int>(geometry.out_w);
-  double least = 0;
   Tile& t = p.tile;
   for (int atoms : {7, 4})
     for (int tiles : {4, 2, 1}) {
@@ -182,7 +163,7 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
         for (t.images = t.column_tiles > 1 ? 1 : smaller(pixels / width, p.images); t.images > 0;
              t.images--) {
           plan.many = t.images > 1;
-          if (lay_out(t, choice, type, plan.many, raw, outputs, device.shared_bytes)) break;
+          if (lay_out(t, choice, type, plan.many, raw, outputs, device.shared_bytes, 3)) break;
         }
         if (t.images == 0) continue;
         t.bundles = divide_up(p.images, t.images);
@@ -190,94 +171,108 @@ bool plan_convolution(Plan& best, Type type, const Geometry& geometry, const Ter
         if (t.read_rounds > most_rounds) continue;
         plan.grid_y = divide_up(p.channels.destination, tiles * tile_channels) * t.column_tiles;
         plan.grid_x = larger(1, device.multiprocessors / plan.grid_y);
-        if (!accept(plan)) continue;
-        const double cost = estimate(plan, type, device);
-        if (least == 0 || cost < least) least = cost, best = plan;
+        const double prologue = prologue_clocks(
+            raw, outputs, t.piece, 9 * tiles * tile_channels * (plan.steps * 32 + 16), transposed);
+        for (int stages : {8, 6, 4, 3}) {
+          if (!lay_out(t, choice, type, plan.many, raw, outputs, device.shared_bytes, stages))
+            continue;
+          plan.clocks = estimate(plan, type, device, prologue);
+          plans.push_back(plan);
+        }
       }
     }
-  return least > 0;
+  return plans;
 }
 
-template <Walk walk, Type type, int steps, int atoms, bool many>
-int launch_shape(const Plan& plan, Stream stream) {
-  using S = Shape<walk, type, steps, atoms, many>;
-  void (*kernel)(Problem);
-  if constexpr (walk == Walk::same)
-    kernel = &march<S>;
-  else if constexpr (walk == Walk::halving)
-    kernel = &march_halving<S>;
-  else
-    kernel = &march_doubling<S>;
+// Of global memory, without the terms.
+double read_bytes(const Plan& plan) {
+  const Problem& p = plan.problem;
+  const Tile& t = p.tile;
+  const bool halving = plan.walk == Walk::halving;
+  const double rows = rows_read(
+      p.images, t.images, t.bundles, (halving ? p.destination : p.source).height,
+      static_cast<int64_t>(plan.grid_x) * t.teams, p.source.height, [&](int first, int last) {
+        return halving                       ? Range{2 * first - 1, 2 * last + 2}
+               : plan.walk == Walk::doubling ? Range{first, last + 2}
+                                             : Range{first - 1, last + 2};
+      });
+  double columns = 0, channels = 0;
+  for (int tile = 0; tile < t.column_tiles; tile++) {
+    const int each = halving ? 2 : 1, begin = each * tile * t.columns - 1,
+              end = begin + (halving ? 2 * t.columns + 1 : t.columns + 2);
+    columns += smaller(end, p.source.width) - larger(begin, 0);
+  }
+  for (int first = 0; first < p.channels.destination; first += t.tiles * tile_channels) {
+    const Range slab = p.channels.slab(first, t.tiles, plan.steps * 2 * p.channels.chunk);
+    channels += smaller(slab.end, p.channels.source) - slab.begin;
+  }
+  return rows * columns * channels * 16 / p.channels.chunk;
+}
+
+PlanFacts facts_of(const Plan& plan) {
   const Tile& t = plan.problem.tile;
-  return launch(kernel, plan.grid_x, plan.grid_y, t.teams * team_threads,
-                static_cast<int>(t.shared_bytes), stream, plan.problem);
-}
-template <Walk walk, Type type, int steps, bool many>
-int launch_steps(const Plan& plan, Stream stream) {
-  if constexpr (walk == Walk::same && steps < most_steps)
-    if (plan.atoms == 7) return launch_shape<walk, type, steps, 7, many>(plan, stream);
-  return launch_shape<walk, type, steps, 4, many>(plan, stream);
-}
-template <Walk walk, Type type, bool many>
-int launch_walk(const Plan& plan, Stream stream) {
-  if constexpr (type != Type::float32)
-    if (plan.steps == 1) return launch_steps<walk, type, 1, many>(plan, stream);
-  return plan.steps == 2 ? launch_steps<walk, type, 2, many>(plan, stream)
-                         : launch_steps<walk, type, 4, many>(plan, stream);
-}
-template <Type type, bool many>
-int launch_type(const Plan& plan, Stream stream) {
-  if (plan.walk == Walk::same) return launch_walk<Walk::same, type, many>(plan, stream);
-  if (plan.walk == Walk::halving) return launch_walk<Walk::halving, type, many>(plan, stream);
-  return launch_walk<Walk::doubling, type, many>(plan, stream);
-}
-template <Type type>
-int launch_type(const Plan& plan, Stream stream) {
-  return plan.many ? launch_type<type, true>(plan, stream) : launch_type<type, false>(plan, stream);
+  const char* kernel = plan.walk == Walk::same      ? "march"
+                       : plan.walk == Walk::halving ? "march_halving"
+                                                    : "march_doubling";
+  return {kernel,
+          plan.steps,
+          plan.atoms,
+          t.tiles,
+          t.teams,
+          t.stages,
+          t.columns,
+          t.images,
+          plan.grid_x,
+          plan.grid_y,
+          t.teams * team_threads,
+          static_cast<int>(t.shared_bytes),
+          plan.clocks,
+          read_bytes(plan),
+          16.0 * plan.problem.images * plan.problem.destination.image_step};
 }
 
-int run(Type type, Plan plan, const Geometry& geometry, const void* source, void* destination,
-        Stream stream) {
+int run(const Job& job, Plan plan, const void* source, void* destination) {
+  plan.problem.terms = active_terms(job.series, job.geometry, job.type);
   plan.problem.source.data = const_cast<void*>(source);
   plan.problem.destination.data = destination;
-#if !defined(__CUDACC__)
-  const Problem& p = plan.problem;
-  emulator::forget_allocations();
-  const auto bytes = [&](const View& view) {
-    return static_cast<size_t>(p.images) * view.image_step * 16;
-  };
-  emulator::allow(source, bytes(p.source), false);
-  emulator::allow(destination, bytes(p.destination), true);
-  for (int i = 0; i < p.terms.active; i++)
-    emulator::allow(p.terms.data[i],
-                    static_cast<size_t>(geometry.out_channels) * p.terms.group_sizes[i] * 9 *
-                        (p.terms.wide ? 4 : bytes_of(type)),
-                    false);
-  if (p.terms.gates) emulator::allow(p.terms.gates, p.terms.active * sizeof(float), false);
-#else
-  static_cast<void>(geometry);
-#endif
-  if (type == Type::float16) return launch_type<Type::float16>(plan, stream);
-  if (type == Type::bfloat16) return launch_type<Type::bfloat16>(plan, stream);
-  return launch_type<Type::float32>(plan, stream);
+  allow(job, source, destination);
+  if (job.type == Type::float16) return launch_march<Type::float16>(plan, job.device, job.stream);
+  if (job.type == Type::bfloat16) return launch_march<Type::bfloat16>(plan, job.device, job.stream);
+  return launch_march<Type::float32>(plan, job.device, job.stream);
+}
+int run(const Job& job, WidePlan plan, const void* source, void* destination) {
+  plan.problem.terms = active_terms(job.series, job.geometry, job.type);
+  plan.problem.source = source;
+  plan.problem.destination = destination;
+  allow(job, source, destination);
+  return launch_wide(plan, job.type, job.device, job.stream);
 }
 
-const auto any_plan = [](const Plan&) { return true; };
+// All plans: those for single warps first, so that warpgroups change no number.
+struct AllPlans {
+  std::vector<Plan> march;
+  std::vector<WidePlan> wide;
+  int chosen = unserved;
 
-int convolve(Type type, const Geometry& geometry, const Series& series, bool transposed,
-             const void* source, void* destination, const Device& device, Stream stream) {
-  constexpr int invalid_value = 1;  // cudaErrorInvalidValue
-  Plan plan;
-  const int64_t numbers =
-      geometry.images * std::max(geometry.in_channels * geometry.in_h * geometry.in_w,
-                                 geometry.out_channels * geometry.out_h * geometry.out_w);
-  if (numbers * bytes_of(type) >= int64_t{16} << 32)
-    return invalid_value;  // 32 bits count pieces of 16 bytes
-  if (!plan_convolution(plan, type, geometry, active_terms(series, geometry, type), transposed,
-                        device, any_plan))
-    return invalid_value;
-  return run(type, plan, geometry, source, destination, stream);
-}
+  explicit AllPlans(const Job& job) {
+    if (!supports_convolution(job.operation, job.type, job.series.type, job.geometry, job.device))
+      return;
+    march = march_plans(job.type, job.geometry, active_terms(job.series, job.geometry, job.type),
+                        job.operation == Operation::input_grad, job.device);
+    if (job.warpgroups) wide = wide_plans(job);
+    if (job.plan != by_model) {
+      if (job.plan >= 0 && job.plan < size()) chosen = job.plan;
+      return;
+    }
+    for (int i = 0; i < size(); i++)
+      if (chosen == unserved || clocks(i) < clocks(chosen)) chosen = i;
+  }
+  int size() const { return static_cast<int>(march.size() + wide.size()); }
+  double clocks(int i) const {
+    return is_wide(i) ? wide[i - march.size()].clocks : march[i].clocks;
+  }
+  bool is_wide(int i) const { return i >= static_cast<int>(march.size()); }
+};
 
 }  // namespace
 
@@ -293,24 +288,55 @@ bool supports_convolution(Operation operation, Type type, Type terms_type, const
   const Channels channels = channels_of(geometry, transposed, type);
   if (channels.source % channels.chunk || channels.destination % channels.chunk) return false;
   // The most that the nested terms can be, and a tile of one image: every plan may fall back on
-  // that.
+  // that. Warpgroups serve nothing else.
   Geometry smallest = geometry;
   smallest.images = smallest.in_h = smallest.in_w = smallest.out_h = smallest.out_w = 1;
   Terms terms{};
   for (int size = geometry.group_size; size > 0; size /= 2)
     terms.group_sizes[terms.active++] = size;
   terms.wide = terms_type == Type::float32 && type != Type::float32;
-  Plan plan;
-  return plan_convolution(plan, type, smallest, terms, transposed, device, any_plan);
+  return !march_plans(type, smallest, terms, transposed, device).empty();
 }
 
-int forward(Type type, const Geometry& geometry, const Series& series, const void* input,
-            void* output, const Device& device, Stream stream) {
-  return convolve(type, geometry, series, false, input, output, device, stream);
+std::vector<PlanFacts> convolution_plans(const Job& job, int& chosen) {
+  const AllPlans all(job);
+  std::vector<PlanFacts> facts;
+  for (const Plan& plan : all.march) facts.push_back(facts_of(plan));
+  for (const WidePlan& plan : all.wide) facts.push_back(facts_of(plan));
+  chosen = all.chosen;
+  return facts;
 }
-int input_grad(Type type, const Geometry& geometry, const Series& series, const void* grad,
-               void* grad_input, const Device& device, Stream stream) {
-  return convolve(type, geometry, series, true, grad, grad_input, device, stream);
+
+int convolve(const Job& job, const void* source, void* destination, int& ran) {
+  struct Chosen {
+    int number;
+    bool wide;
+    Plan march_plan;
+    WidePlan wide_plan;
+  };
+  static Plans<Chosen> made;
+  const int64_t numbers =
+      job.geometry.images *
+      std::max(job.geometry.in_channels * job.geometry.in_h * job.geometry.in_w,
+               job.geometry.out_channels * job.geometry.out_h * job.geometry.out_w);
+  if (numbers * bytes_of(job.type) >= int64_t{16} << 32)
+    return 1;  // cudaErrorInvalidValue: 32 bits count pieces of 16 bytes
+  Chosen plan;
+  const bool found = made.get(plan, job, [&](Chosen& to) {
+    const AllPlans all(job);
+    if (all.chosen == unserved) return false;
+    to.number = all.chosen;
+    to.wide = all.is_wide(to.number);
+    if (to.wide)
+      to.wide_plan = all.wide[to.number - all.march.size()];
+    else
+      to.march_plan = all.march[to.number];
+    return true;
+  });
+  if (!found) return unserved;
+  ran = plan.number;
+  return plan.wide ? run(job, plan.wide_plan, source, destination)
+                   : run(job, plan.march_plan, source, destination);
 }
 
 }  // namespace gross::cuda

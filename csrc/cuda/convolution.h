@@ -164,7 +164,7 @@ struct Reader {
   GROSS_DEVICE Reader(const Problem& problem, const Place& place, int bundle, int first_row)
       : p(problem),
         t(problem.tile),
-        slot(place.member / t.lanes),
+        slot(pixel_of(place.member / t.lanes, t.lanes)),
         pieces(0),
         row(first_row),
         images(p.images - bundle * t.images) {
@@ -314,10 +314,15 @@ struct Writer {
               piece = place.member % row_pieces;
     const int channel = place.slab.first + piece * p.channels.chunk,
               columns = S::spread * t.columns, column0 = S::spread * place.column0;
+    pixel = pixel_of(place.member / row_pieces, row_pieces);
+    // Doubling's lanes store every fourth pixel, and four pixels apart is half of the banks: every
+    // second eight of pixels exchanges neighbouring tiles.
+    const bool swaps = S::spread == 2 && channel_bytes == 2 && t.tiles > 1;
+    const uint32_t staged_swap = swaps ? place.lane % 4 / 2 * 32 : 0,
+                   piece_swap = swaps ? pixel / 8 % 2 * 32 : 0;
     staged = place.staging +
              S::spread * (place.first_pixel + place.lane % 4 * 2) * t.staging_pitch +
-             (place.tile * tile_channels + place.lane / 4 * 2) * channel_bytes;
-    pixel = place.member / row_pieces;
+             ((place.tile * tile_channels + place.lane / 4 * 2) * channel_bytes ^ staged_swap);
     if (images_tell && channel >= p.channels.destination) pixel += 1 << 14;
     GROSS_UNROLL
     for (int j = 0; j < rounds; j++) {
@@ -326,7 +331,7 @@ struct Writer {
                       m - image * columns < smaller(columns, p.destination.width - column0);
       pieces |= (on ? 1u : 0u) << j;
     }
-    piece_from = place.staging + pixel * t.staging_pitch + piece * 16;
+    piece_from = place.staging + pixel * t.staging_pitch + (piece * 16 ^ piece_swap);
     to = static_cast<uint32_t>(bundle * t.images) * p.destination.image_step +
          first_row * p.destination.row_step + channel / p.channels.chunk +
          (column0 + pixel) * p.destination.pixel_step;
@@ -405,7 +410,7 @@ GROSS_DEVICE void assemble(uint32_t (&weight)[9][S::steps][4], const Problem& p,
                  raw = matrix + Weights::matrix_bytes(t.tiles);
   const Range outputs = Weights::outputs(p.channels, p.transposed, place.slab);
   Range piece{outputs.begin, smaller(outputs.begin + t.piece, outputs.end)};
-  Weights::request(p.terms, piece, raw, place.thread, place.threads);
+  Weights::request(p.terms, p.transposed, piece, raw, place.thread, place.threads);
   GROSS_UNROLL
   for (int i = 0; i < early_rows; i++) request(i);
   Weights::clear(t.tiles, matrix, place.thread, place.threads);
@@ -418,7 +423,7 @@ GROSS_DEVICE void assemble(uint32_t (&weight)[9][S::steps][4], const Problem& p,
     piece = {piece.end, smaller(piece.end + t.piece, outputs.end)};
     barrier(0, place.threads);
     if (piece.size() <= 0) break;
-    Weights::request(p.terms, piece, raw, place.thread, place.threads);
+    Weights::request(p.terms, p.transposed, piece, raw, place.thread, place.threads);
     copy_async_wait<0>();
   }
   Weights::load(weight, place.tile, t.tiles, matrix, place.lane);

@@ -10,7 +10,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
+#include <cstdio>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -65,6 +69,7 @@ Device device_of(int64_t index) {
       all[i].capability = 10 * major + minor;
       cudaDeviceGetAttribute(&all[i].multiprocessors, cudaDevAttrMultiProcessorCount, i);
       cudaDeviceGetAttribute(&all[i].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, i);
+      all[i].index = i;
     }
     return all;
   }();
@@ -242,36 +247,55 @@ struct Call : Gated {
   }
 };
 
-// Whether kernels for warpgroups are chosen where there are any: tests and measurements of the
-// others on the same GPU switch it off.
+// What tests and measurements set: whether kernels for warpgroups may be chosen, the plan that
+// each operation runs, which passes of the weight gradient run.
 std::atomic<bool> warpgroups{true};
+std::array<std::atomic<int>, 3> forced_plans{by_model, by_model, by_model};
+std::atomic<int> forced_passes{3};
 
-void set_warpgroups(bool allowed) { warpgroups = allowed; }
+// And what they ask: the job that each operation ran last, and by which plan.
+struct Ran {
+  std::mutex mutex;
+  std::array<std::optional<Job>, 3> jobs;
+};
+Ran ran;
 
-bool chooses_wide(Operation operation, Type type, Type terms_type, const Geometry& g,
-                  const Device& device) {
-  return warpgroups && supports_wide(operation, type, terms_type, g, device);
+const char* name_of(Operation operation) {
+  constexpr const char* names[] = {"forward", "input_grad", "weight_grad"};
+  return names[static_cast<int>(operation)];
+}
+Operation operation_of(const std::string& name) {
+  for (Operation each : {Operation::forward, Operation::input_grad, Operation::weight_grad})
+    if (name == name_of(each)) return each;
+  STD_TORCH_CHECK(false, "operation: got ", name.c_str(),
+                  ", accepted are forward, input_grad and weight_grad");
 }
 
-bool serves(Operation operation, Type type, Type terms_type, const Geometry& g,
-            const Device& device) {
-  return chooses_wide(operation, type, terms_type, g, device) ||
-         supports_convolution(operation, type, terms_type, g, device);
+Job job_of(Operation operation, const Call& call) {
+  return {operation,         call.type,
+          call.geometry,     call.series,
+          call.place.device, call.place.stream,
+          warpgroups.load(), forced_plans[static_cast<int>(operation)].load()};
 }
 
-int convolve(Operation operation, const Call& call, const void* source, void* destination) {
-  const Device& device = call.place.device;
-  if (chooses_wide(operation, call.type, call.series.type, call.geometry, device))
-    return convolve_wide(operation, call.type, call.geometry, call.series, source, destination,
-                         device, call.place.stream);
-  const auto launcher = operation == Operation::forward ? forward : input_grad;
-  return launcher(call.type, call.geometry, call.series, source, destination, device,
-                  call.place.stream);
-}
-
-void check_served(bool served, const char* name) {
-  STD_TORCH_CHECK(served, "gross_cuda::", name,
+// Of a launcher: raises what it says, and remembers what it ran.
+void check_ran(int error, Job job, int plan) {
+  const char* name = name_of(job.operation);
+  STD_TORCH_CHECK(error != unserved || job.plan == by_model, "gross_cuda::", name,
+                  ": this call has no plan ", job.plan, ", which set_plan forces");
+  STD_TORCH_CHECK(error != unserved, "gross_cuda::", name,
                   ": there is no kernel for this call; gross_cuda::supports says which there are");
+  check_launch(error, name);
+  job.plan = plan;
+  const std::lock_guard<std::mutex> lock(ran.mutex);
+  ran.jobs[static_cast<int>(job.operation)] = job;
+}
+
+void convolve(Operation operation, const Call& call, const void* source, void* destination) {
+  const Job job = job_of(operation, call);
+  int plan = by_model;
+  const int error = gross::cuda::convolve(job, source, destination, plan);
+  check_ran(error, job, plan);
 }
 
 void check_grad(const Tensor& grad, const Tensor& input, const Geometry& g) {
@@ -296,10 +320,7 @@ Tensor forward_operator(const Tensor& input, const std::vector<Tensor>& terms, i
                                 call.place.stream),
                  "plain_forward");
   } else {
-    check_served(serves(Operation::forward, call.type, call.series.type, g, call.place.device),
-                 "forward");
-    check_launch(convolve(Operation::forward, call, source.data_ptr(), output.data_ptr()),
-                 "forward");
+    convolve(Operation::forward, call, source.data_ptr(), output.data_ptr());
   }
   return output;
 }
@@ -319,10 +340,7 @@ Tensor input_grad_operator(const Tensor& grad, const Tensor& input,
                                    call.place.stream),
                  "plain_input_grad");
   } else {
-    check_served(serves(Operation::input_grad, call.type, call.series.type, g, call.place.device),
-                 "input_grad");
-    check_launch(convolve(Operation::input_grad, call, source.data_ptr(), result.data_ptr()),
-                 "input_grad");
+    convolve(Operation::input_grad, call, source.data_ptr(), result.data_ptr());
   }
   return result;
 }
@@ -359,12 +377,12 @@ std::tuple<std::vector<Tensor>, Tensor> weight_grad_operator(
                            gradient, scratch.data_ptr(), call.place.stream),
         "plain_weight_grad");
   } else {
-    check_served(supports_weight_grad(call.type, call.series.type, g, call.place.device),
-                 "weight_grad");
-    const Tensor scratch = bytes(weight_grad_scratch_bytes(call.type, g, call.place.device), input);
-    check_launch(weight_grad(call.type, g, call.series, wide_grad.data_ptr(), wide_input.data_ptr(),
-                             gradient, scratch.data_ptr(), call.place.device, call.place.stream),
-                 "weight_grad");
+    const Job job = job_of(Operation::weight_grad, call);
+    const Tensor scratch = bytes(weight_grad_scratch_bytes(job), input);
+    int plan = by_model;
+    const int error = weight_grad(job, wide_grad.data_ptr(), wide_input.data_ptr(), gradient,
+                                  scratch.data_ptr(), forced_passes, plan);
+    check_ran(error, job, plan);
   }
   return {grad_terms, grad_gates};
 }
@@ -405,6 +423,11 @@ Ints device_operator(int64_t index) {
   return {device.capability, device.multiprocessors, device.shared_bytes};
 }
 
+Device device_of(const Ints& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 3, "device: accepted is what gross_cuda::device returns");
+  return {static_cast<int>(numbers[0]), static_cast<int>(numbers[1]), static_cast<int>(numbers[2])};
+}
+
 // Whether there are kernels for an operation ("forward", "input_grad", "weight_grad") at a group
 // size on such a device.
 bool supports_operator(const std::string& operation, ScalarType dtype, ScalarType terms_dtype,
@@ -420,15 +443,116 @@ bool supports_operator(const std::string& operation, ScalarType dtype, ScalarTyp
                    1,
                    static_cast<int>(group_size),
                    static_cast<int>(stride)};
-  STD_TORCH_CHECK(numbers.size() == 3, "device: accepted is what gross_cuda::device returns");
-  const Device device{static_cast<int>(numbers[0]), static_cast<int>(numbers[1]),
-                      static_cast<int>(numbers[2])};
-  if (operation == "weight_grad") return supports_weight_grad(type, terms_type, g, device);
-  STD_TORCH_CHECK(operation == "forward" || operation == "input_grad", "operation: got ",
-                  operation.c_str());
-  return serves(operation == "forward" ? Operation::forward : Operation::input_grad, type,
-                terms_type, g, device);
+  const Device device = device_of(numbers);
+  const Operation which = operation_of(operation);
+  return which == Operation::weight_grad ? supports_weight_grad(type, terms_type, g, device)
+                                         : supports_convolution(which, type, terms_type, g, device);
 }
+
+std::string json_of(const PlanFacts& f, bool chosen) {
+  constexpr double clocks_a_microsecond = 1755;
+  char text[1024];
+  std::snprintf(text, sizeof text,
+                "{\"kernel\": \"%s\", \"steps\": %d, \"atoms\": %d, \"tiles\": %d, \"teams\": %d, "
+                "\"stages\": %d, \"columns\": %d, \"images\": %d, \"grid\": [%d, %d], "
+                "\"threads\": %d, \"shared_bytes\": %d, \"clocks\": %.0f, \"microseconds\": %.2f, "
+                "\"read_bytes\": %.0f, \"written_bytes\": %.0f, \"chosen\": %s}",
+                f.kernel, f.steps, f.atoms, f.tiles, f.teams, f.stages, f.columns, f.images,
+                f.grid_x, f.grid_y, f.threads, f.shared_bytes, f.clocks,
+                f.clocks / clocks_a_microsecond, f.read_bytes, f.written_bytes,
+                chosen ? "true" : "false");
+  return text;
+}
+
+std::vector<PlanFacts> plans_of(const Job& job, int& chosen) {
+  return job.operation == Operation::weight_grad ? weight_grad_plans(job, chosen)
+                                                 : convolution_plans(job, chosen);
+}
+
+// The plans for a call, as JSON; `shape` is N, C_in, H, W, C_out, `group_sizes` are the active
+// terms'. The estimates are the model's, at the 1.755 GHz of an H200.
+std::string plans_operator(const std::string& operation, ScalarType dtype, ScalarType terms_dtype,
+                           const Ints& shape, const Ints& group_sizes, int64_t stride,
+                           const Ints& numbers) {
+  STD_TORCH_CHECK(shape.size() == 5 && *std::min_element(shape.begin(), shape.end()) > 0,
+                  "shape: accepted is N, C_in, H, W, C_out");
+  STD_TORCH_CHECK(!group_sizes.empty() && group_sizes.size() <= max_terms, "group_sizes: got ",
+                  group_sizes.size(), ", accepted are 1 to ", max_terms);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride: got ", stride, ", accepted are 1 and 2");
+  Job job{};
+  job.operation = operation_of(operation);
+  job.type = type_of(dtype, "dtype");
+  job.device = device_of(numbers);
+  job.warpgroups = warpgroups;
+  job.series.type = type_of(terms_dtype, "terms_dtype");
+  job.series.count = job.series.active = static_cast<int>(group_sizes.size());
+  for (size_t i = 0; i < group_sizes.size(); i++) {
+    const int64_t size = group_sizes[i];
+    STD_TORCH_CHECK(size >= 1 && shape[1] % size == 0 && shape[4] % (shape[1] / size) == 0 &&
+                        (i == 0 || (size > group_sizes[i - 1] && size % group_sizes[i - 1] == 0)),
+                    "group_sizes[", i, "]: ", size, " does not nest in ", shape[1], " → ", shape[4],
+                    " channels");
+    job.series.group_sizes[i] = static_cast<int>(size);
+  }
+  job.geometry = {shape[0],
+                  shape[1],
+                  shape[4],
+                  shape[2],
+                  shape[3],
+                  (shape[2] - 1) / stride + 1,
+                  (shape[3] - 1) / stride + 1,
+                  static_cast<int>(group_sizes.back()),
+                  static_cast<int>(stride)};
+  int chosen = unserved;
+  const std::vector<PlanFacts> facts = plans_of(job, chosen);
+  std::string text = "[";
+  for (size_t i = 0; i < facts.size(); i++)
+    text += (i > 0 ? ",\n " : "") + json_of(facts[i], static_cast<int>(i) == chosen);
+  return text + "]";
+}
+
+// The plan that the last call of an operation ran; empty before the first.
+std::string ran_operator(const std::string& operation) {
+  std::optional<Job> job;
+  {
+    const std::lock_guard<std::mutex> lock(ran.mutex);
+    job = ran.jobs[static_cast<int>(operation_of(operation))];
+  }
+  if (!job) return "";
+  int chosen = unserved;
+  return json_of(plans_of(*job, chosen)[job->plan], true);
+}
+
+void set_warpgroups(bool allowed) { warpgroups = allowed; }
+
+void set_plan(const std::string& operation, int64_t plan) {
+  STD_TORCH_CHECK(plan >= by_model && plan < 1 << 20, "plan: got ", plan,
+                  ", accepted is a number from gross_cuda::plans, or -1 for the model's choice");
+  forced_plans[static_cast<int>(operation_of(operation))] = static_cast<int>(plan);
+}
+
+void set_passes(int64_t passes) {
+  STD_TORCH_CHECK(passes >= 1 && passes <= 3, "passes: got ", passes,
+                  ", accepted are 1 (the first), 2 (the second) and 3 (both)");
+  forced_passes = static_cast<int>(passes);
+}
+
+// On the device of `like`.
+Tensor product_clocks_operator(const Tensor& like, int64_t offset) {
+  STD_TORCH_CHECK(in_place(like), "like: accepted is a tensor on ", place_name);
+  STD_TORCH_CHECK(offset >= 0 && offset <= 112 && offset % 16 == 0, "offset: got ", offset,
+                  ", accepted are multiples of 16 up to 112");
+  const Place place(like);
+  const Ints size{place.device.multiprocessors};
+  Tensor clocks = torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device());
+  const int error = product_clocks(static_cast<int>(offset), clocks.mutable_data_ptr<float>(),
+                                   place.device, place.stream);
+  STD_TORCH_CHECK(error != unserved, "gross_cuda::product_clocks: there are no warpgroups here");
+  check_launch(error, "product_clocks");
+  return clocks;
+}
+
+Ints counts_operator() { return {host_counts.planned, host_counts.prepared, host_counts.launched}; }
 
 }  // namespace
 
@@ -445,7 +569,16 @@ STABLE_TORCH_LIBRARY(GROSS_NAMESPACE, m) {
               .c_str());
   }
   m.def("series_sum(Tensor[] terms, int active, Tensor? gates) -> Tensor");
+  // For tests and measurements, no part of the interface: see docs/architecture.md.
   m.def("set_warpgroups(bool allowed) -> ()");
+  m.def("set_plan(str operation, int plan) -> ()");
+  m.def("set_passes(int passes) -> ()");
+  m.def(
+      "plans(str operation, ScalarType dtype, ScalarType terms_dtype, int[] shape, int[] "
+      "group_sizes, int stride, int[] device) -> str");
+  m.def("ran(str operation) -> str");
+  m.def("counts() -> int[]");
+  m.def("product_clocks(Tensor like, int offset) -> Tensor");
   m.def("build() -> (str, int, str)");
   m.def("device(int index) -> int[]");
   m.def(
@@ -462,10 +595,16 @@ STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, GROSS_KEY, m) {
   m.impl("plain_input_grad", TORCH_BOX(&input_grad_operator<true>));
   m.impl("plain_weight_grad", TORCH_BOX(&weight_grad_operator<true>));
   m.impl("series_sum", TORCH_BOX(&series_sum_operator));
+  m.impl("product_clocks", TORCH_BOX(&product_clocks_operator));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(GROSS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("set_warpgroups", TORCH_BOX(&set_warpgroups));
+  m.impl("set_plan", TORCH_BOX(&set_plan));
+  m.impl("set_passes", TORCH_BOX(&set_passes));
+  m.impl("plans", TORCH_BOX(&plans_operator));
+  m.impl("ran", TORCH_BOX(&ran_operator));
+  m.impl("counts", TORCH_BOX(&counts_operator));
   m.impl("build", TORCH_BOX(&build_operator));
   m.impl("device", TORCH_BOX(&device_operator));
   m.impl("supports", TORCH_BOX(&supports_operator));

@@ -52,17 +52,20 @@ GROSS_DEVICE int block_threads() { return blockDim.x; }
 GROSS_DEVICE int block_x() { return blockIdx.x; }
 GROSS_DEVICE int block_y() { return blockIdx.y; }
 GROSS_DEVICE int grid_x() { return gridDim.x; }
+// A multiprocessor's clock; differences are what counts.
+GROSS_DEVICE uint32_t clock_now() { return static_cast<uint32_t>(clock64()); }
 GROSS_DEVICE uint32_t shared_base() {
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared));
 }
 
 // 16 bytes from global to shared memory, past the first-level cache; zeros where `valid` is false:
-// then nothing is read.
+// then nothing is read. The second-level cache fetches the line's other bytes, too: of narrow slabs
+// they are another block's, which runs at the same time (not measured).
 GROSS_DEVICE void copy_async_16(uint32_t destination, const void* source, bool valid, bool on) {
   if (on)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source),
-                 "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination),
+                 "l"(source), "r"(valid ? 16 : 0)
                  : "memory");
 }
 GROSS_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -288,6 +291,7 @@ GROSS_DEVICE int block_threads() { return emulator::block_threads(); }
 GROSS_DEVICE int block_x() { return emulator::block_x(); }
 GROSS_DEVICE int block_y() { return emulator::block_y(); }
 GROSS_DEVICE int grid_x() { return emulator::grid_x(); }
+GROSS_DEVICE uint32_t clock_now() { return 0; }
 GROSS_DEVICE uint32_t shared_base() { return 0; }
 
 inline void copy_async_16(uint32_t destination, const void* source, bool valid, bool on) {
@@ -561,6 +565,14 @@ template <int pending>
 GROSS_DEVICE void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(pending) : "memory");
 }
+// After a wait: nothing that is made of the sums, as the rounding, may move above this. No
+// instruction.
+template <int atoms>
+GROSS_DEVICE void fence_sums(float (&d)[atoms][4]) {
+  GROSS_UNROLL
+  for (int a = 0; a < atoms; a++)
+    asm volatile("" : "+f"(d[a][0]), "+f"(d[a][1]), "+f"(d[a][2]), "+f"(d[a][3])::"memory");
+}
 // Between this thread's writes to shared memory and products that read them, before the barrier.
 GROSS_DEVICE void fence_for_matrix_units() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
@@ -602,6 +614,8 @@ inline void warpgroup_arrive() {}
 inline void warpgroup_commit() {}
 template <int pending>
 inline void warpgroup_wait() {}
+template <int atoms>
+inline void fence_sums(float (&)[atoms][4]) {}
 inline void fence_for_matrix_units() {}
 
 // One warp's 16 of the 64 rows.
@@ -651,15 +665,12 @@ inline void warpgroup_multiply(float (&d)[atoms][4], const uint32_t (&a)[4], uin
 #if defined(__CUDACC__)
 #define GROSS_UNROLL_BY(count) GROSS_PRAGMA(unroll count)
 
-// Returns a cudaError_t. The current device is the stream's.
+inline int allow_shared_bytes(const void* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes,
-           Stream stream, const std::common_type_t<Parameters>&... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+int start(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes,
+          Stream stream, const std::common_type_t<Parameters>&... arguments) {
   kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }
@@ -671,14 +682,36 @@ inline Schedule schedule;               // of the launches that follow
 inline std::vector<Counters> launched;  // what they counted, one for each
 }  // namespace emulator
 
+inline int allow_shared_bytes(const void*, int) { return 0; }
 // What the kernel touches has been told to the emulator before.
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes,
-           Stream, const std::common_type_t<Parameters>&... arguments) {
+int start(void (*kernel)(Parameters...), int grid_x, int grid_y, int threads, int shared_bytes,
+          Stream, const std::common_type_t<Parameters>&... arguments) {
   emulator::launched.push_back(emulator::launch(
       grid_x, grid_y, threads, shared_bytes, [&] { kernel(arguments...); }, emulator::schedule));
   return 0;
 }
 #endif
+
+struct Grid {
+  int x, y, threads, shared_bytes;
+};
+
+// Returns a cudaError_t. The current device is the stream's. All of the device's shared memory is
+// allowed to a kernel once; two threads may both do it.
+template <auto* kernel, class... Arguments>
+int launch(const Grid& grid, const Device& device, Stream stream, const Arguments&... arguments) {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device
+  const uint64_t bit = device.index < 64 ? uint64_t{1} << device.index : 0;
+  if (grid.shared_bytes > 48 * 1024 && !(allowed & bit)) {
+    const int error =
+        allow_shared_bytes(reinterpret_cast<const void*>(kernel), device.shared_bytes);
+    if (error) return error;
+    host_counts.prepared++;
+    allowed |= bit;
+  }
+  host_counts.launched++;
+  return start(kernel, grid.x, grid.y, grid.threads, grid.shared_bytes, stream, arguments...);
+}
 
 }  // namespace gross::cuda

@@ -32,6 +32,16 @@ GROSS_HOST_DEVICE_INLINE constexpr int larger(int a, int b) { return a > b ? a :
 GROSS_HOST_DEVICE_INLINE constexpr int chunk_channels(Type type) { return 16 / bytes_of(type); }
 GROSS_HOST_DEVICE_INLINE constexpr int step_channels(Type type) { return 32 / bytes_of(type); }
 
+// Of threads that move pixels in pieces of 16 bytes, `lanes` (a power of two) to a pixel: the pixel
+// of the place-th such group. Pixels lie one piece more than `lanes` apart, so pieces of
+// neighbouring pixels share banks; eight threads in a row meet every bank once if they take pixels
+// `lanes` apart.
+GROSS_HOST_DEVICE_INLINE constexpr int pixel_of(int place, int lanes) {
+  if (lanes >= 8) return place;
+  const int together = 8 / lanes;
+  return place / 8 * 8 + place % together * lanes + place % 8 / together;
+}
+
 struct Range {
   int begin, end;
   GROSS_HOST_DEVICE_INLINE int size() const { return end - begin; }

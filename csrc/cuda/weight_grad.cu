@@ -1,5 +1,6 @@
 // Plans and launches the weight gradient of weight_grad.h. The plan is plain C++: what the tests on
 // the host run is what a GPU is given.
+#include "plans.h"
 #include "weight_grad.h"
 
 namespace gross::cuda {
@@ -10,6 +11,7 @@ struct WeightGradPlan {
   WeightGradProblem problem;
   int atoms, blocks, slabs, shared_bytes;
   bool half_last;
+  double clocks;
 };
 
 // How channels are divided among warps, blocks and shared memory, with `slots` on a line of
@@ -101,11 +103,12 @@ void divide_columns(WeightGradPlan& plan, Type type, int stride) {
 // not measured).
 constexpr double step_bytes = 36 * 1024;
 
-void divide_rows(WeightGradPlan& plan, int stride, const Device& device) {
+// All such divisions, each a plan.
+std::vector<WeightGradPlan> divide_rows(WeightGradPlan plan, int stride, const Device& device) {
   WeightGradProblem& p = plan.problem;
   const int most_teams = p.teams, team_bytes = (plan.shared_bytes - p.stages_at) / p.teams;
   const double sums = 9.0 * p.channels.destination * p.channels.source_group * sizeof(float);
-  double least = 0;
+  std::vector<WeightGradPlan> plans;
   for (int unit : {p.out_h, 1})
     for (int blocks = larger(1, device.multiprocessors / plan.slabs); blocks > 0;
          blocks = blocks * 3 / 4)
@@ -116,22 +119,23 @@ void divide_rows(WeightGradPlan& plan, int stride, const Device& device) {
                                         : share / unit * (p.last_step + 1);
         const int waves = divide_up(blocks * plan.slabs, device.multiprocessors);
         const double bytes = static_cast<double>(teams) * p.stage_bytes;
-        const double cost =
+        const double moved =
             steps * (bytes > step_bytes ? bytes : step_bytes) * waves * device.multiprocessors +
             2 * blocks * sums;
-        if (least > 0 && cost >= least) continue;
-        least = cost;
+        plan.clocks = moved / (memory_bytes_a_clock * device.multiprocessors);
         plan.blocks = blocks;
         p.teams = teams;
         p.unit = unit;
+        p.share = p.rows / unit / (blocks * teams);
+        p.longer_shares = p.rows / unit % (blocks * teams);
+        p.threads = teams * p.team_threads;
+        plan.shared_bytes = p.stages_at + teams * team_bytes;
+        plans.push_back(plan);
       }
-  p.share = p.rows / p.unit / (plan.blocks * p.teams);
-  p.longer_shares = p.rows / p.unit % (plan.blocks * p.teams);
-  p.threads = p.teams * p.team_threads;
-  plan.shared_bytes = p.stages_at + p.teams * team_bytes;
+  return plans;
 }
 
-WeightGradPlan plan_of(Type type, const Geometry& geometry, const Device& device) {
+std::vector<WeightGradPlan> all_plans(Type type, const Geometry& geometry, const Device& device) {
   WeightGradPlan plan{};
   WeightGradProblem& p = plan.problem;
   const int stride = geometry.stride;
@@ -157,14 +161,39 @@ WeightGradPlan plan_of(Type type, const Geometry& geometry, const Device& device
   p.in_next_line = p.line_images * p.in_image - p.column_tiles * in_strip;
   p.grad_next_line = p.line_images * p.grad_image - p.column_tiles * grad_strip;
   p.rows = divide_up(p.images, p.line_images) * p.column_tiles * p.out_h;
-  divide_rows(plan, stride, device);
   for (int i = 0; i <= last; i++) {
     p.in_tile[i] = p.grad_tile[i] * p.in_pitch;
     p.grad_tile[i] *= p.grad_pitch;
   }
   for (int kw = 0; kw < 3; kw++)
     p.in_tap[kw] = (stride == 1 ? kw : kw == 1 ? 0 : slots + kw / 2) * p.in_pitch;
-  return plan;
+  return divide_rows(plan, stride, device);
+}
+
+// The plan that the job forces, or the least of the model; `unserved` where it is not there.
+int chosen_of(const std::vector<WeightGradPlan>& plans, int forced) {
+  const int count = static_cast<int>(plans.size());
+  if (forced != by_model) return forced >= 0 && forced < count ? forced : unserved;
+  int chosen = 0;
+  for (int i = 1; i < count; i++)
+    if (plans[i].clocks < plans[chosen].clocks) chosen = i;
+  return chosen;
+}
+
+struct Chosen {
+  int number;
+  WeightGradPlan plan;
+};
+bool choose(Chosen& chosen, const Job& job) {
+  static Plans<Chosen> made;
+  return made.get(chosen, job, [&](Chosen& to) {
+    if (!supports_weight_grad(job.type, job.series.type, job.geometry, job.device)) return false;
+    const std::vector<WeightGradPlan> plans = all_plans(job.type, job.geometry, job.device);
+    to.number = chosen_of(plans, job.plan);
+    if (to.number == unserved) return false;
+    to.plan = plans[to.number];
+    return true;
+  });
 }
 
 int second_pass_blocks(const Channels& channels) {
@@ -176,21 +205,65 @@ size_t sums_of(const WeightGradPlan& plan) {
 }
 
 template <Type type, int stride, int atoms, bool half_last = false>
-int first_pass(const WeightGradPlan& plan, Stream stream) {
-  return launch(&weight_grad_partial<type, stride, atoms, half_last>, plan.blocks, plan.slabs,
-                plan.problem.threads, plan.shared_bytes, stream, plan.problem);
+int first_pass(const WeightGradPlan& plan, const Device& device, Stream stream) {
+  const Grid grid{plan.blocks, plan.slabs, plan.problem.threads, plan.shared_bytes};
+  return launch<&weight_grad_partial<type, stride, atoms, half_last>>(grid, device, stream,
+                                                                      plan.problem);
 }
 template <Type type, int atoms>
-int first_pass(const WeightGradPlan& plan, int stride, Stream stream) {
-  if (stride == 2) return first_pass<type, 2, atoms>(plan, stream);
+int first_pass(const WeightGradPlan& plan, int stride, const Device& device, Stream stream) {
+  if (stride == 2) return first_pass<type, 2, atoms>(plan, device, stream);
   if constexpr (type != Type::float32)
-    if (plan.half_last) return first_pass<type, 1, atoms, true>(plan, stream);
-  return first_pass<type, 1, atoms>(plan, stream);
+    if (plan.half_last) return first_pass<type, 1, atoms, true>(plan, device, stream);
+  return first_pass<type, 1, atoms>(plan, device, stream);
 }
 template <Type type>
-int first_pass(const WeightGradPlan& plan, int stride, Stream stream) {
-  return plan.atoms == 2 ? first_pass<type, 2>(plan, stride, stream)
-                         : first_pass<type, 4>(plan, stride, stream);
+int first_pass(const WeightGradPlan& plan, const Job& job) {
+  const int stride = job.geometry.stride;
+  return plan.atoms == 2 ? first_pass<type, 2>(plan, stride, job.device, job.stream)
+                         : first_pass<type, 4>(plan, stride, job.device, job.stream);
+}
+
+// What the first pass reads: the input's rows and the gradient's, of the channels of every slab.
+double read_bytes(const WeightGradPlan& plan, int stride) {
+  const WeightGradProblem& p = plan.problem;
+  const Channels& c = p.channels;
+  const int shares = plan.blocks * p.teams;
+  double in_pieces = 0, grad_pieces = 0;
+  for (int share = 0; share < shares; share++) {
+    const int64_t begin =
+        (static_cast<int64_t>(share) * p.share + smaller(share, p.longer_shares)) * p.unit;
+    const int64_t end = begin + static_cast<int64_t>(p.share + (share < p.longer_shares)) * p.unit;
+    for (int64_t at = begin; at < end;) {
+      const int64_t strip = at / p.out_h, next = std::min(end, (strip + 1) * p.out_h);
+      const int first = static_cast<int>(at - strip * p.out_h),
+                last = static_cast<int>(next - 1 - strip * p.out_h);
+      const int images = smaller(
+          p.line_images, p.images - static_cast<int>(strip / p.column_tiles) * p.line_images);
+      const int column0 = static_cast<int>(strip % p.column_tiles) * p.columns;
+      // Steps first to last_step, which take the input rows stride · t - 1 and, for stride 2, 2 ·
+      // t.
+      const int last_step = smaller(last + 1 + (stride == 1 ? 1 : 0), p.last_step);
+      const int in_rows =
+          smaller(stride * last_step - 1 + stride, p.in_h) - larger(stride * first - 1, 0);
+      const int in_columns =
+          smaller(stride * column0 + (stride == 1 ? p.columns + 1 : 2 * p.columns), p.in_w) -
+          larger(stride * column0 - 1, 0);
+      in_pieces += static_cast<double>(in_rows) * in_columns * images;
+      grad_pieces +=
+          static_cast<double>(last - first + 1) * smaller(p.columns, p.out_w - column0) * images;
+      at = next;
+    }
+  }
+  double bytes = 16 * grad_pieces * p.grad_pixel;
+  const int outputs = p.tiles * tile_channels;
+  for (int slab = 0; slab < plan.slabs; slab++) {
+    const int output = slab * outputs, begin = tile_begin(c, slab * p.tiles);
+    const int seen =
+        smaller(c.seen_by(output, smaller(output + outputs, c.destination) - 1).end, c.source);
+    bytes += 16 * in_pieces * ((seen - begin) / c.chunk);
+  }
+  return bytes;
 }
 
 }  // namespace
@@ -210,25 +283,47 @@ bool supports_weight_grad(Type type, Type terms_type, const Geometry& geometry,
                          device.shared_bytes);
 }
 
-size_t weight_grad_scratch_bytes(Type type, const Geometry& geometry, const Device& device) {
-  const WeightGradPlan plan = plan_of(type, geometry, device);
-  return (sums_of(plan) +
-          static_cast<size_t>(most_active) * second_pass_blocks(plan.problem.channels)) *
+std::vector<PlanFacts> weight_grad_plans(const Job& job, int& chosen) {
+  chosen = unserved;
+  std::vector<PlanFacts> facts;
+  if (!supports_weight_grad(job.type, job.series.type, job.geometry, job.device)) return facts;
+  const std::vector<WeightGradPlan> plans = all_plans(job.type, job.geometry, job.device);
+  for (const WeightGradPlan& plan : plans) {
+    const WeightGradProblem& p = plan.problem;
+    facts.push_back({"weight_grad", weight_grad_products(job.geometry.stride), plan.atoms, p.tiles,
+                     p.teams, weight_grad_stages, p.columns, p.line_images, plan.blocks, plan.slabs,
+                     p.threads, plan.shared_bytes, plan.clocks,
+                     read_bytes(plan, job.geometry.stride),
+                     static_cast<double>(sums_of(plan) * sizeof(float))});
+  }
+  chosen = chosen_of(plans, job.plan);
+  return facts;
+}
+
+size_t weight_grad_scratch_bytes(const Job& job) {
+  Chosen chosen;
+  if (!choose(chosen, job)) return 0;
+  return (sums_of(chosen.plan) +
+          static_cast<size_t>(most_active) * second_pass_blocks(chosen.plan.problem.channels)) *
          sizeof(float);
 }
 
-int weight_grad(Type type, const Geometry& geometry, const Series& series, const void* grad,
-                const void* input, const SeriesGradient& gradient, void* scratch,
-                const Device& device, Stream stream) {
+int weight_grad(const Job& job, const void* grad, const void* input, const SeriesGradient& gradient,
+                void* scratch, int passes, int& ran) {
+  const Geometry& geometry = job.geometry;
+  const Series& series = job.series;
   constexpr int64_t reach = int64_t{1} << 32;  // pieces of 16 bytes, 64 GB
   const int64_t in_pieces = geometry.images * geometry.in_h * geometry.in_w *
-                            (geometry.in_channels / chunk_channels(type));
+                            (geometry.in_channels / chunk_channels(job.type));
   const int64_t grad_pieces = geometry.images * geometry.out_h * geometry.out_w *
-                              (geometry.out_channels / chunk_channels(type));
+                              (geometry.out_channels / chunk_channels(job.type));
   const int64_t most_rows = geometry.images * geometry.out_h * (geometry.out_w / 16 + 1);
   if (in_pieces > reach || grad_pieces > reach || most_rows > INT32_MAX)
     return 1;  // cudaErrorInvalidValue
-  WeightGradPlan plan = plan_of(type, geometry, device);
+  Chosen chosen;
+  if (!choose(chosen, job)) return unserved;
+  ran = chosen.number;
+  WeightGradPlan& plan = chosen.plan;
   plan.problem.input = input;
   plan.problem.grad = grad;
   plan.problem.partial = static_cast<float*>(scratch);
@@ -238,7 +333,7 @@ int weight_grad(Type type, const Geometry& geometry, const Series& series, const
   emulator::forget_allocations();
   emulator::allow(input, 16 * in_pieces, false);
   emulator::allow(grad, 16 * grad_pieces, false);
-  emulator::allow(scratch, weight_grad_scratch_bytes(type, geometry, device), true);
+  emulator::allow(scratch, weight_grad_scratch_bytes(job), true);
   for (int i = 0; i < series.count; i++) {
     const size_t bytes = geometry.out_channels * series.group_sizes[i] * 9 * bytes_of(series.type);
     if (series.terms[i] != nullptr) emulator::allow(series.terms[i], bytes, false);
@@ -248,17 +343,20 @@ int weight_grad(Type type, const Geometry& geometry, const Series& series, const
   if (gradient.gates != nullptr)
     emulator::allow(gradient.gates, series.count * sizeof(float), true);
 #endif
-  int error = type == Type::float16    ? first_pass<Type::float16>(plan, geometry.stride, stream)
-              : type == Type::bfloat16 ? first_pass<Type::bfloat16>(plan, geometry.stride, stream)
-                                       : first_pass<Type::float32>(plan, geometry.stride, stream);
-  if (error) return error;
+  if (passes & 1) {
+    const int error = job.type == Type::float16    ? first_pass<Type::float16>(plan, job)
+                      : job.type == Type::bfloat16 ? first_pass<Type::bfloat16>(plan, job)
+                                                   : first_pass<Type::float32>(plan, job);
+    if (error) return error;
+  }
+  if (!(passes & 2)) return 0;
   const WeightGradTerms terms{plan.problem.partial, gate_parts, plan.problem.channels,
                               plan.blocks,          series,     gradient};
-  error = launch(&weight_grad_terms, blocks, 1, weight_grad_adders * 32,
-                 weight_grad_adders * 32 * 4, stream, terms);
+  const Grid grid{blocks, 1, weight_grad_adders * 32, weight_grad_adders * 32 * 4};
+  const int error = launch<&weight_grad_terms>(grid, job.device, job.stream, terms);
   if (error || gate_parts == nullptr) return error;
-  return launch(&weight_grad_gates, series.count, 1, 256, 32, stream, gate_parts, blocks,
-                series.active, gradient.gates);
+  return launch<&weight_grad_gates>({series.count, 1, 256, 32}, job.device, job.stream, gate_parts,
+                                    blocks, series.active, gradient.gates);
 }
 
 }  // namespace gross::cuda

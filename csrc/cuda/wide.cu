@@ -1,7 +1,7 @@
 // Launches the kernels for warpgroups. Compiled for an architecture without their instructions they
 // would be traps, so they exist only where one with them is among those that the library is built
 // for, and run only there: `-DGROSS_CUDA_WARP_GROUPS`, from setup.py.
-#include "wide.h"
+#include "convolution_plan.h"
 
 namespace gross::cuda {
 
@@ -29,90 +29,141 @@ void fill_line(WideProblem& p, int pixels) {
   p.magic = p.line_images == 1 ? 0 : static_cast<uint32_t>(divide_up(1 << 16, p.columns + 1));
 }
 
+// Clocks that a multiprocessor needs. Of products' peak rate, 2048 pairs of 16 bits a clock, a
+// warpgroup gets 95 % (published, not measured here), and a kernel 93 % of that. The compiled steps
+// have some 290 instructions a warp; B is read from shared memory by the matrix units.
+template <class S>
+double estimate(const WidePlan& plan, const Device& device) {
+  const WideProblem& p = plan.problem;
+  const double rows = divide_up(p.height, S::rows), all = rows * p.bundles,
+               shares = std::min(all, static_cast<double>(plan.grid.x) * S::teams);
+  const double waves =
+      std::ceil(static_cast<double>(plan.grid.x) * plan.grid.y / device.multiprocessors);
+  const double steps = waves * S::teams * std::ceil(all / shares);
+  const double warpgroup_products = steps * S::input_rows * 3 * S::steps;
+  const double products = warpgroup_products * 64 * S::pixels * 16 / (0.95 * 0.93 * 2048);
+  const double shared =
+      (warpgroup_products * S::pixels * 32 + steps * (S::unit_bytes + 2 * S::staged_bytes)) /
+      shared_bytes_a_clock;
+  const double issue = steps * 4 * 290 / 4;
+  const double written = 16.0 * p.images * p.destination_image;
+  const double moved = (read_bytes(plan) + written) * (S::block < 64 ? 1.1 : 1) /
+                       (memory_bytes_a_clock * device.multiprocessors);
+  const int outputs = p.transposed ? S::block : S::tiles * tile_channels;
+  return side_by_side({products, shared, issue, moved}) * (S::teams == 2 ? 1.1 : 1) +
+         waves * prologue_clocks(Assembly<S::type, S::steps>::raw_bytes(p.terms, p.transposed),
+                                 outputs, p.piece,
+                                 Assembly<S::type, S::steps>::matrix_bytes(S::tiles), p.transposed);
+}
+
 template <Type type, int steps, int atoms>
-int launch_wide(WideProblem p, const Device& device, Stream stream) {
+WidePlan plan_of(WideProblem p, const Device& device) {
   using S = WideShape<type, steps, atoms>;
-  const int raw = Assembly<type, steps>::raw_bytes(p.terms),
+  fill_line(p, S::pixels);
+  const int raw = Assembly<type, steps>::raw_bytes(p.terms, p.transposed),
             outputs = p.transposed ? S::block : S::tiles * tile_channels;
   p.piece = smaller((device.shared_bytes - S::raw_at) / raw / 8 * 8, outputs);
   const int shared = larger(S::marching_bytes, S::raw_at + p.piece * raw);
   const int grid_y = divide_up(p.channels.destination, S::block) * p.column_tiles;
-  return launch(&march_wide<S>, larger(1, device.multiprocessors / grid_y), grid_y, S::threads,
-                shared, stream, p);
+  WidePlan plan{
+      p, steps, atoms, {larger(1, device.multiprocessors / grid_y), grid_y, S::threads, shared}, 0};
+  plan.clocks = estimate<S>(plan, device);
+  return plan;
 }
 
-template <Type type, int steps>
-int launch_line(WideProblem p, const Device& device, Stream stream) {
-  WideProblem seven = p, eight = p;
-  fill_line(seven, 56);
-  fill_line(eight, 64);
-  // Pixels of matrix products for all images.
-  const auto work = [](const WideProblem& q, int pixels) {
-    return static_cast<int64_t>(q.bundles) * q.column_tiles * pixels;
-  };
-  return work(seven, 56) <= work(eight, 64) ? launch_wide<type, steps, 7>(seven, device, stream)
-                                            : launch_wide<type, steps, 8>(eight, device, stream);
+// use(shape) for the kernel of these numbers.
+template <Type type, class Use>
+auto with_shape(int steps, int atoms, const Use& use) {
+  if (steps == 2) return atoms == 7 ? use(WideShape<type, 2, 7>{}) : use(WideShape<type, 2, 8>{});
+  return atoms == 7 ? use(WideShape<type, 4, 7>{}) : use(WideShape<type, 4, 8>{});
 }
 
-template <Type type>
-int launch_steps(const WideProblem& p, const Device& device, Stream stream) {
-  return wide_steps(p.channels) == 2 ? launch_line<type, 2>(p, device, stream)
-                                     : launch_line<type, 4>(p, device, stream);
+bool serves(const Job& job) {
+  if (job.operation == Operation::weight_grad ||
+      (job.type != Type::float16 && job.type != Type::bfloat16))
+    return false;
+  if (job.device.capability != 90 || job.device.shared_bytes < 227 * 1024 ||
+      job.geometry.stride != 1 || job.geometry.group_size > 64)
+    return false;
+  return wide_steps(channels_of(job.geometry, job.operation == Operation::input_grad, job.type)) >
+         0;
 }
 
 }  // namespace
 
-bool supports_wide(Operation operation, Type type, Type terms_type, const Geometry& geometry,
-                   const Device& device) {
-  if (operation == Operation::weight_grad || (type != Type::float16 && type != Type::bfloat16))
-    return false;
-  if (terms_type != type && terms_type != Type::float32) return false;
-  if (device.capability != 90 || device.shared_bytes < 227 * 1024 || geometry.stride != 1 ||
-      geometry.group_size > 64)
-    return false;
-  const Channels channels = channels_of(geometry, operation == Operation::input_grad, type);
-  return channels.source % channels.chunk == 0 && channels.destination % channels.chunk == 0 &&
-         wide_steps(channels) > 0;
-}
-
-int convolve_wide(Operation operation, Type type, const Geometry& geometry, const Series& series,
-                  const void* source, void* destination, const Device& device, Stream stream) {
+std::vector<WidePlan> wide_plans(const Job& job) {
+  if (!serves(job)) return {};
   WideProblem p{};
-  p.transposed = operation == Operation::input_grad;
-  p.channels = channels_of(geometry, p.transposed, type);
-  p.terms = active_terms(series, geometry, type);
-  p.source = source;
-  p.destination = destination;
-  p.images = static_cast<int>(geometry.images);
-  p.height = static_cast<int>(geometry.in_h);
-  p.width = static_cast<int>(geometry.in_w);
+  p.transposed = job.operation == Operation::input_grad;
+  p.channels = channels_of(job.geometry, p.transposed, job.type);
+  p.terms = active_terms(job.series, job.geometry, job.type);
+  p.images = static_cast<int>(job.geometry.images);
+  p.height = static_cast<int>(job.geometry.in_h);
+  p.width = static_cast<int>(job.geometry.in_w);
   p.source_pixel = p.channels.source / p.channels.chunk;
   p.source_row = p.source_pixel * p.width;
   p.source_image = p.source_row * p.height;
   p.destination_pixel = p.channels.destination / p.channels.chunk;
   p.destination_row = p.destination_pixel * p.width;
   p.destination_image = p.destination_row * p.height;
-#if !defined(__CUDACC__)
-  emulator::forget_allocations();
-  emulator::allow(source, 16ull * p.images * p.source_image, false);
-  emulator::allow(destination, 16ull * p.images * p.destination_image, true);
-  for (int i = 0; i < p.terms.active; i++)
-    emulator::allow(p.terms.data[i],
-                    geometry.out_channels * p.terms.group_sizes[i] * 9 * (p.terms.wide ? 4 : 2),
-                    false);
-  if (p.terms.gates) emulator::allow(p.terms.gates, p.terms.active * sizeof(float), false);
-#endif
-  return type == Type::float16 ? launch_steps<Type::float16>(p, device, stream)
-                               : launch_steps<Type::bfloat16>(p, device, stream);
+  // Sizes do not depend on which of the 16-bit types it is.
+  if (wide_steps(p.channels) == 2)
+    return {plan_of<Type::float16, 2, 7>(p, job.device),
+            plan_of<Type::float16, 2, 8>(p, job.device)};
+  return {plan_of<Type::float16, 4, 7>(p, job.device), plan_of<Type::float16, 4, 8>(p, job.device)};
+}
+
+double read_bytes(const WidePlan& plan) {
+  const WideProblem& p = plan.problem;
+  const int block = 16 * plan.steps, rows = 64 / block;
+  const int64_t shares = static_cast<int64_t>(plan.grid.x) * plan.grid.threads / warpgroup_threads;
+  const double read = rows_read(
+      p.images, p.line_images, p.bundles, divide_up(p.height, rows), shares, p.height,
+      [&](int first, int last) { return Range{rows * first - 1, rows * (last + 1) + 1}; });
+  double columns = 0, channels = 0;
+  for (int tile = 0; tile < p.column_tiles; tile++)
+    columns += smaller((tile + 1) * p.columns + 1, p.width) - larger(tile * p.columns - 1, 0);
+  for (int first = 0; first < p.channels.destination; first += block) {
+    const Range slab = p.channels.slab(first, plan.steps, block);
+    channels += smaller(slab.end, p.channels.source) - slab.begin;
+  }
+  return read * columns * channels * 16 / p.channels.chunk;
+}
+
+PlanFacts facts_of(const WidePlan& plan) {
+  const WideProblem& p = plan.problem;
+  const int stages =
+      with_shape<Type::float16>(plan.steps, plan.atoms, [](auto s) { return decltype(s)::stages; });
+  return {"march_wide",
+          plan.steps,
+          plan.atoms,
+          plan.steps,
+          plan.grid.threads / warpgroup_threads,
+          stages,
+          p.columns,
+          p.line_images,
+          plan.grid.x,
+          plan.grid.y,
+          plan.grid.threads,
+          plan.grid.shared_bytes,
+          plan.clocks,
+          read_bytes(plan),
+          16.0 * p.images * p.destination_image};
+}
+
+int launch_wide(const WidePlan& plan, Type type, const Device& device, Stream stream) {
+  const auto start = [&](auto shape) {
+    return launch<&march_wide<decltype(shape)>>(plan.grid, device, stream, plan.problem);
+  };
+  return type == Type::float16 ? with_shape<Type::float16>(plan.steps, plan.atoms, start)
+                               : with_shape<Type::bfloat16>(plan.steps, plan.atoms, start);
 }
 
 #else
 
-bool supports_wide(Operation, Type, Type, const Geometry&, const Device&) { return false; }
-int convolve_wide(Operation, Type, const Geometry&, const Series&, const void*, void*,
-                  const Device&, Stream) {
-  return 1;
-}  // cudaErrorInvalidValue
+std::vector<WidePlan> wide_plans(const Job&) { return {}; }
+PlanFacts facts_of(const WidePlan&) { return {}; }
+int launch_wide(const WidePlan&, Type, const Device&, Stream) { return unserved; }
 
 #endif
 

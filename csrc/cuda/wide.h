@@ -154,7 +154,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) march_wide(const WideProblem p) {
     const uint32_t matrix = shared_base() + S::matrix_at, raw = shared_base() + S::raw_at;
     const Range outputs = Weights::outputs(p.channels, p.transposed, slab);
     Range piece{outputs.begin, smaller(outputs.begin + p.piece, outputs.end)};
-    Weights::request(p.terms, piece, raw, thread, S::threads);
+    Weights::request(p.terms, p.transposed, piece, raw, thread, S::threads);
     GROSS_UNROLL
     for (int i = 0; i < S::early; i++) request(i * S::stage_step);
     Weights::clear(S::tiles, matrix, thread, S::threads);
@@ -167,7 +167,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) march_wide(const WideProblem p) {
       piece = {piece.end, smaller(piece.end + p.piece, outputs.end)};
       barrier(0, S::threads);
       if (piece.size() <= 0) break;
-      Weights::request(p.terms, piece, raw, thread, S::threads);
+      Weights::request(p.terms, p.transposed, piece, raw, thread, S::threads);
       copy_async_wait<0>();
     }
     GROSS_UNROLL
@@ -194,14 +194,15 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) march_wide(const WideProblem p) {
   const uint32_t staging = shared_base() + S::staging_at + team * S::staged_bytes;
   const uint32_t staged = staging + (output_row * S::pixels + lane % 4 * 2) * S::staged_pitch +
                           tile * 32 + lane / 4 * 4;
-  const uint32_t piece_from = staging + slot * S::staged_pitch + chunk * 16;
+  const int staged_pixel = pixel_of(slot, S::chunks);
+  const uint32_t piece_from = staging + staged_pixel * S::staged_pitch + chunk * 16;
   const int destination_channel = first_channel + chunk * 8;
   const uint32_t store_step = S::load_pixels * p.destination_pixel,
                  store_gap = p.destination_image - (p.columns + 1) * p.destination_pixel;
   uint32_t image_of_store = 0;
   GROSS_UNROLL
   for (int j = 0; j < S::store_rounds; j++) {
-    const int n = slot + j * S::load_pixels, image = static_cast<int>(n * p.magic >> 16),
+    const int n = staged_pixel + j * S::load_pixels, image = static_cast<int>(n * p.magic >> 16),
               column = n - image * (p.columns + 1);
     const bool on = n < S::pixels && destination_channel < p.channels.destination &&
                     image < p.line_images && column < smaller(p.columns, p.width - column0);
@@ -210,8 +211,8 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) march_wide(const WideProblem p) {
   }
   int stored_row = first * S::rows, write_images = p.images - bundle * p.line_images;
   uint32_t write_at = static_cast<uint32_t>(bundle * p.line_images) * p.destination_image +
-                      first * S::rows * p.destination_row + (column0 + slot) * p.destination_pixel +
-                      destination_channel / 8;
+                      first * S::rows * p.destination_row +
+                      (column0 + staged_pixel) * p.destination_pixel + destination_channel / 8;
   uint32_t half = 0;
   bool waiting = false;  // a step's rows are in shared memory
   auto store = [&]() {
@@ -276,6 +277,7 @@ GROSS_KERNEL GROSS_BOUNDS(S::threads) march_wide(const WideProblem p) {
       warpgroup_commit();
       store();  // the rows of the step before, while the matrix units work
       warpgroup_wait<0>();
+      fence_sums(sum);
       GROSS_UNROLL
       for (int a = 0; a < S::atoms; a++) {
         const uint32_t even = staged + half + a * 8 * S::staged_pitch;

@@ -7,7 +7,10 @@ than its input's is copied: it is the exception, and only one of the two tensors
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,6 +143,79 @@ def weight_grad(
 def series_sum(series: Series) -> Tensor:
     """``Σ_{i≤n} gate_i t_i``, contiguous, of the terms' shape and dtype."""
     return _operators().series_sum.default(*series)
+
+
+# ---- For measurements ----
+
+
+def plans(
+    operation: str,
+    input: Tensor,
+    series: Series,
+    geometry: Geometry,
+    device: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """The plans among which a call chooses the one of the fewest estimated clocks, by their
+    numbers; none where it is not served.
+
+    Args:
+        operation: "forward", "input_grad" or "weight_grad".
+        input: of the convolution; its shape, dtype and device count.
+        device: what ``torch.ops.gross_cuda.device`` says of a device, by default of the input's;
+            with it tensors on "meta" serve.
+
+    Returns:
+        of each plan "kernel"; the numbers of its tile ("steps", "atoms", "tiles", "teams",
+        "stages", "columns", "images"); "grid", "threads", "shared_bytes"; the model's "clocks" and,
+        at 1.755 GHz, "microseconds" (not measured); "read_bytes" and "written_bytes" of global
+        memory, by the plan, halos included and terms not; and whether it is "chosen".
+    """
+    terms = series.terms[: series.active]
+    shape = (*input.shape, terms[0].shape[0])
+    sizes = [term.shape[1] for term in terms]
+    numbers = properties(input.device.index or 0) if device is None else list(device)
+    text = _operators().plans(
+        operation, input.dtype, terms[0].dtype, shape, sizes, geometry.stride[0], numbers
+    )
+    return json.loads(text)
+
+
+@contextmanager
+def forced(operation: str, plan: int) -> Iterator[None]:
+    """Calls of an operation run the plan of this number of :func:`plans`; one that has no such plan
+    raises."""
+    _operators().set_plan(operation, plan)
+    try:
+        yield
+    finally:
+        _operators().set_plan(operation, -1)
+
+
+def possible_share(
+    operation: str,
+    input: Tensor,
+    series: Series,
+    geometry: Geometry,
+    device: Sequence[int] | None = None,
+) -> float:
+    """The largest fraction of a copy's speed that the chosen plan can reach: bytes of input and
+    output over all that it moves, rows at the edges of shares, columns at those of tiles, partial
+    sums (written, then read) and the active terms included. Neither launches nor the assembly of
+    the weights are counted.
+
+    ValueError where the call is not served."""
+    chosen = [each for each in plans(operation, input, series, geometry, device) if each["chosen"]]
+    if not chosen:
+        raise ValueError(f"operation: got {operation}, and the CUDA kernels do not serve this call")
+    terms = series.terms[: series.active]
+    size = geometry.output_size(input.shape[2:], (3, 3))
+    output = input.shape[0] * terms[0].shape[0] * size[0] * size[1]
+    copied = (input.numel() + output) * input.element_size()
+    moved = chosen[0]["read_bytes"] + chosen[0]["written_bytes"]
+    if operation == "weight_grad":
+        moved += chosen[0]["written_bytes"]
+    moved += sum(term.numel() * term.element_size() for term in terms)
+    return copied / moved
 
 
 def _operators() -> Any:

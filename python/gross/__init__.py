@@ -5,6 +5,7 @@ from . import data, networks
 from .architecture_search import Budget, SearchResult, search
 from .decomposition import decompose
 from .deployment import export, load_program
+from .devices import Graphed
 from .evaluation import Accuracy, evaluate
 from .latency import LatencyTable
 from .macs import MacsReport, macs
@@ -15,6 +16,7 @@ from .training import Sampler, finetune, train
 __all__ = [
     "Accuracy",
     "Budget",
+    "Graphed",
     "LatencyTable",
     "MacsReport",
     "Sampler",

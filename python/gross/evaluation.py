@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +26,7 @@ from gross_kernels import GroSSConv2d, SeriesConv2d
 from .arguments import check_callable, check_module, check_type
 from .copying import unwrapped
 from .data import Split
+from .devices import Replay, check_graphs, layout, moved, placed
 from .supernet import (
     Configuration,
     check_configuration,
@@ -58,6 +60,8 @@ class Accuracy:
         memory: bytes of activations, from which the batch size follows; by default 96 MiB.
         batch_size: images a batch, in place of ``memory``. A loader's batches are split, not
             joined.
+        graphs: on a GPU, replay the walk over a batch as one CUDA graph, captured at the second
+            batch: for networks whose kernels are shorter than their launches.
     """
 
     data: Images | Iterable[Images] | Split
@@ -65,6 +69,7 @@ class Accuracy:
     give_up_below: float | None = None
     memory: int = MEMORY
     batch_size: int | None = None
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("images", "memory", "batch_size"):
@@ -115,6 +120,7 @@ def evaluate(
     data: Images | Iterable[Images] | Split | Accuracy,
     *,
     progress: Progress | None = None,
+    device: str | int | torch.device | None = None,
 ) -> list[float]:
     """Top-1 accuracy in percent of each configuration: what running it alone gives, at a fraction
     of the time.
@@ -129,19 +135,23 @@ def evaluate(
         data: images and labels as a pair of tensors or a loader, or an :class:`Accuracy` with
             options.
         progress: called after every configuration and batch.
+        device: where to evaluate, such as "cuda"; the supernet is moved there and stays. By default
+            where it is.
 
     Returns:
         One accuracy per configuration, in their order.
 
     Raises:
         ValueError: before the walk, if a configuration is not the supernet's, there is no image,
-            the supernet does not take the images, or a label is not one of its classes.
+            the supernet does not take the images, a label is not one of its classes, or the
+            device is not there.
     """
     accuracy = data if isinstance(data, Accuracy) else Accuracy(data)
     check_type("configurations", configurations, Iterable, "a sequence of configurations")
     if progress is not None:
         check_callable("progress", progress, "a function of two ints")
-    supernet = unwrapped(check_module("supernet", supernet))
+    supernet = placed(unwrapped(check_module("supernet", supernet)), device)
+    check_graphs(accuracy.graphs, next(supernet.parameters()).device)
     layers = list(decomposed_layers(supernet).values())
     sizes = [layer.group_sizes for layer in layers]
     active = configuration(supernet)
@@ -155,13 +165,14 @@ def evaluate(
         classes = _check_fits(supernet, first[0])
         segments = cut(supernet, first[0])
         size = accuracy.batch_size or _batch_size(segments, supernet, first[0], accuracy.memory)
-        walk = _Walk(segments, layers, sorted(set(wanted)), accuracy.give_up_below)
+        walk = _Walk(segments, layers, sorted(set(wanted)), accuracy.give_up_below, accuracy.graphs)
         total = accuracy.images or _length(accuracy.data)
         for images, labels in accuracy.batches(size):
-            if labels.min() < 0 or labels.max() >= classes:
+            least, most = torch.stack(labels.aminmax()).tolist()
+            if least < 0 or most >= classes:
                 raise ValueError(
-                    f"data: got labels {int(labels.min())} to {int(labels.max())}, accepted are 0 "
-                    f"to {classes - 1}: the supernet has {classes} outputs"
+                    f"data: got labels {least} to {most}, accepted are 0 to {classes - 1}: the "
+                    f"supernet has {classes} outputs"
                 )
             walk.batch(_like(supernet, images), labels, total, progress)
         found = walk.accuracies()
@@ -327,30 +338,52 @@ class _Walk:
         layers: Sequence[GroSSConv2d],
         configurations: Sequence[Configuration],
         give_up_below: float | None,
+        graphs: bool,
     ) -> None:
         self.segments = segments
         self.layers = layers
         self.remaining = list(configurations)
         self.give_up_below = give_up_below
         # Counted on the device: asking it after every configuration would make the host wait.
-        self.right: dict[Configuration, Tensor | int] = dict.fromkeys(configurations, 0)
+        self.places = {c: place for place, c in enumerate(configurations)}
+        device = next(layers[0].parameters()).device
+        self.right = torch.zeros(len(configurations), dtype=torch.int64, device=device)
         self.seen = 0
+        self.graphs = graphs
+        # The kind of the last batch, and the graph of its walk once there were two of it.
+        self.kind: Any = None
+        self.replay: Replay | None = None
 
     def batch(
         self, images: Tensor, labels: Tensor, total: int | None, progress: Progress | None
     ) -> None:
         """Add one batch. ``total`` is the number of images where it is known."""
-        labels = labels.to(images.device)
-        finished = self.seen * len(self.right)
+        labels = moved(labels, images.device)
+        finished = self.seen * len(self.places)
 
-        def count(configuration: Configuration, logits: Tensor) -> None:
-            nonlocal finished
-            self.right[configuration] += (logits.argmax(1) == labels).sum()
-            finished += len(images)
+        def walk(images: Tensor, labels: Tensor, progress: Progress | None) -> None:
+            done = finished
+
+            def count(configuration: Configuration, logits: Tensor) -> None:
+                nonlocal done
+                self.right[self.places[configuration]] += (logits.argmax(1) == labels).sum()
+                done += len(images)
+                if progress is not None and total is not None:
+                    progress(done, total * len(self.places))
+
+            self._descend(0, images, self.remaining, count)
+
+        kind = (*layout(images), *layout(labels), len(self.remaining))
+        if not self.graphs or kind != self.kind:
+            self.kind, self.replay = kind, None
+            walk(images, labels, progress)
+        else:
+            if self.replay is None:
+                self.replay = Replay(partial(walk, progress=None), (images, labels))
+            self.replay(images, labels)
             if progress is not None and total is not None:
-                progress(finished, total * len(self.right))
-
-        self._descend(0, images, self.remaining, count)
+                done = finished + len(images) * len(self.remaining)
+                progress(done, total * len(self.places))
         self.seen += len(images)
         if self.give_up_below is not None:
             self._give_up(self.give_up_below / 100)
@@ -378,14 +411,16 @@ class _Walk:
     def _give_up(self, threshold: float) -> None:
         error = math.sqrt(threshold * (1 - threshold) / self.seen)
         least = (threshold - STANDARD_ERRORS * error) * self.seen
-        self.remaining = [c for c in self.remaining if int(self.right[c]) >= least]
+        right = self.right.tolist()
+        self.remaining = [c for c in self.remaining if right[self.places[c]] >= least]
 
     def accuracies(self) -> dict[Configuration, float]:
         """In percent; NaN where a configuration was given up."""
         kept = set(self.remaining)
+        right = self.right.tolist()
         return {
-            c: 100 * int(right) / self.seen if c in kept else math.nan
-            for c, right in self.right.items()
+            c: 100 * right[place] / self.seen if c in kept else math.nan
+            for c, place in self.places.items()
         }
 
 
@@ -432,7 +467,7 @@ def _check_fits(supernet: nn.Module, image: Tensor) -> int:
 def _like(supernet: nn.Module, images: Tensor) -> Tensor:
     """The images on the supernet's device, in channels-last."""
     parameter = next(supernet.parameters())
-    images = images.to(parameter.device, non_blocking=True)
+    images = moved(images, parameter.device)
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 

@@ -35,15 +35,15 @@ def program() -> Compile:
 @pytest.fixture
 def with_fault(tmp_path: Path) -> Callable[..., Path]:
     """Changes a copy of the sources: ``with_fault("test_x.cpp", ("x.h", old, new), …)`` returns the
-    program."""
+    program, compiled with ``flags``."""
 
-    def plant(test: str, *changes: tuple[str, str, str]) -> Path:
+    def plant(test: str, *changes: tuple[str, str, str], flags: Iterable[str] = ()) -> Path:
         for folder in ("csrc", "tests/cuda_on_host"):
             shutil.copytree(ROOT / folder, tmp_path / folder)
         for file, old, new in changes:
             path = tmp_path / "csrc/cuda" / file
             path.write_text(changed(path.read_text(), old, new))
-        return build(tmp_path / "tests/cuda_on_host" / test, "-O0", "-w")
+        return build(tmp_path / "tests/cuda_on_host" / test, "-O0", "-w", *flags)
 
     return plant
 

@@ -72,6 +72,7 @@ struct Traffic {
   uint64_t bytes = 0;         // asked for
   uint64_t units = 0;  // shared memory: wavefronts of 128 bytes, bank conflicts included; global:
                        // sectors of 32 bytes
+  uint64_t least = 0;  // wavefronts without conflicts
 };
 
 struct Counters {
@@ -147,6 +148,7 @@ struct Allocation {
   size_t bytes;
   bool writable;
   std::vector<uint32_t> writer, reader;
+  uint64_t bytes_read = 0;  // in this launch
 };
 
 struct Machine {
@@ -284,6 +286,7 @@ inline void check_global(const void* pointer, size_t bytes, bool write) {
   const size_t at = p - found->first;
   if (at + bytes > allocation.bytes) fail("global memory out of range");
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned access to global memory");
+  if (!write) allocation.bytes_read += bytes;
   if (!allocation.writable) {
     if (write) fail("write to global memory that is only read");
     return;
@@ -355,8 +358,10 @@ inline void fold_logs() {
         traffic.units += sectors.size();
       } else {
         for (const auto& part : on)
-          if (!part.empty())
+          if (!part.empty()) {
             traffic.units += wavefronts(part.data(), static_cast<int>(part.size()), bytes);
+            traffic.least++;
+          }
       }
     }
     for (int l = 0; l < 32; l++) lane(l).clear();
@@ -472,9 +477,13 @@ inline void run_block(int threads, size_t shared_bytes) {
 
 // What kernels may touch; the rest of memory is out of range. Whole pieces of 2 bytes.
 inline void allow(const void* pointer, size_t bytes, bool writable) {
-  detail::machine.allocations[static_cast<const char*>(pointer)] = {bytes, writable, {}, {}};
+  detail::machine.allocations[static_cast<const char*>(pointer)] = {bytes, writable, {}, {}, 0};
 }
 inline void forget_allocations() { detail::machine.allocations.clear(); }
+// How much the last launch read of what was allowed at this address.
+inline uint64_t bytes_read(const void* pointer) {
+  return detail::machine.allocations.at(static_cast<const char*>(pointer)).bytes_read;
+}
 
 // Runs the kernel's blocks one after another, in random order, and returns what they counted.
 // Throws Error.
@@ -489,11 +498,13 @@ inline Counters launch(int grid_x, int grid_y, int threads, size_t shared_bytes,
   m.counters = {};
   m.error.clear();
   m.grid_x = grid_x, m.grid_y = grid_y;
-  for (auto& [pointer, allocation] : m.allocations)
+  for (auto& [pointer, allocation] : m.allocations) {
+    allocation.bytes_read = 0;
     if (allocation.writable) {
       allocation.writer.assign((allocation.bytes + 1) / 2, 0);
       allocation.reader.assign((allocation.bytes + 1) / 2, 0);
     }
+  }
   std::vector<int> blocks(static_cast<size_t>(grid_x) * grid_y);
   for (size_t i = 0; i < blocks.size(); i++) blocks[i] = static_cast<int>(i);
   std::shuffle(blocks.begin(), blocks.end(), m.random);
@@ -597,6 +608,7 @@ inline void count_matrix(const uint64_t (&rows)[8]) {
   traffic.instructions++;
   traffic.bytes += 128;
   traffic.units += detail::wavefronts(rows, 8, 16);
+  traffic.least++;
 }
 inline void count_products(int count) { detail::machine.counters.products += count; }
 

@@ -125,8 +125,8 @@ Counts run(const Case& c) {
     series.terms[i] = c.gates ? terms.back().memory.get() : nullptr;
     gradient.terms[i] = grad_terms.back().memory.get();
   }
-  Buffer grad_gates(count * sizeof(float)),
-      scratch(weight_grad_scratch_bytes(c.type, geometry, device));
+  const Job job{Operation::weight_grad, c.type, geometry, series, device};
+  Buffer grad_gates(count * sizeof(float)), scratch(weight_grad_scratch_bytes(job));
   gradient.gates = c.gates ? reinterpret_cast<float*>(grad_gates.memory.get()) : nullptr;
 
   std::vector<std::vector<char>> results[2];
@@ -136,8 +136,19 @@ Counts run(const Case& c) {
     for (Buffer& term : grad_terms) term.poison();
     emulator::schedule = {static_cast<uint32_t>(pick(1, 1 << 30)), schedule == 0, schedule == 0};
     if (schedule == 0) emulator::launched.clear();
-    check(weight_grad(c.type, geometry, series, grad.memory.get(), input.memory.get(), gradient,
-                      scratch.memory.get(), device, nullptr) == 0,
+    // One pass at a time, which is both; in between, what the first has read is what was planned.
+    int ran = by_model;
+    check(weight_grad(job, grad.memory.get(), input.memory.get(), gradient, scratch.memory.get(), 1,
+                      ran) == 0,
+          "the launcher failed");
+    const double read = static_cast<double>(emulator::bytes_read(input.memory.get()) +
+                                            emulator::bytes_read(grad.memory.get()));
+    int chosen = by_model;
+    const double planned = weight_grad_plans(job, chosen)[ran].read_bytes;
+    check(chosen == ran && read == planned,
+          "read " + std::to_string(read) + " bytes, planned " + std::to_string(planned));
+    check(weight_grad(job, grad.memory.get(), input.memory.get(), gradient, scratch.memory.get(), 2,
+                      ran) == 0,
           "the launcher failed");
     for (const Buffer& term : grad_terms)
       results[schedule].emplace_back(term.memory.get(), term.memory.get() + term.bytes);

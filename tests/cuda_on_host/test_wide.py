@@ -25,6 +25,13 @@ def test_traffic(program: Compile) -> None:
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
 
 
+def test_conflicts(program: Compile) -> None:
+    """Shared memory, nearly all of it while weights are assembled: within 1.05 times the wavefronts
+    of no conflicts of banks, copies 1.15, forward's writes at groups of 32 1.4."""
+    finished = run(program("test_wide.cpp", "-O2"), "conflicts")
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-4000:]
+
+
 WRONG = "values wrong"
 #: What a fault is, its change in wide.h, and what must be reported.
 FAULTS = {

@@ -26,13 +26,15 @@ def dense_weight(
     """``R_n`` as the dense convolution that it equals: float64 ``[C_out, C_in, kh, kw]``, zero
     outside the blocks."""
     out_channels, _, *kernel_size = terms[0].shape
-    weight = torch.zeros(out_channels, in_channels, *kernel_size, dtype=torch.float64)
+    device = terms[0].device
+    weight = torch.zeros(
+        out_channels, in_channels, *kernel_size, dtype=torch.float64, device=device
+    )
+    rows = torch.arange(out_channels, device=device)[:, None]
     for i, term in enumerate(terms[:active]):
-        channels = input_channels(in_channels, out_channels, term.shape[1])
+        channels = input_channels(in_channels, out_channels, term.shape[1]).to(device)
         value = term.double() if gates is None else gates[i].double() * term.double()
-        weight = weight.index_put(
-            (torch.arange(out_channels)[:, None], channels), value, accumulate=True
-        )
+        weight = weight.index_put((rows, channels), value, accumulate=True)
     return weight
 
 

@@ -1,6 +1,13 @@
-"""Calls of the sizes that matter on a GPU."""
+"""Calls of the sizes that matter on a GPU; tiny ones of the same kinds where a CPU plays it."""
+
+import os
+from dataclasses import replace
 
 from case import Case
+
+#: Whether a CPU plays the card (host_device.py).
+DRY = os.environ.get("GROSS_CHECK_DRY") == "1"
+DEVICE = "cpu" if DRY else "cuda"
 
 COMMON = {"kernel_size": (3, 3), "padding": (1, 1), "channels_last": True}
 POWERS = (1, 4, 16, 32, 64)
@@ -14,4 +21,19 @@ LARGER = {
         4, 32, 32, (2, 8), (3, 3), (30, 29), padding=(1, 1), active=2, gated=True
     ),
 }
+if DRY:
+    LARGER = {
+        name: replace(
+            case,
+            batch=1,
+            in_channels=16,
+            out_channels=16,
+            group_sizes=tuple(s for s in case.group_sizes if s <= 16),
+            active=min(case.active, 3),
+            size=(4, 5),
+        )
+        for name, case in LARGER.items()
+    }
 TYPICAL = LARGER["64@56"]
+#: Of a layer: channels in and out, and the shape of its input.
+WIDTHS, IMAGES = ((16, 16), (1, 16, 4, 4)) if DRY else ((64, 64), (4, 64, 14, 14))

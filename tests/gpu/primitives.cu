@@ -249,7 +249,7 @@ GROSS_EXPORT int run(int which, const uint32_t* input, uint32_t* output) {
   cudaMalloc(&to, words * 4);
   cudaMemcpy(from, input, words * 4, cudaMemcpyHostToDevice);
   cudaMemcpy(to, output, words * 4, cudaMemcpyHostToDevice);
-  const int error = launch(probes[which].kernel, 1, 1, threads, shared_bytes, nullptr, from, to);
+  const int error = start(probes[which].kernel, 1, 1, threads, shared_bytes, nullptr, from, to);
   const int copied = cudaMemcpy(output, to, words * 4, cudaMemcpyDeviceToHost);
   cudaFree(from);
   cudaFree(to);
@@ -258,6 +258,6 @@ GROSS_EXPORT int run(int which, const uint32_t* input, uint32_t* output) {
   emulator::forget_allocations();
   emulator::allow(input, words * 4, false);
   emulator::allow(output, words * 4, true);
-  return launch(probes[which].kernel, 1, 1, threads, shared_bytes, nullptr, input, output);
+  return start(probes[which].kernel, 1, 1, threads, shared_bytes, nullptr, input, output);
 #endif
 }

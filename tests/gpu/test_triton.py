@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import Target, assert_accurate
 from case import Case
-from larger import LARGER, TYPICAL
+from larger import DEVICE, LARGER, TYPICAL
 from packing import CASES
 
 from gross_kernels import explain, series_conv2d, use_backend
@@ -22,7 +22,7 @@ OTHERS = [
 
 
 def target(dtype: torch.dtype = torch.bfloat16, terms_dtype: torch.dtype = torch.float32) -> Target:
-    return Target("triton", "cuda", dtype, terms_dtype)
+    return Target("triton", DEVICE, dtype, terms_dtype)
 
 
 def assert_values(case: Case, dtype: torch.dtype, terms_dtype: torch.dtype) -> None:
@@ -66,7 +66,7 @@ def test_other_float32(products: str) -> None:
 def test_dispatch() -> None:
     """Catches a GPU call that is served by something else, and float64, which Triton does not
     serve, by nobody."""
-    input, terms, *_ = TYPICAL.tensors(torch.bfloat16, torch.float32, "cuda")
+    input, terms, *_ = TYPICAL.tensors(torch.bfloat16, torch.float32, DEVICE)
     assert explain(input.contiguous(), terms, padding=1).startswith("triton: first of")
     assert explain(input.double(), [t.double() for t in terms], padding=1).startswith(
         "reference: first of"
@@ -78,8 +78,10 @@ def test_dispatch() -> None:
         )
 
 
+@pytest.mark.sweep
 def test_autotuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a choice that is not remembered, changes the values, or is made again."""
+    """Catches a choice that is not remembered, changes the values, or is made again. It compiles
+    and times ten kernels: half a minute of a card."""
     monkeypatch.setattr(tiles, "AUTOTUNE", True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     case = Case(3, 64, 64, (1, 8), (3, 3), (17, 19), padding=(1, 1), active=2, channels_last=True)

@@ -19,6 +19,7 @@ from torch import nn
 from ..arguments import check_callable, check_int, check_path, check_type
 from ..copying import copy_model
 from ..data import Data
+from ..devices import placed
 from ..evaluation import Accuracy, evaluate
 from ..supernet import Configuration, check_configuration, check_supernet
 from ..supernet import configuration as active_configuration
@@ -114,6 +115,7 @@ def study(
     partial: int = PARTIAL,
     also: Sequence[Configuration] = (),
     seed: int = 0,
+    device: str | int | torch.device | None = None,
     progress: Callable[[int, int, Point], None] = lambda done, total, point: None,
     **overrides: Any,
 ) -> Study:
@@ -133,6 +135,8 @@ def study(
         also: further configurations to fine-tune, which do not count for the ranking: baselines,
             and what searches found.
         seed: of the draw and of the fine-tuning.
+        device: where to run, such as "cuda"; both supernets are moved there and stay. By default
+            where they are.
         progress: called after each configuration with how many are done, how many there are, and
             the last one.
         overrides: other values for the recipe.
@@ -156,6 +160,8 @@ def study(
     loaded = loaded.override(overrides)
     if not 1 <= partial <= loaded.epochs:
         raise ValueError(f"partial: got {partial} epochs, accepted are 1 to {loaded.epochs}")
+    for net in (supernet, decomposed):
+        placed(net, device)
     active = active_configuration(supernet)
     also = [check_configuration(c, sizes, active) for c in also]
     drawn = _draw(sizes, count, seed)

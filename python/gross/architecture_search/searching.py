@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
 from ..arguments import check_callable, check_flag, check_int, check_path, check_type
+from ..devices import placed
 from ..evaluation import Accuracy
 from ..supernet import check_supernet
 from ..training.distributed import shard
@@ -53,6 +55,7 @@ def search(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     smaller: SearchResult | None = None,
+    device: str | int | torch.device | None = None,
     quiet: bool = False,
 ) -> SearchResult:
     """Find the best configuration of a supernet within a budget (section 3.4).
@@ -61,7 +64,8 @@ def search(
     evaluations is made, as the baseline. Under ``torchrun`` the processes share the evaluations.
 
     Args:
-        supernet: what :func:`gross.decompose` returns, usually trained; left as it is.
+        supernet: what :func:`gross.decompose` returns, usually trained; left as it is, but for
+            ``device``.
         metric: ``metric(model) -> float``, higher is better, called with the supernet set to a
             configuration, in evaluation mode and without gradients. Or labelled images (a pair of
             tensors, a loader, a split of :mod:`gross.data`, a :class:`gross.Accuracy`): then it is
@@ -78,6 +82,8 @@ def search(
             none.
         smaller: the result under the next smaller budget, whose ten best configurations the first
             runs of a breadth-first search start from.
+        device: where to search, such as "cuda"; the supernet is moved there and stays. By default
+            where it is.
         quiet: show no progress.
 
     Returns:
@@ -96,6 +102,7 @@ def search(
         check_type("smaller", smaller, SearchResult, "what another search returned")
     if journal is not None:
         check_path("journal", journal)
+    placed(supernet, device)
     budget = Budget.of(budget)
     costs = costs_of(supernet, input_size or _input_size(metric), budget.latency)
     space = Space(tuple(layer.group_sizes for layer in layers.values()), budget.limits(costs))

@@ -107,6 +107,9 @@ Kernels = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")]
+Graphs = Annotated[
+    bool, typer.Option("--graphs", help="On a GPU, replay CUDA graphs: one launch a batch.")
+]
 
 
 @app.command("search")
@@ -180,6 +183,7 @@ def search_command(
     network: Network = None,
     seed: Seed = 0,
     device: Device = "cpu",
+    graphs: Graphs = False,
     as_json: Json = False,
 ) -> None:
     """Find the best configuration of SUPERNET within a budget, by its accuracy on validation images
@@ -195,7 +199,7 @@ def search_command(
         check_output("--output", output)
         check_output("--journal", journal)
         net = _load(supernet, network, place)
-        wanted, size = _metric(metric, supernet, data, images)
+        wanted, size = _metric(metric, supernet, data, images, graphs)
         size = input_size or size or _known_size(supernet)
         table = None if latency is None else LatencyTable.load(latency)
         if precision != "float32":
@@ -272,6 +276,7 @@ def evaluate_command(
     images: Images = None,
     network: Network = None,
     device: Device = "cpu",
+    graphs: Graphs = False,
     as_json: Json = False,
 ) -> None:
     """Accuracy of configurations of SUPERNET on the validation images, with their MACs.
@@ -286,7 +291,7 @@ def evaluate_command(
         ]
         chosen: list[tuple[int, ...]] = [tuple(c) for c in configuration or ()] or uniform
         wanted = list(product(*sizes)) if every else chosen
-        metric = Accuracy(split.validation, images=images)
+        metric = Accuracy(split.validation, images=images, graphs=graphs)
         with shown("evaluate", as_json) as bar:
             count = len(wanted)
             accuracies = evaluate(
@@ -402,6 +407,9 @@ def export_command(
     ] = Int8.most_error,
     root: Root = None,
     seed: Seed = 0,
+    device: Annotated[
+        str, typer.Option(help="Where it is measured: cpu, cuda, cuda:1. The file fits any.")
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Write one configuration of SUPERNET as the network that is deployed, and measure it.
@@ -428,35 +436,45 @@ def export_command(
             raise typer.BadParameter(
                 f"got {output}, accepted is a .pt2 or .onnx file", param_hint="--output"
             )
-        net = _load(supernet, network, torch.device("cpu")).eval()
+        place, cpu = device_named(device), torch.device("cpu")
+        if precision == "int8" and place != cpu:
+            raise typer.BadParameter(
+                f"got {device!r}, accepted for int8 is cpu", param_hint="--device"
+            )
+        net = _load(supernet, network, cpu).eval()
         chosen = configuration or active_configuration(net)
         example = _example(supernet, input_size, batch)
         folded = export(net, chosen, example=example, kernels=False)
         fast = export(net, chosen, example=example, tune=tune)
-        candidates = {
-            "dense": dense_network(net, chosen),
-            "plain convolutions": folded,
-            "gross's kernels": fast,
-        }
         is_plain = plain or output.suffix == ".onnx"
-        if calibration is not None:
+        report = fast.report
+        lowered = {}
+        if calibration is None:
+            save_program(folded if is_plain else fast, example, output)
+        else:
             images = calibration.inputs(root, tuple(example.shape[1:]), seed)
             if is_plain:
                 save_program(folded, example, output, precision="int8", calibration=images)
             else:
-                settings = Int8(most_error=most_error)
-                fast = export(
+                ours = export(
                     net,
                     chosen,
                     example=example,
                     tune=tune,
-                    precision=settings,
+                    precision=Int8(most_error=most_error),
                     calibration=images,
                 )
-                candidates["gross's kernels, int8"] = fast
-        if calibration is None or not is_plain:
-            save_program(folded if is_plain else fast, example, output)
-        rows = comparison(candidates, example)
+                save_program(ours, example, output)
+                lowered, report = {"gross's kernels, int8": ours}, ours.report
+        if place != cpu:
+            fast = export(net, chosen, example=example, tune=tune, device=place)
+        candidates = {
+            "dense": dense_network(net, chosen).to(place),
+            "plain convolutions": folded.to(place),
+            "gross's kernels": fast,
+            **lowered,
+        }
+        rows = comparison(candidates, example.to(place))
         table = Table(*rows[0], box=SIMPLE_HEAD, title=f"{output}, batch {batch}")
         for row in rows:
             table.add_row(
@@ -468,7 +486,7 @@ def export_command(
                 f"{row['difference']:.1e}",
             )
         content = {"output": str(output), "configuration": chosen, "networks": rows}
-        show(as_json, content, Group(str(fast.report), table))
+        show(as_json, content, Group(str(report), table))
 
 
 @app.command("report")
@@ -523,6 +541,7 @@ def study_command(
     ] = None,
     network: Network = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Fine-tune random configurations individually, and see whether SUPERNET ranks them as their
@@ -543,10 +562,10 @@ def study_command(
                 highlight=False,
             )
 
-        cpu = torch.device("cpu")
+        place = device_named(device)
         found = study(
-            _load(supernet, network, cpu),
-            _load(decomposed, network, cpu),
+            _load(supernet, network, place),
+            _load(decomposed, network, place),
             split,
             Recipe.load(recipe).override(dict(map(parse, override or ()))),
             output,
@@ -586,12 +605,12 @@ def _base_name(data: str) -> str:
 
 
 def _metric(
-    name: str | None, supernet: Path, data: str, images: int | None
+    name: str | None, supernet: Path, data: str, images: int | None, graphs: bool
 ) -> tuple[Metric, tuple[int, ...] | None]:
     """What a search maximises, and the size of the images that it is measured on, if known."""
     if name is None:
         split = _data(data, supernet)
-        return Accuracy(split.validation, images=images), split.input_size
+        return Accuracy(split.validation, images=images, graphs=graphs), split.input_size
     if images is not None:
         raise typer.BadParameter("got a metric of your own beside it", param_hint="--images")
     return named(name, "--metric", "module:function, a function of the supernet"), None

@@ -14,6 +14,7 @@ from gross_kernels import GroSSConv2d, pack
 
 from ..arguments import check_flag, check_module
 from ..copying import copy_model, plain_name, unwrapped
+from ..devices import Graphed, check_device, check_graphs
 from ..supernet import check_configuration, decomposed_layers
 from ..supernet import configuration as active_configuration
 from . import graph
@@ -38,6 +39,8 @@ def export(
     tune: bool = False,
     precision: str | Int8 = "float32",
     calibration: Tensor | Iterable[Any] | None = None,
+    device: str | int | torch.device | None = None,
+    graphs: bool = False,
 ) -> nn.Module:
     """The network that one configuration of a supernet is, with nothing of the others in it, as
     fast as this package can run it.
@@ -70,6 +73,8 @@ def export(
             :class:`gross.deployment.Int8` with settings, such as the bound on the error.
         calibration: for 8 bits, some dozens of inputs like those that the network will meet: a
             tensor, or an iterable of batches, labels with them or not.
+        device: where the network is to run, such as "cuda"; by default where the supernet is.
+        graphs: on a GPU, run as CUDA graphs, one for each shape of input (:class:`gross.Graphed`).
 
     Returns:
         A new network in evaluation mode, for inference.
@@ -77,14 +82,17 @@ def export(
     Raises:
         TypeError: if ``example`` is missing or no tensor, or calibration data is missing.
         ValueError: if the configuration is not the supernet's, the example does not fit the
-            network, or something in the network cannot be copied; for 8 bits, of a network that is
-            not in float32 on a CPU or cannot be read as a graph, or with calibration data that
-            does not fit the network or is not finite in it.
+            network, something in the network cannot be copied, or the device is not there; for 8
+            bits, of a network that is not in float32 on a CPU or cannot be read as a graph, or
+            with calibration data that does not fit the network or is not finite in it.
         RuntimeError: if the outputs for ``example`` differ by more than rounding.
     """
     layers = decomposed_layers(check_module("supernet", supernet))
     check_flag("kernels", kernels)
     check_flag("tune", tune)
+    place = check_device(device) or next((p.device for p in supernet.parameters()), None)
+    if place is not None:
+        check_graphs(graphs, place)
     if configuration is None:
         configuration = active_configuration(supernet)
     sizes = [layer.group_sizes for layer in layers.values()]
@@ -92,7 +100,7 @@ def export(
         configuration, sizes, active_configuration(supernet), list(layers)
     )
     _check_example(supernet, example, kernels)
-    lowering = _lowering(precision, calibration, kernels, example)
+    lowering = _lowering(precision, calibration, kernels, example, place)
     if any(m.training for m in supernet.modules() if isinstance(m, _TRAINED)):
         warnings.warn(
             "supernet: got a network in training mode; what is exported is in evaluation mode, "
@@ -106,14 +114,15 @@ def export(
     }
     plain = copy_model(unwrapped(supernet), replaced, with_attributes=False).eval()
     vars(plain).pop("decomposition_report", None)
-    exported = plain.to(memory_format=torch.channels_last)
-    if example is None:
-        return exported
-    expected = _output(supernet, configuration, example)
-    if kernels:
-        return _deployed(plain, example, tune, expected, lowering)
-    _compare(expected, exported, example)
-    return exported
+    exported = plain.to(place).to(memory_format=torch.channels_last)
+    if example is not None:
+        expected = _output(supernet, configuration, example)
+        example = example.to(place)
+        if kernels:
+            exported = _deployed(exported, example, tune, expected, lowering)
+        else:
+            _compare(expected, exported, example)
+    return Graphed(exported) if graphs else exported
 
 
 #: What computes something else in training.
@@ -125,7 +134,11 @@ Lowering = tuple[Int8, list[Tensor]]
 
 
 def _lowering(
-    precision: object, calibration: Any, kernels: bool, example: Tensor | None
+    precision: object,
+    calibration: Any,
+    kernels: bool,
+    example: Tensor | None,
+    place: torch.device | None,
 ) -> Lowering | None:
     """What 8 bits need, checked; None for a network in its own precision."""
     if precision == "int8":
@@ -145,8 +158,9 @@ def _lowering(
             "kernels: got False with precision 'int8', accepted is True; for other runtimes "
             "save_program(..., precision='int8') writes an .onnx file in 8 bits"
         )
-    if example is None or example.dtype != torch.float32 or example.device.type != "cpu":
-        found = None if example is None else f"{example.dtype} on {example.device}"
+    on = example.device if example is not None and place is None else place
+    if example is None or example.dtype != torch.float32 or on is None or on.type != "cpu":
+        found = None if example is None else f"{example.dtype} on {on}"
         raise ValueError(f"example: got {found}, accepted for 8 bits is float32 on a CPU")
     return precision, read(calibration, example)
 
@@ -279,6 +293,7 @@ def _compare(expected: object, exported: nn.Module, example: Tensor) -> None:
     for wanted, got in zip(tensors_of(expected), tensors_of(found), strict=True):
         if not wanted.is_floating_point():
             continue
+        wanted = wanted.to(got.device)
         error = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
         if not error <= tolerance and bool(wanted.isfinite().all()):
             raise RuntimeError(

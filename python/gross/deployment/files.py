@@ -68,6 +68,12 @@ def save_program(
                 "export(..., precision='int8') makes a network that is written in 8 bits"
             )
         batches = read(calibration, example)
+        for i, images in enumerate(batches):
+            if images.shape[1:] != example.shape[1:]:
+                raise ValueError(
+                    f"calibration[{i}]: got {tuple(images.shape)}, accepted for an .onnx file is "
+                    f"the example's size, {tuple(example.shape[1:])}"
+                )
     elif calibration is not None:
         raise ValueError(
             "calibration: got data for precision 'float32', accepted is None; or 'int8'"

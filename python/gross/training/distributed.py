@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import Shard
@@ -62,10 +62,11 @@ def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-def agree(loss: float, stop: bool, device: torch.device) -> tuple[float, bool]:
-    """The mean loss, and whether any process was asked to stop: the same on all of them."""
-    if not running():
-        return loss, stop
-    values = torch.tensor([loss, float(stop)], dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values[0].item() / dist.get_world_size(), bool(values[1])
+def agree(loss: Tensor, stop: bool) -> Tensor:
+    """The mean of a float64 loss over the processes, and how many were asked to stop: the same on
+    all of them, as two numbers where the loss is."""
+    values = torch.stack([loss, torch.full_like(loss, stop)])
+    if running():
+        dist.all_reduce(values)
+        values[0] /= dist.get_world_size()
+    return values

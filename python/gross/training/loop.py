@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_callable, check_flag, check_int, check_module, check_path
 from ..data import Data
+from ..devices import Returning, moved, placed
 from ..supernet import (
     Configuration,
     check_configuration,
@@ -73,9 +74,10 @@ def train(
     resume: bool = False,
     seed: int = 0,
     quiet: bool = False,
+    device: str | int | torch.device | None = None,
     **overrides: Any,
 ) -> History:
-    """Train an ordinary network, in place, on the device that it is on.
+    """Train an ordinary network, in place.
 
     With the same arguments a run on the CPU gives the same bits, also if it was stopped, at any
     moment, and resumed.
@@ -92,6 +94,8 @@ def train(
         resume: go on with the run in ``directory``, if there is one.
         seed: of data order, augmentation and dropout.
         quiet: show no progress.
+        device: where to train, such as "cuda"; the model is moved there and stays. By default where
+            it is.
         overrides: other values for the recipe: ``epochs=3``, ``**{"optimizer.lr": 0.02}``.
 
     Raises:
@@ -107,6 +111,7 @@ def train(
     if chosen.objective != "task":
         raise ValueError(f"objective: got {chosen.objective!r}, accepted is 'task': see finetune")
     metrics = _metrics(data, metric, None)
+    placed(model, device)
     run = _Run(model, data, chosen, loss, metrics, seed=seed, quiet=quiet)
     return run(directory, resume)
 
@@ -124,6 +129,7 @@ def finetune(
     resume: bool = False,
     seed: int = 0,
     quiet: bool = False,
+    device: str | int | torch.device | None = None,
     **overrides: Any,
 ) -> History:
     """Train every configuration of a supernet together (GroSS, section 3.3.1), or one alone.
@@ -170,6 +176,9 @@ def finetune(
         active = tuple(layer.group_size for layer in layers.values())
         configuration = check_configuration(configuration, sizes, active, list(layers))
         sampler = None
+    for model in (supernet, teacher):
+        if model is not None:
+            placed(model, device)
     with ExitStack() as stack:
         if chosen.objective == "response":
             if teacher is None or loss is not None:
@@ -217,6 +226,16 @@ def _metrics(
 
 
 @dataclass
+class _Step:
+    """A step that was done: its loss and whether to stop, its number, what it ran on."""
+
+    values: Returning
+    number: int
+    batch: Any
+    read: bool = False
+
+
+@dataclass
 class _Run:
     """One training: everything that it needs, and its state while it goes."""
 
@@ -231,6 +250,7 @@ class _Run:
     quiet: bool = False
     position: Position = field(default_factory=Position)
     records: list[dict[str, Any]] = field(default_factory=list)
+    pending: _Step | None = None
 
     def __call__(self, directory: str | os.PathLike[str] | None, resume: bool) -> History:
         check_callable("loss", self.loss, "a function of model and batch")
@@ -302,7 +322,7 @@ class _Run:
         inputs, _ = self.data.validation.tensors(1)
         try:
             with evaluating(self.model):
-                output = self.model(inputs.to(self.device))
+                output = self.model(moved(inputs, self.device))
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"data: got images of {tuple(inputs.shape[1:])}, which {type(self.model).__name__} "
@@ -398,19 +418,25 @@ class _Run:
             asked = time.perf_counter()
             batch = _to(next(batches), self.device)
             loading += time.perf_counter() - asked
-            loss, stop = self._step(model, batch)
-            position.loss += loss
+            step = self._step(model, batch)
             position.batch += 1
             position.step += 1
+            # A GPU's loss is read while it computes the next step: the host is never more than one
+            # step ahead, and never waits in between.
+            loss, stop = self._read(step if self.pending is None else self.pending)
+            self.pending = step if step.values.late else None
             spent = time.perf_counter() - begin
             rate = (position.batch - before) * self.recipe.batch_size / spent
             self.progress.step(position.step, self._line(position.epoch + 1, loss, rate))
             if stop:
+                self._catch_up()
                 position.seconds += spent
                 self._save()
                 raise Interrupted(self._how_to_resume())
             if time.monotonic() - self._saved > 60 * self.recipe.checkpoint_minutes:
+                self._catch_up()
                 self._save()
+        self._catch_up()
         spent = time.perf_counter() - begin
         position.seconds += spent
         images = (position.batch - before) * self.recipe.batch_size
@@ -436,9 +462,24 @@ class _Run:
         self._save()
         self.progress.epoch(self._line(position.epoch, record["loss"], rate))
 
-    def _step(self, model: nn.Module, batch: Any) -> tuple[float, bool]:
-        """One update. Returns the mean loss of its configurations, over all processes, and whether
-        to stop."""
+    def _read(self, step: _Step) -> tuple[float, bool]:
+        """The mean loss of a step's configurations, over all processes, and whether to stop."""
+        mean, stop = step.values.read()
+        if not abs(mean) < float("inf"):
+            self._diverged(f"the loss is {mean}", step.number, self._first_bad(step.batch))
+        if not step.read:
+            self.position.loss += mean
+            step.read = True
+        return mean, bool(stop)
+
+    def _catch_up(self) -> None:
+        """Read what a step has left to read."""
+        if self.pending is not None:
+            self._read(self.pending)
+            self.pending = None
+
+    def _step(self, model: nn.Module, batch: Any) -> _Step:
+        """One update."""
         position = self.position
         # Dropout depends on the step, so that a resumed run draws the same.
         torch.manual_seed(_mix(self.seed, position.step, self.shard.index))
@@ -448,19 +489,20 @@ class _Run:
         for _ in (None,) if self.sampler is None else self.sampler.step():
             with self._autocast():
                 loss = self.loss(model, batch)
-            losses.append(loss.item())
+            losses.append(loss.detach().double())
             # Also where it is not finite: the other processes wait for the gradients.
             loss.backward()
-        mean, stop = distributed.agree(sum(losses) / len(losses), self.stop.is_set(), self.device)
-        if not abs(mean) < float("inf"):
-            self._diverged(f"the loss is {mean}", position.step + 1, self._first_bad(batch))
+        values = distributed.agree(sum(losses[1:], losses[0]) / len(losses), self.stop.is_set())
+        step = _Step(Returning(values), position.step + 1, batch)
+        if not step.values.late:
+            self._read(step)
         if self.sampler is not None:
             self.sampler.release()
         if self.recipe.optimizer.clip:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.optimizer.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return mean, stop
+        return step
 
     def _autocast(self) -> Any:
         if self.recipe.precision == "float32":
@@ -588,7 +630,7 @@ def _stop_requests() -> Iterator[_Stop]:
 def _to(batch: Any, device: torch.device) -> Any:
     """A batch on a device: a tensor, or a tuple, list or mapping of what a batch can be."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return moved(batch, device)
     if isinstance(batch, Mapping):
         return {key: _to(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_callable, check_int, check_module
 from ..data import Split
+from ..devices import moved
 
 #: A scalar from the model and a batch, whatever the loader gives as one.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -37,11 +38,10 @@ def accuracy(split: Split, batch_size: int = 500) -> Metric:
     @torch.no_grad()
     def percentage(model: nn.Module) -> float:
         device = next(model.parameters()).device
-        right = sum(
-            int((model(inputs.to(device)).argmax(1) == labels.to(device)).sum())
-            for inputs, labels in split.batches(batch_size)
-        )
-        return 100 * right / len(split)
+        right = torch.zeros((), dtype=torch.int64, device=device)
+        for inputs, labels in split.batches(batch_size):
+            right += (model(moved(inputs, device)).argmax(1) == moved(labels, device)).sum()
+        return 100 * int(right) / len(split)
 
     return percentage
 

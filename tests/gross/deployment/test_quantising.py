@@ -360,6 +360,8 @@ def test_onnx_files_in_8_bits(network: nn.Module, images: Tensor, tmp_path: Path
     plain = gross.export(network, example=images, kernels=False)
     file = tmp_path / "network.onnx"
     save_program(plain, images[:1], file, precision="int8", calibration=images)
+    with pytest.raises(ValueError, match=r"calibration\[0\]: got .* the example's size"):
+        save_program(plain, images[:1], file, precision="int8", calibration=images[..., :8])
     kinds = [node.op_type for node in onnx.load(file).graph.node]
     assert kinds.count("QuantizeLinear") >= 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["network.onnx"]

@@ -2,23 +2,13 @@
 
 import platform
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+import host_library
 import pytest
-import torch
-from build_once import ROOT, compiled, linked
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from gross_kernels.backends import cuda
-
-#: As in setup.py, and what makes library.cpp one for tensors of the CPU.
-FLAGS = [
-    *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DGROSS_ON_HOST"),
-    "-DGROSS_CUDA_WARP_GROUPS",
-    *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"),
-]
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +17,7 @@ def operators() -> Any:
     machine."""
     if platform.machine() != "x86_64":
         pytest.skip("requires x86-64, whose stacks the emulator switches")
-    include = [*include_paths(), ROOT / "tests/cuda_on_host"]
-    sources = [ROOT / "csrc/cuda/library.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-    with ThreadPoolExecutor(2) as workers:
-        objects = workers.map(lambda each: compiled(each, *FLAGS, "-c", include=include), sources)
-        link = [f"-L{path}" for path in library_paths()]
-        link += ["-lc10", "-ltorch", "-ltorch_cpu"]
-        library = linked("gross_cuda_on_host", list(objects), libraries=link)
-    torch.ops.load_library(library)
-    return torch.ops.gross_cuda_on_host
+    return host_library.operators()
 
 
 @pytest.fixture
