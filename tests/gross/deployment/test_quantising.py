@@ -244,11 +244,13 @@ class _Zeros(dict):
         return 0.0
 
 
-def test_the_bound_decides_what_stays_in_float32(network: nn.Module, images: Tensor) -> None:
+def test_the_bound_decides_what_stays_in_float32(
+    network: nn.Module, images: Tensor, exported: nn.Module
+) -> None:
     """Catches a bound that does not hold, and steps that leave though they cost nothing."""
     plain = gross.export(network, example=images)
     counts = []
-    for bound in (1e3, 0.004, 1e-9):
+    for bound in (1e3, 0.7 * exported.report.error, 1e-9):
         found = gross.export(
             network, example=images, precision=Int8(most_error=bound), calibration=images
         )
@@ -261,7 +263,9 @@ def test_the_bound_decides_what_stays_in_float32(network: nn.Module, images: Ten
     assert error(found, plain, images) < 1e-6
 
 
-def test_a_metric_decides_what_stays_in_float32(network: nn.Module, images: Tensor) -> None:
+def test_a_metric_decides_what_stays_in_float32(
+    network: nn.Module, images: Tensor, exported: nn.Module
+) -> None:
     """Catches a metric that is not asked, or a loss with the wrong sign."""
     plain = gross.export(network, example=images)
 
@@ -269,7 +273,7 @@ def test_a_metric_decides_what_stays_in_float32(network: nn.Module, images: Tens
         return -error(found, plain, images)
 
     counts = []
-    for most in (1.0, 0.004, 1e-6):
+    for most in (1.0, 0.7 * exported.report.error, 1e-6):
         chosen = Int8(most_error=1e3, metric=closeness, most_loss=most)
         found = gross.export(network, example=images, precision=chosen, calibration=images)
         assert error(found, plain, images) <= most
