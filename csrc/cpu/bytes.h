@@ -327,22 +327,24 @@ inline void end_all(const ByteEnding& of, const ByteSums& sums) {
   });
 }
 
-// Where the sums of a tile go that become bytes in registers: no activation but ReLU, which is one
-// of the bounds then, and no residual (`Added` is false) or one of 8 bits before it.
-template <bool Added>
+// Where the sums of a tile go that become bytes in registers: without an activation or with ReLU,
+// which is one of the bounds then, and no residual or one of 8 bits (`Added`); or with PReLU alone
+// (`Sloped`).
+template <bool Added, bool Sloped>
 struct ToBytes {
   uint8_t* at;
   const uint8_t* from;  // the residual
   int64_t stride;
-  const float *scales, *biases;
+  const float *scales, *biases, *slopes;
   float unit, offset, share, least;
   int32_t zero;
-  Vector<float> scale, bias;
+  Vector<float> scale, bias, slope;
 
   ToBytes(const ByteEnding& of, int64_t pixel, int64_t vector)
       : stride(of.target.channels),
         scales(of.scales + vector * lanes<float>),
-        biases(of.bias + vector * lanes<float>) {
+        biases(of.bias + vector * lanes<float>),
+        slopes(of.slopes + vector * lanes<float>) {
     const Held &target = of.finish.forms.target, &residual = of.finish.forms.residual;
     const int64_t first = pixel * stride + of.outputs[vector].output;
     at = static_cast<uint8_t*>(of.target.data) + first;
@@ -354,11 +356,13 @@ struct ToBytes {
     zero = target.zero;
   }
   static bool serves(const Finish& finish) {
-    const bool bounded = finish.activation <= Activation::relu;
-    const bool before =
-        !finish.residual || finish.activation == Activation::none || !finish.residual_last;
-    return finish.forms.target.in_bytes() && bounded && before &&
-           Added == (finish.residual != nullptr) && (!Added || finish.forms.residual.in_bytes());
+    const bool eight = finish.forms.target.in_bytes();
+    if (Sloped) return eight && finish.activation == Activation::prelu && !finish.residual;
+    const bool bounded =
+        finish.activation == Activation::none ||
+        (finish.activation == Activation::relu && !(Added && finish.residual_last));
+    return eight && bounded && Added == (finish.residual != nullptr) &&
+           (!Added || finish.forms.residual.in_bytes());
   }
 
   static constexpr bool all_tiles = true;
@@ -369,11 +373,13 @@ struct ToBytes {
   GROSS_INLINE void begin(int v) {
     scale = load<float>(scales + v * lanes<float>) * unit;
     bias = load<float>(biases + v * lanes<float>) * unit - offset;
+    if constexpr (Sloped) slope = load<float>(slopes + v * lanes<float>);
   }
   GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
     Vector<float> value = __builtin_convertvector(sum, Vector<float>) * scale + bias;
     const int64_t to = k * stride + v * lanes<float>;
     if constexpr (Added) value += load_bytes(from + to) * share;
+    if constexpr (Sloped) value = activated<Activation::prelu, float>(value, slope);
     store_bytes(at + to, nearest_bytes(value, least, zero));
   }
 };
@@ -399,8 +405,9 @@ void multiply_to_end(const BytePixels& source, const std::vector<ByteRun>& runs,
         [&](int64_t pixel, int64_t v) { return typename To::type(ending, pixel, vector + v); },
         [](int64_t, int64_t, int64_t, int64_t) {});
   };
-  in_registers(Named<ToBytes<false>>{});
-  in_registers(Named<ToBytes<true>>{});
+  in_registers(Named<ToBytes<false, false>>{});
+  in_registers(Named<ToBytes<true, false>>{});
+  in_registers(Named<ToBytes<false, true>>{});
   vector += direct;
   multiply_all_runs<dot>(
       source, runs, weights.from(direct), [&](int64_t, int64_t) { return ToTile{spare}; },

@@ -79,25 +79,21 @@ class ByteStrips {
  public:
   explicit ByteStrips(const PackedConvolution& call)
       : call_(call), g_(call.geometry), rows_(call.geometry), each_(rows_.rows / g_.kernel_h) {
-    const Image& source = call.source;
-    const bool padded = g_.padding_h || g_.padding_w;
-    if (padded) {
-      const int64_t rows = (std::max<int64_t>(strip_rows(), 1) - 1) * g_.stride_h +
-                           g_.dilation_h * (g_.kernel_h - 1) + 1;
-      padded_rows_ = rows;
-    }
-    row_pitch_ = (source.width + 2 * g_.padding_w) * source.channels;
+    row_pitch_ = (call.source.width + 2 * g_.padding_w) * call.source.channels;
     for (int64_t ky = 0; ky < g_.kernel_h; ky++)
       for (int64_t i = 0; i < each_; i++)
-        offsets_.push_back(ky * g_.dilation_h * row_pitch_ + i * g_.dilation_w * source.channels);
+        offsets_.push_back(ky * g_.dilation_h * row_pitch_ +
+                           i * g_.dilation_w * call.source.channels);
   }
 
   // Rows of outputs of a strip: as many as let weights from the third-level cache be used often.
   int64_t strip_rows() const {
     return std::clamp<int64_t>(strip_pixels / call_.target.width, 1, call_.target.height);
   }
-  // Bytes of the padded rows of an image's strip; of so many images at once.
-  int64_t padded_size() const { return padded_rows_ * row_pitch_; }
+  // Bytes that the padded rows of an image's strip take; none where there is no padding.
+  int64_t padded_size() const {
+    return g_.padding_h || g_.padding_w ? rows_read(strip_rows()) * row_pitch_ : 0;
+  }
 
   BytePixels pixels() const {
     return {nullptr, g_.stride_w * call_.source.channels, offsets_.data(),
@@ -112,11 +108,11 @@ class ByteStrips {
     for (int64_t i = strip.image; i < strip.image + strip.images; i++) {
       const uint8_t* at = static_cast<const uint8_t*>(source.data) + i * image_size;
       const int64_t first = strip.row * g_.stride_h - g_.padding_h;
-      if (padded_rows_) {
+      if (padded_size()) {
         uint8_t* const own = memory + (i - strip.image) * padded_size();
-        const int64_t rows = (strip.rows - 1) * g_.stride_h + g_.dilation_h * (g_.kernel_h - 1) + 1;
         pad_rows(at, source,
-                 {first, rows, g_.padding_w, static_cast<uint8_t>(call_.finish.forms.source.zero)},
+                 {first, rows_read(strip.rows), g_.padding_w,
+                  static_cast<uint8_t>(call_.finish.forms.source.zero)},
                  own);
         at = own;
       } else {
@@ -132,6 +128,10 @@ class ByteStrips {
   }
 
  private:
+  // Rows of an image that so many rows of outputs read.
+  int64_t rows_read(int64_t rows) const {
+    return (rows - 1) * g_.stride_h + g_.dilation_h * (g_.kernel_h - 1) + 1;
+  }
   // Which rows of the kernel a row of outputs reads: all, or those in the image where the padding
   // is of zeros.
   std::pair<int64_t, int64_t> kernel_rows(int64_t y) const {
@@ -146,12 +146,9 @@ class ByteStrips {
   const Geometry& g_;
   const ByteRows rows_;
   const int64_t each_;  // rows of bytes of a row of the kernel
-  int64_t padded_rows_ = 0, row_pitch_;
+  int64_t row_pitch_;
   std::vector<int64_t> offsets_;
 };
-
-// The same of single pixels at stride 1: neighbours in memory whatever their rows are.
-inline bool reads_all_pixels(const Geometry& g) { return is_pointwise(g); }
 
 template <Dot best>
 void convolve_bytes(const PackedConvolution& call) {

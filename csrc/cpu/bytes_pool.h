@@ -20,19 +20,31 @@ struct FloatSourcePixels {
   }
 };
 
-// Where the window of an output lies in an image: rows and columns that are there.
-struct Window {
-  int64_t first_row, first_col;
-  template <class F>
-  GROSS_INLINE void each(const Geometry& g, const Image& source, F f) const {
-    for (int64_t ky = 0; ky < g.kernel_h; ky++)
-      for (int64_t kx = 0; kx < g.kernel_w; kx++) {
-        const int64_t row = first_row + ky * g.dilation_h, col = first_col + kx * g.dilation_w;
-        if (row >= 0 && row < source.height && col >= 0 && col < source.width)
-          f(row * source.stride_h + col * source.stride_w);
-      }
-  }
+// Which taps of one dimension of a window lie in the image: [begin, end), and where the first does.
+struct WindowTaps {
+  int64_t begin, end, at;
+
+  WindowTaps(int64_t first, int64_t taps, int64_t dilation, int64_t size)
+      : begin(first < 0 ? std::min(taps, ceil_div(-first, dilation)) : 0),
+        end(std::max(begin, first < size ? std::min(taps, ceil_div(size - first, dilation)) : 0)),
+        at(first + begin * dilation) {}
+  int64_t count() const { return end - begin; }
 };
+
+// f(offset) of every pixel of the window of output (y, x) that is in the image.
+template <class F>
+GROSS_INLINE void each_of_window(const Pooling& call, const WindowTaps& rows, int64_t x, F f) {
+  const Geometry& g = call.geometry;
+  const Image& source = call.source;
+  const WindowTaps cols(x * g.stride_w - g.padding_w, g.kernel_w, g.dilation_w, source.width);
+  int64_t row = rows.at * source.stride_h + cols.at * source.stride_w;
+  for (int64_t i = 0; i < rows.count(); i++, row += g.dilation_h * source.stride_h)
+    for (int64_t k = 0; k < cols.count(); k++) f(row + k * g.dilation_w * source.stride_w);
+}
+inline WindowTaps window_rows(const Pooling& call, int64_t y) {
+  const Geometry& g = call.geometry;
+  return {y * g.stride_h - g.padding_h, g.kernel_h, g.dilation_h, call.source.height};
+}
 
 // One row of outputs: tile by tile the largest number, or the sum, of each window, and what
 // follows.
@@ -41,60 +53,52 @@ void pool_bytes_row(const Pooling& call, const Source& reads, const ByteEnding& 
                     int64_t image, int64_t y) {
   using Element = typename Source::Element;
   const Image &source = call.source, &target = call.target;
-  const Geometry& g = call.geometry;
   const Element* const data = static_cast<const Element*>(source.data) + image * source.stride_n;
-  float sums[max_pixels * lanes<float>];
-  std::vector<int64_t> offsets;
-  for (int64_t x = 0; x < target.width; x++) {
-    offsets.clear();
-    const Window window{y * g.stride_h - g.padding_h, x * g.stride_w - g.padding_w};
-    window.each(g, source, [&](int64_t offset) { offsets.push_back(offset); });
+  float sums[lanes<float>];
+  const WindowTaps rows = window_rows(call, y);
+  for (int64_t x = 0; x < target.width; x++)
     for (size_t v = 0; v < ending.outputs.size(); v++) {
       const LaneBlock& block = ending.outputs[v];
       const Element* const at = data + block.output * source.stride_c;
-      const auto value = [&](int64_t offset) {
-        return reads.load(at + offset, source.stride_c, block.lanes());
-      };
-      Vector<float> found = offsets.empty() ? Vector<float>{} : value(offsets[0]);
-      for (size_t i = 1; i < offsets.size(); i++) {
-        const Vector<float> next = value(offsets[i]);
-        found = call.mean ? found + next : ((next > found) | (next != next) ? next : found);
-      }
+      Vector<float> found{};
+      bool first = true;
+      each_of_window(call, rows, x, [&](int64_t offset) {
+        const Vector<float> next = reads.load(at + offset, source.stride_c, block.lanes());
+        found = first       ? next
+                : call.mean ? found + next
+                            : ((next > found) | (next != next) ? next : found);
+        first = false;
+      });
       store<float>(sums, found);
       end_all(ending,
               {sums, (image * target.height + y) * target.width + x, 1, static_cast<int64_t>(v)});
     }
-  }
 }
 
 // The largest bytes of windows, of a value that stays in its form.
 inline void pool_largest_bytes(const Pooling& call, int64_t image, int64_t y) {
   const Image &source = call.source, &target = call.target;
-  const Geometry& g = call.geometry;
   using All __attribute__((vector_size(GROSS_VECTOR_BYTES))) = uint8_t;
   constexpr int64_t size = sizeof(All);
   const uint8_t* const data = static_cast<const uint8_t*>(source.data) + image * source.stride_n;
   uint8_t* to = static_cast<uint8_t*>(target.data) + image * target.stride_n + y * target.stride_h;
-  std::vector<int64_t> offsets;
+  const WindowTaps rows = window_rows(call, y);
   for (int64_t x = 0; x < target.width; x++, to += target.channels) {
-    offsets.clear();
-    const Window window{y * g.stride_h - g.padding_h, x * g.stride_w - g.padding_w};
-    window.each(g, source, [&](int64_t offset) { offsets.push_back(offset); });
-    for (int64_t c = 0; c < target.channels; c += size) {
-      const int64_t count = std::min(size, target.channels - c);
+    int64_t c = 0;
+    for (; c + size <= target.channels; c += size) {
       All found{};
-      for (const int64_t offset : offsets) {
-        All next{};
-        if (count == size)
-          __builtin_memcpy(&next, data + offset + c, size);
-        else
-          __builtin_memcpy(&next, data + offset + c, count);
+      each_of_window(call, rows, x, [&](int64_t offset) {
+        All next;
+        __builtin_memcpy(&next, data + offset + c, size);
         found = next > found ? next : found;
-      }
-      if (count == size)
-        __builtin_memcpy(to + c, &found, size);
-      else
-        __builtin_memcpy(to + c, &found, count);
+      });
+      __builtin_memcpy(to + c, &found, size);
+    }
+    for (; c < target.channels; c++) {
+      uint8_t found = 0;
+      each_of_window(call, rows, x,
+                     [&](int64_t offset) { found = std::max(found, data[offset + c]); });
+      to[c] = found;
     }
   }
 }
