@@ -24,7 +24,7 @@ def main(output: Path, table: Path) -> None:
             axes.plot(milliseconds, quality, "o", color=colour)
             axes.annotate(label, (milliseconds, quality), xytext=(4, 4), fontsize="x-small",
                           textcoords="offset points")  # fmt: skip
-        axes.margins(x=0.25, y=0.15)
+        axes.margins(x=0.3, y=0.15)
     figure.savefig(output, dpi=120)
 
 
