@@ -350,16 +350,11 @@ def _pointwise_backward(
 def _term_grads(total: Tensor, terms: Terms, active: int, gates: Tensor | None) -> list[Tensor]:
     """The gradients of a plain sum's terms, from the sum's: copies, scaled by the gates; zeros
     beyond ``active``."""
-    grads = []
-    for i, term in enumerate(terms):
-        grad = torch.empty_like(term, memory_format=torch.contiguous_format)
-        if i >= active:
-            grad.zero_()
-        elif gates is None:
-            grad.copy_(total)
-        else:
-            grad.copy_(total * gates[i].to(total.dtype))
-        grads.append(grad)
+    grads = [torch.empty_like(term, memory_format=torch.contiguous_format) for term in terms]
+    for i, grad in enumerate(grads[:active]):
+        grad.copy_(total if gates is None else total * gates[i].to(total.dtype))
+    if grads[active:]:
+        torch._foreach_zero_(grads[active:])
     return grads
 
 

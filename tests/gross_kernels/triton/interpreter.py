@@ -2,9 +2,9 @@
 ``TRITON_INTERPRET=1``.
 
 What it lacks (Triton 3.5 to 3.9): bfloat16 is computed on the integers that hold its bits; TF32
-products are exact; a truth value that is spread over a tensor becomes an integer, which loads
-refuse; and nobody checks addresses. Here every launch may touch its own tensors alone, and every
-tensor allocated without a value is filled with NaN."""
+products are exact where the matrix unit cuts their factors off; a truth value that is spread over a
+tensor becomes an integer, which loads refuse; and nobody checks addresses. Here every launch may
+touch its own tensors alone, and every tensor allocated without a value is filled with NaN."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,9 +62,15 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def cut_to_tf32(values: np.ndarray) -> np.ndarray:
+    """float32 with 10 bits of mantissa, the others cut off: what the matrix unit does to numbers
+    that nobody rounded."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return np.where(np.isfinite(values), (bits & np.uint32(0xFFFFE000)).view(np.float32), values)
+
+
 def to_tf32(values: np.ndarray) -> np.ndarray:
-    """float32 with 10 bits of mantissa, rounded to the nearest, ties away from zero, as
-    ``cvt.rna.tf32.f32`` does."""
+    """The same rounded to the nearest, ties away from zero, as ``cvt.rna.tf32.f32`` does."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
     return np.where(np.isfinite(values), rounded, values)
@@ -93,12 +99,12 @@ def binary(builder: Any, left: Any, right: Any, operation: Callable) -> Any:
 
 
 def dot(builder: Any, left: Any, right: Any, total: Any, precision: Any, *_: Any) -> Any:
-    """A product of matrices as the matrix unit forms it: exact products of rounded numbers, summed
-    in float32."""
+    """A product of matrices as the matrix unit forms it: exact products of numbers of its own
+    precision, summed in float32."""
     factors = [widened(left).astype(np.float32), widened(right).astype(np.float32)]
     name = str(precision).rsplit(".", 1)[-1]
     if left.dtype.scalar == tl.float32 and name == "TF32":
-        factors = [to_tf32(factor) for factor in factors]
+        factors = [cut_to_tf32(factor) for factor in factors]
     if left.dtype.scalar == tl.float32 and name == "TF32x3":
         (a, b), (large_a, large_b) = factors, map(to_tf32, factors)
         with np.errstate(invalid="ignore"):

@@ -2,12 +2,16 @@
 within limits, the matrix unit used, 128-bit loads and stores where channels-last allows them."""
 
 import importlib
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from ahead_of_time import SHARED, TARGETS, Compiled, compile_for
 from case import Case
+from packing import CASES as PACKING
+from packing import WARP_GROUP_CASES
 
 from gross_kernels.backends.triton import tiles
 from gross_kernels.backends.triton.launch import Kernel, layout
@@ -151,8 +155,9 @@ def gradient(
 
 
 #: Bytes of a thread's stack. What lies there is read and written once for a tile of many rows, by
-#: some versions of Triton: three to five numbers of the weight gradient's addresses.
-MOST_STACK = 48
+#: some versions of Triton: three to five numbers of the weight gradient's addresses, and weights
+#: while ``march`` assembles them, 216 loads of each thread together.
+MOST_STACK, MOST_STACK_OF_MARCH = 48, 640
 
 
 @pytest.mark.parametrize(("arch", "dtype", "kernel", "case"), list(every()))
@@ -169,7 +174,7 @@ def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Call
 
     result = compiled(arch, make)
     assert result.spilled_in_loops == 0
-    assert result.stack <= MOST_STACK
+    assert result.stack <= (MOST_STACK_OF_MARCH if result.name == "march" else MOST_STACK)
     assert result.shared <= SHARED[arch]
     assert bool(result.matrix) == (dtype != "ieee" or arch.startswith("gfx"))
     if case not in ("18", "one of 8"):
@@ -186,6 +191,44 @@ def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Call
         and case == "32"
     ):
         assert "wgmma.mma_async" in result.assembly
+
+
+@pytest.mark.parametrize("taps", ["3×3", "2×2"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "input gradient"])
+def test_weights_are_read_in_their_order(transposed: bool, taps: str, compiled: Callable) -> None:
+    """Catches weights read across the terms' rows, every one from a line of its own, weights that
+    the loop fetches from shared memory by single numbers, and numbers read four at a time where the
+    kernel's taps lie between them."""
+    height, width = map(int, taps.split("×"))
+    case = powers(16, kernel=(height, width))
+    result = compiled("sm_90", lambda: correlation(case, torch.bfloat16, "ieee", transposed))
+    assert result.name == "march"
+    assert result.orders == {(1, 2, 0) if transposed else (2, 1, 0)}
+    assert result.wide_terms == 0
+    assert not re.search(r"ld\.shared[.\w:]*\.[bu]16", result.assembly)
+    # 16×16 weights of a tap are one instruction; what comes beside is the source's.
+    assert result.assembly.count("ldmatrix") >= height * width
+
+
+def warp_groups(name: str, arch: str, compiled: Callable) -> set[str]:
+    """Which of the kernels of a case of packing.py use the instructions of warp groups."""
+    case = replace(PACKING[name], gated=True)
+    made: dict[str, Callable[[], tuple[Kernel, tuple]]] = {
+        "forward": lambda: correlation(case, torch.bfloat16, "ieee", False),
+        "input gradient": lambda: correlation(case, torch.bfloat16, "ieee", True),
+        "weight gradient": lambda: (
+            (found := gradient(case, torch.bfloat16, "ieee"))[0].accumulate, found[1]
+        ),
+    }  # fmt: skip
+    return {kernel for kernel, make in made.items() if "wgmma.mma" in compiled(arch, make).assembly}
+
+
+@pytest.mark.build
+def test_first_are_the_cases_of_warp_groups(compiled: Callable) -> None:
+    """Catches a list of what is to be checked first on a card that leaves out a kernel with the
+    instructions of warp groups."""
+    found = {name for name in PACKING if warp_groups(name, "sm_90", compiled)}
+    assert found <= set(list(PACKING)[: len(WARP_GROUP_CASES)]) == set(WARP_GROUP_CASES)
 
 
 @pytest.mark.parametrize(
