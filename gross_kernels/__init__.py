@@ -2,7 +2,7 @@
 on it."""
 
 from . import ops as ops
-from .dispatch import use_backend, use_fused
+from .dispatch import use_backend, use_fused, use_layer
 from .functional import explain, series_conv2d
 from .layers import GroSSConv2d, SeriesConv2d, pack
 from .series import expand
@@ -19,4 +19,5 @@ __all__ = [
     "series_conv2d",
     "use_backend",
     "use_fused",
+    "use_layer",
 ]

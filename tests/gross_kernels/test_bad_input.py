@@ -21,6 +21,7 @@ from gross_kernels import (
     series_conv2d,
     use_backend,
     use_fused,
+    use_layer,
 )
 from gross_kernels.dispatch import BACKENDS, PREFERENCE
 from gross_kernels.series import check_group_sizes
@@ -568,7 +569,12 @@ OF_METHOD = {
     "macs": {"input_size": NUMBERS, "group_size": SIZE},
     "fold": {"group_size": SIZE},
     "pack": {"dtype": ["float32", torch.float64, torch.int64, object()]},
-    "explain": {"device": [1.5, "nowhere", [], object()]},
+    "explain": {
+        "device": [1.5, "nowhere", [], object()],
+        "input_size": NUMBERS,
+        "images": [None, 1.5, "4", True, 0, object()],
+        "dtype": ["float32", torch.float64, torch.int64, object()],
+    },
     "from_bottlenecks": {
         "conv": [None, nn.Linear(4, 4), object()],
         "bottlenecks": [None, {}, [BOTTLENECK], {2: None}, {2: BOTTLENECK[:2]}, {3: BOTTLENECK}],
@@ -591,6 +597,7 @@ WRONG: dict[str, dict[str, list[object]]] = {
     },
     "use_backend": {"name": [None, 1, "triton-x", [], object()]},
     "use_fused": {"fused": [None, 1, "0", object()]},
+    "use_layer": {"way": [None, 1, "fused", [], object()]},
     "SeriesConv2d": OF_MADE_LAYER,
     "GroSSConv2d": OF_MADE_LAYER
     | {
@@ -659,7 +666,7 @@ def test_every_argument_is_tried() -> None:
 def enter(entry: Callable, arguments: dict[str, object]) -> object:
     """Call; a context manager is entered, too."""
     result = entry(**arguments)
-    return result.__enter__() if entry in (use_backend, use_fused) else result
+    return result.__enter__() if entry in (use_backend, use_fused, use_layer) else result
 
 
 @pytest.mark.parametrize("name", [n for n in WRONG if n.rpartition(".")[2] not in TORCHS])
@@ -667,7 +674,7 @@ def test_wrong_values_of_every_argument(name: str) -> None:
     """Catches an argument that is not checked, or whose error does not name it, what was got, and
     what is accepted."""
     entry, right = entries()[name], RIGHT.get(name, RIGHT.get(name[name.find(".") :], {}))
-    if name not in ("use_backend", "use_fused"):
+    if name not in ("use_backend", "use_fused", "use_layer"):
         enter(entry, right)
     for argument, values in WRONG[name].items():
         for value in values:

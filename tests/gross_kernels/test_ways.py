@@ -1,0 +1,332 @@
+"""The ways to run a layer: the dense convolution that it amounts to, by value; which way is chosen,
+and what is said of it."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from accuracy import DTYPES
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from whole_layer import (
+    SIZES,
+    SMALL,
+    Arguments,
+    Layer,
+    Named,
+    assert_accurate,
+    calls_of,
+    every_one,
+    made,
+)
+
+from gross_kernels import GroSSConv2d, bottleneck, dispatch, layer_times, use_fused, use_layer
+from gross_kernels.bottleneck import Weights
+from gross_kernels.geometry import Geometry
+from gross_kernels.layer_times import LayerCall
+
+
+@pytest.fixture
+def merged() -> Iterator[None]:
+    """Layers run as dense convolutions."""
+    with use_layer("merged"):
+        yield
+
+
+# Values -------------------------------------------------------------------------------------------
+
+
+def output_of(layer: Layer, given: Arguments) -> Tensor:
+    case = layer.middle
+    weights = Weights(*given.series, given.bias, torch.tensor(case.active), given.gates)
+    return bottleneck.merged(given.input, weights, case.geometry, layer.relu)
+
+
+def run(layer: Layer, given: Arguments) -> Named:
+    """Output and gradients, as ``Layer.run`` returns them."""
+    given = given.map(lambda tensor: tensor.detach().requires_grad_())
+    output = output_of(layer, given)
+    return {"output": output.detach(), **given.grads(output, given.grad)}
+
+
+@every_one
+@pytest.mark.parametrize(
+    "dtypes", DTYPES, ids=lambda pair: "-".join(str(dtype)[6:] for dtype in pair)
+)
+def test_values(layer: Layer, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Catches a wrong output or gradient, weights that are merged in 16 bits, and gates or terms
+    that are left out. One rounding of the kernel takes the place of two of the inner tensors."""
+    layer = replace(layer, keep_inner=False)
+    given = layer.arguments(*dtypes)
+    assert_accurate(run(layer, given), layer, given)
+
+
+@pytest.mark.parametrize("layer", SMALL.values(), ids=SMALL)
+def test_derivatives(layer: Layer) -> None:
+    """Catches gradients of first and second order that are none of the output's."""
+    given = layer.arguments(torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in given.leaves().values()]
+    counts = [len(terms) for terms in given.series]
+
+    def call(*leaves: Tensor) -> Tensor:
+        rest = iter(leaves)
+        input = next(rest)
+        bias = next(rest) if layer.bias else None
+        gates = next(rest) if layer.middle.gated else None
+        series = tuple([next(rest) for _ in range(count)] for count in counts)
+        return output_of(layer, replace(given, input=input, series=series, bias=bias, gates=gates))
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+OPTIONS = {
+    "strided": {"stride": 2, "padding": (0, 2)},
+    "dilated": {"dilation": (2, 1), "padding": "same"},
+    "circular": {"padding_mode": "circular"},
+    "padded after": {"padding": 4, "padding_mode": "reflect"},
+    "one by two": {"kernel_size": (1, 2), "padding": 0, "bias": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_layers(size: int, options: dict) -> None:
+    """Catches a way that computes another layer, of any geometry: values, layout and gradients."""
+    given = {"kernel_size": 3, "padding": 1, "group_sizes": SIZES, "width": (16, 32)} | options
+    layer = GroSSConv2d(20, 18, dtype=torch.float64, **given)
+    layer.group_size = size
+    input = torch.randn(2, 20, 6, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+
+    def step() -> list[Tensor]:
+        output = layer(input)
+        return [output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))]
+
+    with use_layer("parts"):
+        expected = step()
+    with use_layer("merged"):
+        results = step()
+        names = calls_of(layer, input).names
+    assert results[0].stride() == expected[0].stride()
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-10, atol=1e-10)
+    convolutions = 2 if given.get("padding") == 4 else 1
+    assert names.count("aten::convolution") == convolutions
+
+
+def test_weight_of_a_layer() -> None:
+    """Catches a second formula: what a layer says of its kernel and what the way uses."""
+    layer = made(dtype=torch.float64)
+    assert torch.equal(layer.weight, bottleneck.merged_kernel(layer._weights(None)))
+
+
+@pytest.mark.usefixtures("merged")
+def test_compile_once_for_every_size() -> None:
+    """Catches a graph break, and a kernel whose group size is burnt into the graph."""
+    layer, input = made(), torch.randn(2, 20, 6, 5)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input), layer(input))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in SIZES:
+            layer.group_size = size
+            torch.testing.assert_close(compiled(input), layer(input))
+
+
+@pytest.mark.usefixtures("merged")
+def test_autocast_merges_in_float32() -> None:
+    """Catches products of the weights in 16 bits: the kernel is rounded once."""
+    layer, input = made(relu=False), torch.randn(2, 20, 6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(input)
+        kernel = layer.weight
+    assert output.dtype == torch.bfloat16
+    assert kernel.dtype == torch.float32
+    assert torch.equal(kernel, layer.weight)
+    expected = nn.functional.conv2d(
+        input.bfloat16(), kernel.bfloat16(), layer.bias.bfloat16(), padding=1
+    )
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.usefixtures("merged")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant: bool) -> None:
+    """Catches a call that is computed again at the size that was set last."""
+    layer, input = made(), torch.randn(2, 20, 6, 5, requires_grad=True)
+    layer.group_size = 2
+    expected = torch.autograd.grad(layer(input).sum(), input)
+    output = checkpoint(layer, input, use_reentrant=reentrant).sum()
+    layer.group_size = 8
+    output.backward()
+    torch.testing.assert_close(input.grad, *expected)
+
+
+@pytest.mark.usefixtures("merged")
+def test_memory_of_training() -> None:
+    """Catches inner tensors that are kept for the backward pass: the input alone is, as by a dense
+    convolution."""
+    layer = GroSSConv2d(64, 64, 3, padding=1, group_sizes=(4, 32))
+    input, kept = torch.randn(4, 64, 24, 24, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        layer(input)
+    assert sum(count for count in kept if count > 64 * 64 * 9) == input.numel()
+
+
+# The choice ---------------------------------------------------------------------------------------
+
+HALF = LayerCall(200704, 200704, 64, 64, 64, 64, 4, 9, 2, "16", False)
+
+
+def test_times_by_hand() -> None:
+    """Catches a wrong number in the closed form: 64 channels, where memory is the limit of all but
+    the dense convolution, and 256."""
+    bytes_of_two_tensors = 200704 * 128 * 2
+    parts = 5 * 2 + bytes_of_two_tensors / 4.3e6 * (1 + 1 / 0.9 + 1)
+    merging = 5 * 2 + 2 * 9 * 64 * 64 * (4 + 64) / 67e6
+    merged = merging + 2 + 2 * 200704 * 64 * 64 * 9 / 780e6
+    assert layer_times.times(HALF) == pytest.approx({"parts": parts, "merged": merged})
+    trained = layer_times.times(HALF._replace(training=True))
+    assert trained == pytest.approx({"parts": 3 * parts, "merged": 3 * merged})
+    wide = HALF._replace(in_channels=512, width_in=512, width_out=512, out_channels=512)
+    product = 2 + 2 * 200704 * 512 * 512 / 780e6
+    middle = 2 + 200704 * 1024 * 2 / 4.3e6 / 0.9
+    assert layer_times.times(wide)["parts"] == pytest.approx(4 + 2 * product + middle)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "way"),
+    [(64, 4, "merged"), (64, 32, "merged"), (256, 4, "parts"), (512, 16, "parts")],
+)
+def test_choice_on_a_gpu(channels: int, size: int, way: str) -> None:
+    """Catches three convolutions where one is faster, and one where three are; and a sentence that
+    names another way than the fastest of the times that it says."""
+    layer = GroSSConv2d(channels, channels, 3, padding=1, device="meta")
+    layer.group_size = size
+    said = layer.explain("cuda", images=64, input_size=56, dtype=torch.bfloat16)
+    assert said.startswith(f"{way}: the fastest as predicted")
+    words = said.replace(",", "").split()
+    times = {words[i - 2]: int(words[i - 1]) for i, word in enumerate(words) if word == "µs"}
+    assert set(times) == set(dispatch.WAYS)
+    assert min(times, key=lambda name: times[name]) == way
+
+
+def test_small_maps_do_without_merging() -> None:
+    """Catches a choice that does not count the work on the weights."""
+    layer = GroSSConv2d(64, 64, 3, padding=1, device="meta")
+    with torch.no_grad():
+        large = layer.explain("cuda", dtype=torch.bfloat16)
+        small = layer.explain("cuda", 7, images=1, dtype=torch.bfloat16)
+    assert (large[:6], small[:5]) == ("merged", "parts")
+
+
+def test_layers_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a layer that goes its own way, or describes another call than the one that is made:
+    both sizes, the dtype under autocast, and whether a backward pass may follow."""
+    asked = []
+
+    def choose(device: str, call: LayerCall) -> dispatch.Choice:
+        asked.append((device, call))
+        return dispatch.Choice("merged", "")
+
+    monkeypatch.setattr(dispatch, "choose_layer", choose)
+    layer, device = made(stride=2), torch.device("cuda", 0)
+    input = SimpleNamespace(shape=(3, 20, 9, 5), dtype=torch.float32, device=device)
+    geometry = Geometry((2, 2), (1, 1), (1, 1))
+    described = LayerCall(
+        135, 45, 20, 16, 32, 18, 8, 9, 4, layer_times.multiplied(input.dtype), True
+    )
+    layer._way(input, geometry)
+    with torch.no_grad():
+        layer._way(input, geometry)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert layer._way(input, geometry) == "merged"
+    assert asked == [
+        ("cuda", described),
+        ("cuda", described._replace(training=False)),
+        ("cuda", described._replace(itemsize=2, precision="16")),
+    ]
+
+
+def test_nobody_asks_beyond_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches arithmetic at every call on the CPU, where one way is always the fastest."""
+    monkeypatch.setattr(layer_times, "times", None)
+    assert made().explain().startswith("fused: ")
+    assert made().explain("meta").startswith("parts: ")
+
+
+@pytest.mark.parametrize("way", dispatch.WAYS)
+def test_forced(way: str) -> None:
+    """Catches a forced way that is not taken, or not said."""
+    layer, input = made(), torch.randn(1, 20, 4, 4)
+    with use_layer(way):
+        for device in ("cpu", "cuda"):
+            name, _, reason = layer.explain(device).partition(": ")
+            assert (name, "use_layer" in reason) == (way, True)
+        assert "gross::bottleneck" not in calls_of(layer, input).names
+        with use_fused(True):
+            assert layer.explain().startswith("fused: ")
+    assert "gross::bottleneck" in calls_of(layer, input).names
+
+
+@pytest.mark.parametrize(
+    ("fused", "way", "expected"),
+    [
+        ("", "", "fused"),
+        ("1", "merged", "merged"),
+        ("0", "", "parts"),
+        ("0", "merged", "merged"),
+        ("", "parts", "parts"),
+    ],
+)
+def test_variables(fused: str, way: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a variable that is not read when the package is imported."""
+    monkeypatch.setenv("GROSS_KERNELS_FUSED", fused)
+    monkeypatch.setenv("GROSS_KERNELS_LAYER", way)
+    assert imported_again(monkeypatch).choose_layer("cpu").name == expected
+
+
+def test_variable_with_another_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a typing error that is ignored."""
+    monkeypatch.setenv("GROSS_KERNELS_LAYER", "dense")
+    with pytest.raises(ValueError, match="GROSS_KERNELS_LAYER: got 'dense', accepted are 'parts'"):
+        imported_again(monkeypatch)
+
+
+def imported_again(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A second copy of the module that reads the variables."""
+    spec = importlib.util.spec_from_file_location("gross_kernels.dispatch_again", dispatch.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("channels", "way"), [(64, "merged"), (256, "parts")])
+def test_one_graph_on_a_gpu(channels: int, way: str) -> None:
+    """Catches a choice that breaks a graph, or is burnt into one graph for each group size or
+    number of images; on tensors without memory."""
+    graphs = []
+
+    def note(graph: fx.GraphModule, _: object) -> fx.GraphModule:
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph
+
+    with FakeTensorMode():
+        layer = GroSSConv2d(
+            channels, channels, 3, padding=1, device="cuda", dtype=torch.bfloat16, group_sizes=SIZES
+        )
+        call = torch.compile(layer, backend=note, fullgraph=True, dynamic=True)
+        for images, size in ((8, 4), (16, 1), (24, 8)):
+            layer.group_size = size
+            input = torch.empty(images, channels, 56, 56, device="cuda", dtype=torch.bfloat16)
+            assert call(input).shape == input.shape
+    (graph,) = graphs
+    assert graph.count(torch.conv2d) == (1 if way == "merged" else 2)
