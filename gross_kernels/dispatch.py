@@ -78,13 +78,14 @@ def _refusal(name: str, call: Call) -> str:
 
 
 #: Ways to run a layer that may be forced.
-WAYS = ("parts", "merged")
+WAYS = ("parts", "merged", "grouped_pointwise")
 _FUSED = Choice("fused", "there is a kernel for the whole layer on the CPU")
 
 
 def choose_layer(device: str, call: LayerCall | None = None) -> Choice:
     """How a layer runs on ``device``: "fused", in one pass; "parts", as three convolutions;
-    "merged", as the dense convolution that it amounts to. On a GPU whichever is faster by
+    "merged", as the dense convolution that it amounts to; "grouped_pointwise", the last two of the
+    three in one kernel. On a GPU whichever is faster by
     :func:`layer_times.times` of ``call``."""
     if _way is not None:
         return Choice(_way, "forced by GROSS_KERNELS_LAYER, use_layer or use_fused")
@@ -103,6 +104,8 @@ def _fastest(*described: Any) -> tuple[str, str]:
     choice = _layers.get(described)
     if choice is None:
         times = layer_times.times(LayerCall(*described))
+        if "triton" not in BACKENDS:
+            times.pop("grouped_pointwise", None)
         said = ", ".join(f"{name} {time:.0f} µs" for name, time in times.items())
         best = min(times, key=lambda name: times[name])
         choice = _layers[described] = best, f"the fastest as predicted for an H200: {said}"
@@ -185,8 +188,9 @@ def use_layer(way: str) -> Iterator[None]:
     sets it from outside.
 
     Args:
-        way: "parts", three convolutions, or "merged", the dense convolution that is their product;
-            on every device.
+        way: "parts", three convolutions, or "merged", the dense convolution that is their product,
+            on every device; or "grouped_pointwise", a pointwise convolution and then one kernel
+            where Triton has it, for calls without gradients: others run as "parts".
 
     Raises:
         ValueError: for another way.

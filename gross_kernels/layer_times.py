@@ -27,9 +27,8 @@ LAUNCH = 2.0
 #: Which part of a copy's bytes a grouped kernel moves in its time, by group size up to which, and
 #: beyond (``benchmarks/gpu.py`` aims at them); the kernel of grouped and last convolution.
 GROUPED_COPY, LARGE_COPY, PAIR_COPY = {16: 0.9, 32: 0.8, 64: 0.6}, 0.35, 0.8
-#: Pixels of a program of that kernel, and its output channels: beyond them the first pointwise's
-#: output is read again.
-PAIR_PIXELS, PAIR_CHANNELS = 128, 256
+#: Output channels of a program of that kernel: beyond them what it reads is read again.
+PAIR_CHANNELS = 256
 
 
 class LayerCall(NamedTuple):
@@ -67,8 +66,9 @@ def _kernel(bytes_moved: float, flops: float, copy: float = 1.0, products: float
 
 
 def times(call: LayerCall) -> dict[str, float]:
-    """Microseconds of every way to run the layer, by its name: "parts", three convolutions, and
-    "merged", the dense convolution that is their product, with the products that make it."""
+    """Microseconds of every way to run the layer, by its name: "parts", three convolutions;
+    "merged", the dense convolution that is their product, with the products that make it; and,
+    without a backward pass, "grouped_pointwise", the last two of the three in one kernel."""
     n, rate = call.itemsize, PRODUCTS[call.precision]
     read, written = call.pixels_in * call.in_channels, call.pixels_out * call.out_channels
     first = _kernel(
@@ -94,7 +94,18 @@ def times(call: LayerCall) -> dict[str, float]:
     # A backward pass takes two products of the same size for every product.
     passes = 3 if call.training else 1
     summing = 2 * LAUNCH
-    return {
+    found = {
         "parts": passes * (summing + first + grouped + last),
         "merged": passes * (merging + dense),
     }
+    if not call.training and call.group_size <= 64 and call.precision in ("16", "tf32"):
+        reads = -(-call.out_channels // PAIR_CHANNELS)
+        products = call.taps * max(16, call.group_size) / GROUPED_PRODUCTS
+        pair = _kernel(
+            n * (reads * call.pixels_in * call.width_in + written),
+            2 * call.pixels_out * call.width_out * (reads * products + call.out_channels),
+            PAIR_COPY,
+            rate,
+        )
+        found["grouped_pointwise"] = summing + LAUNCH + first + pair
+    return found

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import bottleneck, dispatch
+from . import bottleneck, dispatch, grouped_pointwise
 from .bottleneck import Weights
 from .call import memory_format
 from .checks import (
@@ -40,7 +40,7 @@ from .geometry import (
     same_padding,
 )
 from .layer_times import LayerCall, multiplied
-from .library import call, clock, recomputed
+from .library import call, clock, recomputed, transformed
 from .packing import Packed
 from .series import (
     MAX_TERMS,
@@ -545,6 +545,8 @@ class GroSSConv2d(_SeriesModule):
                 )
             elif way == "merged":
                 output = bottleneck.merged(padded, weights, geometry, self.relu)
+            elif way == "grouped_pointwise" and not (torch.is_grad_enabled() or transformed()):
+                output = grouped_pointwise.layer(padded, weights, geometry, self.relu)
             else:
                 output, _ = bottleneck.parts(padded, weights, geometry, self.relu)
         return output if input.dim() == 4 else output.squeeze(0)

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import ops
+from .epilogue import ACTIVATIONS, Epilogue
 from .geometry import Geometry
+from .grouped_pointwise import grouped_pointwise
 from .series import convolution_macs
 
 KINDS = ("layer", "convolution", "linear", "max_pool", "mean_pool", "mean")
-ACTIVATIONS = ("none", "relu", "prelu", "relu6", "silu")
 
 _library = torch.library.Library("gross", "FRAGMENT")
 for _schema in (
@@ -141,19 +142,23 @@ def run(inputs: Sequence[Tensor], program: Tensor, text: str) -> list[Tensor]:
 
 
 def define(inputs: Sequence[Tensor], weights: Sequence[Tensor], steps: Steps) -> list[Tensor]:
-    """What :func:`run` returns, in PyTorch's own operators."""
+    """What :func:`run` returns, in PyTorch's own operators; on a GPU the last two convolutions of a
+    layer are one kernel unless there are gradients."""
     values = list(inputs)
+    differentiable = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (*inputs, *weights)
+    )
     for step in steps.steps:
-        value = _sum(step, values[step.source], weights)
-        if step.bias >= 0:
-            bias = weights[step.bias].to(value.dtype)
-            value = value + bias.view(1, -1, *[1] * (value.dim() - 2))
-        residual = values[step.residual] if step.residual >= 0 else None
-        if residual is not None and not step.residual_last:
-            value = value + residual
-        value = _activated(step, value, weights)
-        if residual is not None and step.residual_last:
-            value = value + residual
+        bias, residual, slopes = (
+            some[i] if i >= 0 else None
+            for some, i in ((weights, step.bias), (values, step.residual), (weights, step.slopes))
+        )
+        epilogue = Epilogue(bias, residual, step.activation, slopes, step.residual_last)
+        source = values[step.source]
+        if step.kind == "layer" and source.is_cuda and not differentiable:
+            value = _in_two(step, source, weights, epilogue)
+        else:
+            value = epilogue.of(_sum(step, source, weights))
         values.append(value)
     return [values[i] for i in steps.returned]
 
@@ -180,16 +185,13 @@ def _sum(step: Step, source: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return F.conv2d(F.conv2d(F.conv2d(source, first), middle, None, *geometry), last)
 
 
-def _activated(step: Step, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    if step.activation == "relu":
-        return F.relu(value)
-    if step.activation == "relu6":
-        return F.relu6(value)
-    if step.activation == "silu":
-        return F.silu(value)
-    if step.activation == "prelu":
-        return F.prelu(value, weights[step.slopes].to(value.dtype))
-    return value
+def _in_two(step: Step, source: Tensor, weights: Sequence[Tensor], epilogue: Epilogue) -> Tensor:
+    """A layer whose last two convolutions, and what follows, are one kernel."""
+    p, r, q = weights[step.weights : step.weights + 3]
+    geometry = Geometry(step.stride, step.padding, step.dilation)
+    one = torch.tensor(1, dtype=torch.int64, device="cpu")
+    inner = F.conv2d(source, p.to(source.dtype))
+    return grouped_pointwise(inner, [r], [q], one, None, geometry, epilogue)
 
 
 class Program(nn.Module):

@@ -17,6 +17,7 @@ from whole_layer import (
     SIZES,
     SMALL,
     Arguments,
+    Calls,
     Layer,
     Named,
     assert_accurate,
@@ -29,6 +30,7 @@ from gross_kernels import GroSSConv2d, bottleneck, dispatch, layer_times, use_fu
 from gross_kernels.bottleneck import Weights
 from gross_kernels.geometry import Geometry
 from gross_kernels.layer_times import LayerCall
+from gross_kernels.program import Step, Steps, define
 
 
 @pytest.fixture
@@ -191,29 +193,50 @@ def test_times_by_hand() -> None:
     parts = 5 * 2 + bytes_of_two_tensors / 4.3e6 * (1 + 1 / 0.9 + 1)
     merging = 5 * 2 + 2 * 9 * 64 * 64 * (4 + 64) / 67e6
     merged = merging + 2 + 2 * 200704 * 64 * 64 * 9 / 780e6
-    assert layer_times.times(HALF) == pytest.approx({"parts": parts, "merged": merged})
+    pair = 5 * 2 + bytes_of_two_tensors / 4.3e6 * (1 + 1 / 0.8)
+    assert layer_times.times(HALF) == pytest.approx(
+        {"parts": parts, "merged": merged, "grouped_pointwise": pair}
+    )
     trained = layer_times.times(HALF._replace(training=True))
     assert trained == pytest.approx({"parts": 3 * parts, "merged": 3 * merged})
     wide = HALF._replace(in_channels=512, width_in=512, width_out=512, out_channels=512)
     product = 2 + 2 * 200704 * 512 * 512 / 780e6
     middle = 2 + 200704 * 1024 * 2 / 4.3e6 / 0.9
     assert layer_times.times(wide)["parts"] == pytest.approx(4 + 2 * product + middle)
+    # Two blocks of outputs make the grouped product twice.
+    operations = 2 * 200704 * 512 * (2 * 9 * 16 / 0.8 + 512)
+    assert layer_times.times(wide)["grouped_pointwise"] == pytest.approx(
+        6 + product + 2 + operations / 780e6
+    )
+    assert "grouped_pointwise" not in layer_times.times(wide._replace(group_size=128))
+    assert "grouped_pointwise" not in layer_times.times(wide._replace(precision="ieee"))
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "way"),
-    [(64, 4, "merged"), (64, 32, "merged"), (256, 4, "parts"), (512, 16, "parts")],
+    ("training", "channels", "size", "way"),
+    [
+        (True, 64, 4, "merged"),
+        (True, 64, 32, "merged"),
+        (True, 256, 4, "parts"),
+        (True, 512, 16, "parts"),
+        (False, 64, 4, "merged"),
+        (False, 128, 4, "grouped_pointwise"),
+        (False, 256, 16, "grouped_pointwise"),
+        (False, 256, 128, "parts"),
+    ],
 )
-def test_choice_on_a_gpu(channels: int, size: int, way: str) -> None:
+def test_choice_on_a_gpu(training: bool, channels: int, size: int, way: str) -> None:
     """Catches three convolutions where one is faster, and one where three are; and a sentence that
     names another way than the fastest of the times that it says."""
     layer = GroSSConv2d(channels, channels, 3, padding=1, device="meta")
     layer.group_size = size
-    said = layer.explain("cuda", images=64, input_size=56, dtype=torch.bfloat16)
+    with torch.set_grad_enabled(training):
+        said = layer.explain("cuda", images=64, input_size=56, dtype=torch.bfloat16)
     assert said.startswith(f"{way}: the fastest as predicted")
     words = said.replace(",", "").split()
     times = {words[i - 2]: int(words[i - 1]) for i, word in enumerate(words) if word == "µs"}
-    assert set(times) == set(dispatch.WAYS)
+    pair = {"grouped_pointwise"} if not training and size <= 64 else set()
+    assert set(times) == {"parts", "merged"} | pair
     assert min(times, key=lambda name: times[name]) == way
 
 
@@ -223,7 +246,48 @@ def test_small_maps_do_without_merging() -> None:
     with torch.no_grad():
         large = layer.explain("cuda", dtype=torch.bfloat16)
         small = layer.explain("cuda", 7, images=1, dtype=torch.bfloat16)
-    assert (large[:6], small[:5]) == ("merged", "parts")
+    assert large.startswith("merged")
+    assert small.startswith("grouped_pointwise")
+
+
+@pytest.mark.parametrize(
+    ("channels", "operator"),
+    [(64, "aten::convolution"), (128, "gross::grouped_pointwise"), (256, "gross::series_conv2d")],
+)
+def test_layers_on_a_gpu(channels: int, operator: str) -> None:
+    """Catches a layer that does not go the way that is said, on tensors without memory: merged at
+    64 channels, in two kernels at 128, and in training by parts at 256."""
+    with FakeTensorMode():
+        layer = GroSSConv2d(
+            channels, channels, 3, padding=1, device="cuda", dtype=torch.bfloat16, group_sizes=(4,)
+        )
+        input = torch.empty(64, channels, 56, 56, device="cuda", dtype=torch.bfloat16)
+        with torch.set_grad_enabled(channels == 256), Calls() as calls:
+            layer(input)
+    convolutions = calls.names.count("aten::convolution")
+    assert operator in calls.names
+    assert convolutions == (2 if channels == 256 else 1)
+
+
+def test_programs_on_a_gpu() -> None:
+    """Catches a layer of a deployed network that runs as three convolutions, a bias, a sum and an
+    activation."""
+    step = Step(
+        "layer", 0, residual=1, activation="relu", in_channels=8, width=(16, 16), group_size=4,
+        out_channels=12, kernel_size=(3, 3), padding=(1, 1), weights=0, bias=3,
+    )  # fmt: skip
+    shapes = (16, 8, 1, 1), (16, 4, 3, 3), (12, 16, 1, 1), (12,), (2, 8, 5, 6), (2, 12, 5, 6)
+    with FakeTensorMode():
+        *weights, input, residual = (torch.empty(shape, device="cuda") for shape in shapes)
+        with Calls() as calls:
+            (result,) = define([input, residual], weights, Steps((step,), 2, (2,)))
+        assert result.shape == residual.shape
+        kinds = ("aten::conv", "aten::add", "aten::relu", "gross::")
+        computed = [name for name in calls.names if name.startswith(kinds)]
+        assert computed == ["aten::convolution", "gross::grouped_pointwise"]
+        weights[0].requires_grad_()
+        (result,) = define([input, residual], weights, Steps((step,), 2, (2,)))
+        assert result.requires_grad
 
 
 def test_layers_ask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,23 @@ class WeightTile(NamedTuple):
     stages: int
 
 
+class PairTile(NamedTuple):
+    """One choice for grouped and last convolution in one kernel.
+
+    Attributes:
+        pixels: of a program.
+        out: output channels of a program.
+        source: channels of a product's depth.
+        warps, stages: Triton's options.
+    """
+
+    pixels: int
+    out: int
+    source: int
+    warps: int
+    stages: int
+
+
 class Shape(NamedTuple):
     """What the table is keyed by: channels of a group on both sides, groups, terms, taps, rows of
     sums, whether strided, whether packs begin at multiples of 16 bytes, bytes of a number, how
@@ -272,6 +289,37 @@ def weight_gradient(shape: Shape) -> list[WeightTile]:
         WeightTile(False, columns <= 3 and not three_pass, n, 1, source, result, warps, stages)
         for n in (32, 16)
     ]
+
+
+#: Bytes of shared memory for the loads of :func:`pair`'s kernel that are under way: of AMD, Ampere,
+#: Hopper, and Blackwell, which keeps operands there besides.
+MOST_LOADS = {0: 48 * 1024, 80: 144 * 1024, 90: 208 * 1024, 100: 96 * 1024}
+
+
+def pair(shape: Shape, out_channels: int) -> PairTile:
+    """The tile of the kernel of grouped and last convolution.
+
+    Its sums, pixels by output channels, are the half of the registers of 8 warps; more of either
+    would read weights or pixels less often. All taps of a part are loaded at once."""
+    source = max(16, power_of_two(shape.source))
+    out = max(16, power_of_two(out_channels))
+    if shape.strict:
+        return PairTile(32, min(32, out), 16, 4, 1)
+    if shape.precision == "tf32x3":
+        return PairTile(64, min(64, out), 16, 4, 1)
+    generation = 0 if shape.amd else int(shape.architecture.removeprefix("sm_"))
+    # Blackwell's sums are in a memory of their own and pass through the registers.
+    out = min(out, 256 if shape.itemsize == 2 and generation < 100 else 128)
+    limit = MOST_LOADS[max(since for since in MOST_LOADS if generation >= since)]
+    # Nor do dozens of its products at once fit.
+    choices = (
+        [] if generation >= 100 and source > 32 else [(128, stages_of(shape)), (128, 2), (64, 2)]
+    )
+    for pixels, stages in choices:
+        loads = (pixels * source * shape.taps + 16 * out) * shape.itemsize
+        if (stages - 1) * loads <= limit:
+            return PairTile(pixels, out, min(32, source), 8 if pixels * out > 8192 else 4, stages)
+    return PairTile(64, min(64, out), 16, 4, 1)
 
 
 # Autotuning -------------------------------------------------------------------------------------

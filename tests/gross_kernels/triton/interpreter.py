@@ -6,6 +6,7 @@ products are exact where the matrix unit cuts their factors off; a truth value t
 tensor becomes an integer, which loads refuse; and nobody checks addresses. Here every launch may
 touch its own tensors alone, and every tensor allocated without a value is filled with NaN."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +102,7 @@ def binary(builder: Any, left: Any, right: Any, operation: Callable) -> Any:
 def dot(builder: Any, left: Any, right: Any, total: Any, precision: Any, *_: Any) -> Any:
     """A product of matrices as the matrix unit forms it: exact products of numbers of its own
     precision, summed in float32."""
+    counts["products"] += left.data.size * right.data.shape[-1]
     factors = [widened(left).astype(np.float32), widened(right).astype(np.float32)]
     name = str(precision).rsplit(".", 1)[-1]
     if left.dtype.scalar == tl.float32 and name == "TF32":
@@ -114,6 +116,18 @@ def dot(builder: Any, left: Any, right: Any, total: Any, precision: Any, *_: Any
     else:
         result = np.matmul(*factors)
     return Handle(result + total.data, total.dtype.scalar)
+
+
+#: What kernels have done since :func:`counted` began: multiply–accumulates of the matrix unit,
+#: elements loaded and stored.
+counts: Counter[str] = Counter()
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts while the context lasts."""
+    counts.clear()
+    yield counts
 
 
 def splat(builder: Any, kind: Any, scalar: Any) -> Any:
@@ -136,12 +150,15 @@ def patch_tensor(tensor: Any, *scope: Any) -> None:
     tensor.__index__ = lambda self: int(self.handle.data.item())
 
 
-def checked(original: Callable) -> Callable:
+def checked(original: Callable, what: str) -> Callable:
     """A load or store that refuses to touch an address outside ``bounds``."""
 
     def access(builder: Any, pointers: Any, *rest: Any) -> Any:
-        # Masked forms have the mask last of what is not a cache hint: a handle of truth values.
+        # Masked forms, to which the others come down, have the mask last of what is not a cache
+        # hint: a handle of truth values.
         masks = [h.data for h in rest if isinstance(h, Handle) and h.data.dtype == np.bool_]
+        if masks:
+            counts[what] += int(np.broadcast_to(masks[0], pointers.data.shape).sum())
         check(pointers, masks[0] if masks else np.ones(1, bool))
         return original(builder, pointers, *rest)
 
@@ -171,7 +188,9 @@ Builder.create_dot = dot
 Builder.create_splat = splat
 Builder.get_bf16 = bfloat16_constant
 for name in ("create_load", "create_masked_load", "create_store", "create_masked_store"):
-    setattr(Builder, name, checked(getattr(Builder, name)))
+    setattr(
+        Builder, name, checked(getattr(Builder, name), "loaded" if "load" in name else "stored")
+    )
 
 launch = Kernel.__call__
 

@@ -15,12 +15,14 @@ from packing import WARP_GROUP_CASES
 
 from gross_kernels.backends.triton import tiles
 from gross_kernels.backends.triton.launch import Kernel, layout
+from gross_kernels.epilogue import Epilogue
+from gross_kernels.geometry import Geometry
 
 # The package's names are the functions.
 PACKAGE = "gross_kernels.backends.triton"
-forward, weight_grad, sums = (
+forward, weight_grad, sums, pairs = (
     importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("forward", "weight_grad", "series_sum")
+    for name in ("forward", "weight_grad", "series_sum", "grouped_pointwise")
 )
 
 
@@ -114,7 +116,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Kernel, tuple], 
     """Compile for an architecture; plans ask it of the device, which is not here."""
 
     def build(arch: str, make: Callable[[], tuple[Kernel, tuple]]) -> Compiled:
-        for module in (forward, weight_grad):
+        for module in (forward, weight_grad, pairs):
             monkeypatch.setattr(module, "architecture", lambda device: arch)
         return compile_for(arch, *make())
 
@@ -157,7 +159,7 @@ def gradient(
 #: Bytes of a thread's stack. What lies there is read and written once for a tile of many rows, by
 #: some versions of Triton: three to five numbers of the weight gradient's addresses, and weights
 #: while ``march`` assembles them, 216 loads of each thread together.
-MOST_STACK, MOST_STACK_OF_MARCH = 48, 640
+MOST_STACK, MOST_STACK_OF_MARCH = 48, 768
 
 
 @pytest.mark.parametrize(("arch", "dtype", "kernel", "case"), list(every()))
@@ -191,6 +193,66 @@ def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Call
         and case == "32"
     ):
         assert "wgmma.mma_async" in result.assembly
+
+
+#: By name: channels everywhere, largest group, output channels, and what follows.
+PAIRS = {
+    "256": (256, 4, 256, Epilogue(torch.empty(256), torch.empty(0), "relu")),
+    "512 of 64": (512, 64, 512, Epilogue(torch.empty(512), None, "silu")),
+    "64 of 32": (
+        64, 32, 64, Epilogue(torch.empty(64), torch.empty(0), "prelu", torch.empty(64), True),
+    ),
+}  # fmt: skip
+#: Compiled in every run, and with ``-m build``: all architectures and dtypes of the largest tile.
+DEFAULT_PAIR = ("sm_90", "bfloat16", "256")
+BUILT_PAIRS = {
+    *((arch, dtype, "256") for arch in TARGETS for dtype in ("bfloat16", "tf32")),
+    *(("sm_90", "bfloat16", name) for name in PAIRS),
+    *(("sm_90", dtype, "64 of 32") for dtype in ("tf32x3", "ieee")),
+}
+
+
+def every_pair() -> Iterator[object]:
+    for arch in TARGETS:
+        for dtype in DTYPES:
+            for name in PAIRS:
+                key = (arch, dtype, name)
+                if not (arch.startswith("gfx") and dtype == "tf32x3"):
+                    mark = pytest.mark.build if key in BUILT_PAIRS else pytest.mark.sweep
+                    yield pytest.param(*key, marks=() if key == DEFAULT_PAIR else mark)
+
+
+def pair_of(name: str, dtype: torch.dtype, precision: str) -> tuple[Kernel, tuple]:
+    """The kernel of grouped and last convolution, and its tensors."""
+    channels, size, out_channels, epilogue = PAIRS[name]
+    input = torch.empty(8, channels, 56, 56, dtype=dtype).to(memory_format=torch.channels_last)
+    output = torch.empty(8, out_channels, 56, 56, dtype=dtype).to(memory_format=torch.channels_last)
+    residual = None if epilogue.residual is None else output
+    terms = (torch.empty(channels, 1, 3, 3), torch.empty(channels, size, 3, 3))
+    last = (torch.empty(out_channels, channels, 1, 1),) * 2
+    optional = (epilogue.bias, residual, epilogue.slopes)
+    call = pairs.Layout(
+        layout(input), tuple(map(layout, terms)), tuple(map(layout, last)), None,
+        *(None if each is None else layout(each) for each in optional),
+        epilogue.activation, epilogue.residual_last, Geometry((1, 1), (1, 1), (1, 1)), precision,
+        None,
+    )  # fmt: skip
+    scratch = torch.empty(16, dtype=dtype)
+    tensors = (input, output, scratch, scratch, epilogue.bias, epilogue.slopes, residual)
+    return pairs.plan(call).product, tensors
+
+
+@pytest.mark.parametrize(("arch", "dtype", "name"), list(every_pair()))
+def test_resources_of_pairs(arch: str, dtype: str, name: str, compiled: Callable) -> None:
+    """Catches sums or weights that do not fit the registers, too much shared memory, and products
+    without the matrix unit, of grouped and last convolution in one kernel."""
+    result = compiled(arch, lambda: pair_of(name, *DTYPES[dtype]))
+    assert result.spilled_in_loops == 0
+    assert result.stack <= MOST_STACK
+    assert result.shared <= SHARED[arch]
+    assert bool(result.matrix) == (dtype != "ieee" or arch.startswith("gfx"))
+    assert result.wide_loads > 0
+    assert result.wide_stores > 0
 
 
 @pytest.mark.parametrize("taps", ["3×3", "2×2"])
