@@ -9,10 +9,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import DTYPES
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from whole_layer import (
     SIZES,
     SMALL,
@@ -26,7 +28,15 @@ from whole_layer import (
     made,
 )
 
-from gross_kernels import GroSSConv2d, bottleneck, dispatch, layer_times, use_fused, use_layer
+from gross_kernels import (
+    GroSSConv2d,
+    bottleneck,
+    dispatch,
+    expand,
+    layer_times,
+    use_fused,
+    use_layer,
+)
 from gross_kernels.bottleneck import Weights
 from gross_kernels.geometry import Geometry
 from gross_kernels.layer_times import LayerCall
@@ -149,9 +159,7 @@ def test_autocast_merges_in_float32() -> None:
     assert output.dtype == torch.bfloat16
     assert kernel.dtype == torch.float32
     assert torch.equal(kernel, layer.weight)
-    expected = nn.functional.conv2d(
-        input.bfloat16(), kernel.bfloat16(), layer.bias.bfloat16(), padding=1
-    )
+    expected = F.conv2d(input.bfloat16(), kernel.bfloat16(), layer.bias.bfloat16(), padding=1)
     assert torch.equal(output, expected)
 
 
@@ -394,3 +402,61 @@ def test_one_graph_on_a_gpu(channels: int, way: str) -> None:
             assert call(input).shape == input.shape
     (graph,) = graphs
     assert graph.count(torch.conv2d) == (1 if way == "merged" else 2)
+
+
+# gross::grouped_pointwise -------------------------------------------------------------------------
+
+
+def arguments_of_pair() -> tuple:
+    """For the operator: 2 images, 12 inner channels in groups of 3 and 6, 7 outputs."""
+    given = (
+        torch.randn(2, 12, 6, 5).to(memory_format=torch.channels_last),
+        [torch.randn(12, 3, 3, 2), torch.randn(12, 6, 3, 2)],
+        [torch.randn(7, 12, 1, 1), torch.randn(7, 12, 1, 1)],
+        torch.tensor(2),
+        torch.rand(2),
+    )
+    epilogue = (torch.randn(7), torch.randn(2, 7, 3, 4), "prelu", torch.rand(1), True)
+    return *given, [2, 1], [1, 0], [1, 1], *epilogue
+
+
+def test_operator_keeps_its_contract() -> None:
+    """Catches a shape, layout or dtype that another device would not return, and arguments that are
+    written to."""
+    torch.library.opcheck(
+        torch.ops.gross.grouped_pointwise.default,
+        arguments_of_pair(),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_operator_by_hand() -> None:
+    """Catches terms, gates or an epilogue that the definition leaves out."""
+    input, (r1, r2), (q1, q2), _, gates, *geometry, bias, residual, _, slopes, _ = given = (
+        arguments_of_pair()
+    )
+    grouped = gates[0] * expand(r1, 6, 12) + gates[1] * r2
+    middle = F.conv2d(input, grouped, None, *geometry, groups=2)
+    last = F.conv2d(middle, gates[0] * q1 + gates[1] * q2, bias)
+    expected = F.prelu(last, slopes) + residual
+    torch.testing.assert_close(torch.ops.gross.grouped_pointwise(*given), expected)
+    alone = torch.ops.gross.grouped_pointwise(*given[:3], torch.tensor(1), *given[4:])
+    middle = F.conv2d(input, gates[0] * r1, None, *geometry, groups=4)
+    expected = F.prelu(F.conv2d(middle, gates[0] * q1, bias), slopes) + residual
+    torch.testing.assert_close(alone, expected)
+
+
+def test_operator_elsewhere() -> None:
+    """Catches autocast that leaves the input wide, images that vmap mixes up, and operations that
+    are not counted."""
+    given = [*arguments_of_pair()]
+    given[9] = None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.ops.gross.grouped_pointwise(*given).dtype == torch.bfloat16
+    images = torch.randn(3, 2, 12, 6, 5)
+    mapped = torch.vmap(lambda image: torch.ops.gross.grouped_pointwise(image, *given[1:]))(images)
+    for image, result in zip(images, mapped, strict=True):
+        torch.testing.assert_close(torch.ops.gross.grouped_pointwise(image, *given[1:]), result)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.gross.grouped_pointwise(*given)
+    assert counter.get_total_flops() == 2 * 2 * 12 * (12 * 6 * 6 + 7 * 12)

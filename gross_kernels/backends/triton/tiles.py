@@ -160,9 +160,14 @@ class Shape(NamedTuple):
         return self.itemsize == 4 and self.precision == "ieee" and not self.amd
 
     @property
+    def generation(self) -> int:
+        """90 of "sm_90"; 0 of AMD's."""
+        return 0 if self.amd else int(self.architecture.removeprefix("sm_"))
+
+    @property
     def hopper(self) -> bool:
         """Whether the device is NVIDIA's Hopper or newer."""
-        return not self.amd and int(self.architecture.removeprefix("sm_")) >= 90
+        return self.generation >= 90
 
 
 TileT = TypeVar("TileT", bound=tuple)
@@ -176,8 +181,10 @@ def power_of_two(number: int) -> int:
 def stages_of(shape: Shape) -> int:
     """Buffers of loads, and one: with two stages the next row's loads begin after the products, and
     nothing is under way meanwhile. A third costs registers where there are none left: on Ampere,
-    with weights held twice, or addresses of single elements. AMD has not the shared memory."""
-    return 3 if shape.hopper and shape.aligned and shape.precision != "tf32x3" else 2
+    with weights held twice, or addresses of single elements. AMD's and the small GPUs from 120 on
+    have not the shared memory."""
+    roomy = 90 <= shape.generation < 120
+    return 3 if roomy and shape.aligned and shape.precision != "tf32x3" else 2
 
 
 def correlation(shape: Shape) -> list[Tile]:
@@ -291,9 +298,10 @@ def weight_gradient(shape: Shape) -> list[WeightTile]:
     ]
 
 
-#: Bytes of shared memory for the loads of :func:`pair`'s kernel that are under way: of AMD, Ampere,
-#: Hopper, and Blackwell, which keeps operands there besides.
-MOST_LOADS = {0: 48 * 1024, 80: 144 * 1024, 90: 208 * 1024, 100: 96 * 1024}
+#: KB of shared memory for the loads of :func:`pair`'s kernel that are under way, by generation
+#: from which on: AMD, A100 and smaller Amperes, Hopper, Blackwell (which keeps operands there
+#: besides) and its small ones.
+MOST_LOADS = {0: 48, 80: 144, 86: 80, 90: 208, 100: 96, 120: 64}
 
 
 def pair(shape: Shape, out_channels: int) -> PairTile:
@@ -307,13 +315,13 @@ def pair(shape: Shape, out_channels: int) -> PairTile:
         return PairTile(32, min(32, out), 16, 4, 1)
     if shape.precision == "tf32x3":
         return PairTile(64, min(64, out), 16, 4, 1)
-    generation = 0 if shape.amd else int(shape.architecture.removeprefix("sm_"))
+    generation = shape.generation
     # Blackwell's sums are in a memory of their own and pass through the registers.
     out = min(out, 256 if shape.itemsize == 2 and generation < 100 else 128)
-    limit = MOST_LOADS[max(since for since in MOST_LOADS if generation >= since)]
+    limit = 1024 * MOST_LOADS[max(since for since in MOST_LOADS if generation >= since)]
     # Nor do dozens of its products at once fit.
     choices = (
-        [] if generation >= 100 and source > 32 else [(128, stages_of(shape)), (128, 2), (64, 2)]
+        [] if generation >= 100 and source > 16 else [(128, stages_of(shape)), (128, 2), (64, 2)]
     )
     for pixels, stages in choices:
         loads = (pixels * source * shape.taps + 16 * out) * shape.itemsize

@@ -12,6 +12,7 @@ from triton.runtime import driver
 
 from gross_kernels.backends import triton as backend
 from gross_kernels.backends.triton.launch import Kernel
+from gross_kernels.epilogue import Epilogue
 from gross_kernels.series import Series
 
 CASE = Case(
@@ -60,11 +61,14 @@ def test_later_launches_are_the_first(fake: Driver) -> None:
     another stream."""
     input, terms, gates, grad = CASE.tensors(torch.bfloat16, torch.float32)
     series, geometry = Series(terms, 2, gates), CASE.geometry
+    last = Series([torch.randn(48, 64, 1, 1)] * 2, 2, gates)
+    epilogue = Epilogue(torch.randn(48), activation="relu")
     for call, kernels in (
         (lambda: backend.forward(input, series, geometry), 1),
         (lambda: backend.input_grad(grad, input, series, geometry), 1),
         (lambda: backend.weight_grad(grad, input, series, geometry), 2),
         (lambda: backend.series_sum(Series(terms[:1] * 3, 2)), 1),
+        (lambda: backend.grouped_pointwise(input, series, last, geometry, epilogue), 3),
     ):
         seen = []
         for _ in range(2):

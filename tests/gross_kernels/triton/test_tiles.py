@@ -156,6 +156,41 @@ def test_run_length_by_hand(rows: int, programs: int, expected: int) -> None:
     assert run_length(rows, programs, 264, 2) == expected
 
 
+# Shared memory ----------------------------------------------------------------------------------
+
+
+def shape(architecture: str, itemsize: int = 2, source: int = 16) -> tiles.Shape:
+    return tiles.Shape(
+        source, source, 8, 2, 9, 3, False, True, itemsize, "tf32" if itemsize == 4 else "ieee",
+        architecture,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stages"),
+    [("sm_80", 2), ("sm_86", 2), ("sm_90", 3), ("sm_100", 3), ("sm_120", 2), ("gfx942", 2)],
+)
+def test_stages(architecture: str, stages: int) -> None:
+    """Catches a third buffer where there is no room for it, and none where there is."""
+    assert tiles.correlation(shape(architecture))[0].stages == stages
+    assert tiles.weight_gradient(shape(architecture))[0].stages == stages
+
+
+@pytest.mark.parametrize("source", [16, 32, 64])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    ("architecture", "room"),
+    [("sm_80", 163), ("sm_86", 99), ("sm_90", 227), ("sm_120", 99), ("gfx942", 64)],
+)
+def test_loads_of_pairs_fit(architecture: str, room: int, itemsize: int, source: int) -> None:
+    """Catches a tile whose loads alone are more than a program may have of shared memory."""
+    tile = tiles.pair(shape(architecture, itemsize, source), 256)
+    loads = (tile.pixels * source * 9 + 16 * tile.out) * itemsize
+    assert (tile.stages - 1) * loads < room * 1024
+    assert tile.out <= 256
+    assert tile.pixels * tile.out <= 128 * 256
+
+
 # float32 ----------------------------------------------------------------------------------------
 
 
