@@ -10,7 +10,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import DTYPES
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -18,13 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from whole_layer import (
     SIZES,
     SMALL,
+    TYPICAL,
     Arguments,
     Calls,
     Layer,
     Named,
     assert_accurate,
     calls_of,
+    every_dtype,
     every_one,
+    float32_and_bfloat16,
     made,
 )
 
@@ -67,15 +69,20 @@ def run(layer: Layer, given: Arguments) -> Named:
 
 
 @every_one
-@pytest.mark.parametrize(
-    "dtypes", DTYPES, ids=lambda pair: "-".join(str(dtype)[6:] for dtype in pair)
-)
-def test_values(layer: Layer, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+@float32_and_bfloat16
+def test_values(layer: Layer, dtype: torch.dtype) -> None:
     """Catches a wrong output or gradient, weights that are merged in 16 bits, and gates or terms
     that are left out. One rounding of the kernel takes the place of two of the inner tensors."""
     layer = replace(layer, keep_inner=False)
-    given = layer.arguments(*dtypes)
+    given = layer.arguments(dtype, torch.float32)
     assert_accurate(run(layer, given), layer, given)
+
+
+@every_dtype
+def test_values_by_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Catches terms or gates that are taken for float32, and sums of theirs in 16 bits."""
+    given = TYPICAL.arguments(*dtypes)
+    assert_accurate(run(TYPICAL, given), TYPICAL, given)
 
 
 @pytest.mark.parametrize("layer", SMALL.values(), ids=SMALL)

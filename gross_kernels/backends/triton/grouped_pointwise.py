@@ -9,7 +9,7 @@ it, and multiplies it with the part's block of Q. Weights are summed once per ca
 tensor in the order in which the products want them: in every program it would take longer than the
 products."""
 
-# mypy: disable-error-code="no-untyped-def,arg-type"
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
