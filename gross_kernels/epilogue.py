@@ -3,8 +3,10 @@ residual``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,6 +29,24 @@ class Epilogue(NamedTuple):
     activation: str = "none"
     slopes: Tensor | None = None
     residual_last: bool = False
+
+    def check(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Raise ValueError for what does not fit an output of this shape and dtype."""
+        channels = shape[1]
+        if self.activation not in ACTIVATIONS:
+            listed = ", ".join(map(repr, ACTIVATIONS))
+            raise ValueError(f"activation: got {self.activation!r}, accepted are {listed}")
+        if self.bias is not None and self.bias.shape != (channels,):
+            raise ValueError(f"bias: got {tuple(self.bias.shape)}, accepted is {(channels,)}")
+        slopes = None if self.slopes is None else tuple(self.slopes.shape)
+        if self.activation == "prelu" and slopes not in ((1,), (channels,)):
+            raise ValueError(f"slopes: got {slopes}, accepted are (1,) and {(channels,)}")
+        residual = self.residual
+        if residual is not None and (residual.shape != tuple(shape) or residual.dtype != dtype):
+            raise ValueError(
+                f"residual: got {tuple(residual.shape)} of {residual.dtype}, accepted is "
+                f"{tuple(shape)} of {dtype}"
+            )
 
     def of(self, value: Tensor) -> Tensor:
         """The definition, in PyTorch's own operators, of a sum ``[N, C, …]``."""

@@ -99,6 +99,8 @@ def _run(
     geometry, epilogue = Geometry(*rest[:3]), Epilogue(*rest[3:])
     count = int(active)
     series = Series(grouped, count, gates)
+    size = geometry.output_size(input.shape[2:], grouped[0].shape[2:])
+    epilogue.check((input.shape[0], pointwise_out[0].shape[0], *size), input.dtype)
     if served(input, series, geometry):
         last = Series(pointwise_out, count, gates)
         return dispatch.BACKENDS["triton"].grouped_pointwise(

@@ -54,7 +54,7 @@ from .series import (
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 #: Images and size of a large map.
-LARGE = 64, (56, 56)
+LARGE: tuple[int, tuple[int, ...]] = (64, (56, 56))
 #: How many changes of a layer's size lie between a forward pass and its recomputation at most.
 REMEMBERED = 256
 
@@ -355,8 +355,9 @@ class GroSSConv2d(_SeriesModule):
 
     On the CPU the layer runs in one pass (``gross::bottleneck``) unless ``GROSS_KERNELS_FUSED=0``,
     or ``padding_mode`` is not "zeros" and more than triples the map's pixels; :meth:`pack` makes
-    inference with small batches faster still. On a GPU it runs as three convolutions or as the
-    dense one that it amounts to, whichever is predicted to be faster (:meth:`explain`).
+    inference with small batches faster still. On a GPU it runs as three convolutions, without
+    gradients with the last two in one kernel, or as the dense one that it amounts to, whichever is
+    predicted to be fastest (:meth:`explain`).
 
     Shape:
         input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's
@@ -556,12 +557,13 @@ class GroSSConv2d(_SeriesModule):
         device = input.device.type
         if device != "cuda":
             return dispatch.choose_layer(device).name
-        images, size = input.shape[0], tuple(input.shape[2:])
-        group_size = self._group_size
         if torch.compiler.is_compiling():
             # One graph for maps and groups of all sizes: what is faster on large maps, where groups
             # of up to 16 take the same time.
             (images, size), group_size = LARGE, min(16, self.group_sizes[-1])
+        else:
+            images, size = input.shape[0], tuple(input.shape[2:])
+            group_size = self.group_size
         output = geometry.output_size(size, self.kernel_size)
         autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else input.dtype

@@ -467,3 +467,22 @@ def test_operator_elsewhere() -> None:
     with FlopCounterMode(display=False) as counter:
         torch.ops.gross.grouped_pointwise(*given)
     assert counter.get_total_flops() == 2 * 2 * 12 * (12 * 6 * 6 + 7 * 12)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (8, torch.ones(6), r"bias: got \(6,\), accepted is \(7,\)"),
+        (9, torch.ones(2, 7, 3, 5), r"residual: got \(2, 7, 3, 5\) of torch.float32, accepted is"),
+        (9, torch.ones(2, 7, 3, 4).double(), "residual: got .* of torch.float64, accepted is"),
+        (10, "gelu", "activation: got 'gelu', accepted are 'none', 'relu'"),
+        (11, torch.ones(2), r"slopes: got \(2,\), accepted are \(1,\) and \(7,\)"),
+        (11, None, "slopes: got None, accepted are"),
+    ],
+)
+def test_operator_refuses(position: int, value: object, message: str) -> None:
+    """Catches an epilogue that the kernel would read beyond its end, or leave out."""
+    given = [*arguments_of_pair()]
+    given[position] = value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.gross.grouped_pointwise(*given)
