@@ -13,12 +13,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import windows
 from accuracy import Target, assert_accurate, definition, largest_error, tiny
 from case import Case
 from packing import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gross_kernels.backends.triton import launch, tiles
+from gross_kernels.backends.triton import launch, sum_pool, sum_pool_backward, tiles
 from gross_kernels.backends.triton.geometry import Packs, axis
 from gross_kernels.series import Series
 
@@ -248,6 +249,41 @@ def test_bfloat16_is_true() -> None:
 def test_empty_memory_is_poisoned() -> None:
     """Catches a run in which an element that is never written would look right."""
     assert torch.empty(3).isnan().all()
+
+
+# Sums over windows ------------------------------------------------------------------------------
+
+POOLINGS = {
+    "3×3 to 2×2": ((2, 20, 5, 6), ((1, 2, 2), 1, (1, 1), (1, 1), (1, 1))),
+    "a stride and groups": ((2, 12, 7, 9), ((3, 3, 3), 2, (2, 3), (2, 1), (1, 1))),
+    "dilated": ((1, 5, 9, 9), ((2, 2, 3), 1, (1, 2), (0, 3), (3, 2))),
+    "long": ((1, 40, 3, 4), ((21, 1, 1), 1, (1, 1), (0, 0), (1, 1))),
+    "long in groups, and an image": ((2, 60, 4, 5), ((10, 2, 3), 3, (1, 1), (1, 1), (1, 2))),
+    "many pixels": ((3, 2, 20, 30), ((2, 1, 1), 1, (1, 1), (0, 0), (1, 1))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_sums_over_windows(name: str, channels_last: bool, dtype: torch.dtype) -> None:
+    """Catches a window, a border or a group that is off by one, long windows cut wrongly, and sums
+    in 16 bits."""
+    shape, numbers = POOLINGS[name]
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    input = torch.randn(shape).to(dtype).contiguous(memory_format=format)
+    wide = input.double().requires_grad_()
+    expected = windows.sum_pool(wide, windows.Windows(*numbers))
+    output = sum_pool(input, *numbers)
+    assert output.dtype == dtype
+    assert output.is_contiguous(memory_format=format)
+    grad = torch.randn(expected.shape).to(dtype).contiguous(memory_format=format)
+    (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
+    found = sum_pool_backward(grad, shape[1:], *numbers)
+    for got, exact_sum in ((output, expected), (found, expected_grad)):
+        # Every sum rounded once; of float32, added one by one.
+        bound = (1 if dtype == torch.bfloat16 else 20) * torch.finfo(dtype).eps
+        assert (got - exact_sum).abs().max() <= bound * exact_sum.abs().max()
 
 
 # Geometry ---------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from gross_kernels.geometry import Geometry
 
 # The package's names are the functions.
 PACKAGE = "gross_kernels.backends.triton"
-forward, weight_grad, sums, pairs = (
+forward, weight_grad, sums, pairs, pools = (
     importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("forward", "weight_grad", "series_sum", "grouped_pointwise")
+    for name in ("forward", "weight_grad", "series_sum", "grouped_pointwise", "sum_pool")
 )
 
 
@@ -318,6 +318,22 @@ def test_small_kernels(arch: str, compiled: Callable) -> None:
     result = compiled(arch, add)
     assert result.stack == 0
     assert result.wide_loads >= 16
+    assert result.wide_stores >= 1
+
+
+def test_sums_over_windows(compiled: Callable) -> None:
+    """Catches sums over windows that spill, or read channels-last images in small pieces."""
+    shapes = (2, 64, 17, 17), (2, 64, 16, 16)
+    target, source = (torch.empty(shape).to(memory_format=torch.channels_last) for shape in shapes)
+    axis = pools.Axis(2, offset=-1)
+    call = pools.Sums(1, pools.Axis(), axis, axis)
+
+    def add() -> tuple[Kernel, tuple]:
+        return pools.plan((target, source, source), call), (target, source, source)
+
+    result = compiled("sm_90", add)
+    assert result.stack == 0
+    assert result.wide_loads >= 1
     assert result.wide_stores >= 1
 
 
