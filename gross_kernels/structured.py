@@ -79,6 +79,15 @@ class _Structured(nn.Module):
                 self.bias.copy_(module.bias)
         return self.train(module.training)
 
+    def _give(self, made: Any) -> nn.Module:
+        """The dense layer ``made`` with the composite kernel and the bias."""
+        with torch.no_grad():
+            made.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                made.bias.copy_(self.bias)
+        dense: nn.Module = made.train(self.training)
+        return dense
+
     def _check_input(self, input: Tensor, dims: Sequence[int], shape: str, channels: int) -> None:
         if not isinstance(input, Tensor):
             raise TypeError(f"input: got {type(input).__name__}, accepted is a Tensor")
@@ -119,7 +128,7 @@ class _StructuredConv(_Structured):
     where d = 1 nothing to pool, and the convolution does."""
 
     _axes: ClassVar[int]
-    _dense: ClassVar[type[nn.Module]]
+    _dense: ClassVar[Any]
     _shape: ClassVar[str]
 
     def __init__(
@@ -242,6 +251,23 @@ class _StructuredConv(_Structured):
         geometry = Geometry(self.stride, zeros, self.dilation)
         geometry.check_fits(batch.shape[2:], self.kernel_size)
 
+    def to_dense(self) -> nn.Module:
+        """The layer of ``torch.nn`` that it equals, with the composite kernel."""
+        made = self._dense(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            self.weight.device,
+            self.weight.dtype,
+        )
+        return self._give(made)
+
     def _pool(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -331,6 +357,11 @@ class StructuredConv2d(_StructuredConv):
     def _convolve(self, pooled: Tensor) -> Tensor:
         return F.conv2d(pooled, self.weight, self.bias, *self._convolution, self.groups)
 
+    @property
+    def foldable(self) -> bool:
+        """Whether :meth:`fold` can: it pads with zeros, as many before as after."""
+        return self.padding_mode == "zeros" and not any(self._pads)
+
     def fold(self, kernels: bool = True) -> nn.Sequential:
         """The layer as a :class:`~gross_kernels.pooling.SumPool2d` and a ``nn.Conv2d``, with copies
         of the weights.
@@ -339,7 +370,7 @@ class StructuredConv2d(_StructuredConv):
             kernels: whether the pooling runs on this package's kernels.
         """
         check_flag("kernels", kernels)
-        if self.padding_mode != "zeros" or any(self._pads):
+        if not self.foldable:
             raise ValueError(
                 f"fold: got padding {self.padding!r}, {self.padding_mode!r}, accepted are zeros, "
                 "as many before as after"
@@ -474,6 +505,17 @@ class StructuredLinear(_Structured):
             pooled = sum_pool(image, self._windows).permute(0, 2, 3, 1)
             input = pooled.reshape(*input.shape[:-1], self.structure[0])
         return F.linear(input, self.weight, self.bias)
+
+    def to_dense(self) -> nn.Module:
+        """The ``torch.nn.Linear`` that it equals, with the composite rows."""
+        made = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            self.weight.device,
+            self.weight.dtype,
+        )
+        return self._give(made)
 
     def operations(self) -> tuple[Operations, Operations]:
         """Of one input: what the layer takes, and what the dense layer would."""

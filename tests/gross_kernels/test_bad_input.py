@@ -600,6 +600,7 @@ OF_BASIS = {
 }
 OF_ANY_STRUCTURED = {
     "dense_weight": {},
+    "to_dense": {},
     "reset_parameters": {},
     "forward": {"input": [*TENSORS, torch.ones(2), torch.ones(3, 3, 3, 3)]},
 }

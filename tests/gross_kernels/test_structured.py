@@ -54,7 +54,7 @@ def layers(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 
 def dense(layer: nn.Module, input: Tensor) -> Tensor:
-    """The layer as torch's own module with the composite kernel."""
+    """The layer as torch's own module with the composite kernel, differentiable."""
     kind = nn.Conv2d if isinstance(layer, StructuredConv2d) else nn.Conv3d
     conv = kind(
         layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
@@ -76,6 +76,7 @@ def test_convolutions_equal_the_dense_ones(case):
     torch.manual_seed(0)
     output, expected = layer(input), dense(layer, input)
     torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(layer.to_dense()(input), expected)
     slope = torch.randn_like(expected)
     leaf = input.clone().requires_grad_()
     parameters = [leaf, *layer.parameters()]
@@ -115,6 +116,7 @@ def test_linear_layers_equal_the_dense_ones(features, structure):
         input = torch.randn(shape, dtype=torch.float64)
         expected = F.linear(input, layer.dense_weight(), layer.bias)
         torch.testing.assert_close(layer(input), expected)
+        torch.testing.assert_close(layer.to_dense()(input), expected)
     assert torch.autograd.gradcheck(layer, torch.randn(2, features).double().requires_grad_())
     linear = nn.Linear(features, 5, dtype=torch.float64)
     linear.weight.data = layer.dense_weight().detach()
