@@ -16,7 +16,7 @@
 namespace gross::cpu::GROSS_ISA {
 
 // Bytes that the lines of a window may take together.
-constexpr int64_t line_budget = 64 << 10;
+constexpr int64_t line_budget = 32 << 10;
 
 // values[i] = Σ_{k < window} values[i + k·step] for i < count, in place; reads as far as those
 // need. `copy` is memory for as many numbers as are read. Up to a vector beyond `count` is written.
@@ -57,19 +57,14 @@ class SumPoolWalk {
         // Channels that are not summed are no groups, and may be taken in parts.
         groups_(call.channels.window == 1 ? 1 : call.groups),
         lines_((call.rows.window - 1) * call.rows.step + 1) {
-    const int64_t column = lines_ *
-                           (call.channels.window == 1 && !channels_inside_
-                                ? 1
-                                : groups_ * group_pitch(target_.channels / groups_)) *
-                           sizeof(T);
-    if (!channels_inside_ && call.channels.window == 1) {
-      columns_ = target_.width;
-      channels_ = std::max<int64_t>(1, line_budget / (column * line_columns(columns_)));
-    } else {
+    columns_ = target_.width, channels_ = target_.channels;
+    const int64_t budget = line_budget / (lines_ * static_cast<int64_t>(sizeof(T)));
+    if (!channels_inside_ && call.channels.window == 1)
+      channels_ = std::max<int64_t>(1, budget / line_columns(columns_));
+    else
       // Columns that two parts share are summed twice: an eighth at most.
-      columns_ = std::max(line_budget / column, 8 * call.columns.window * call.columns.step);
-      channels_ = target_.channels;
-    }
+      columns_ = std::max(budget / (groups_ * group_pitch(channels_ / groups_)),
+                          8 * call.columns.window * call.columns.step);
     columns_ = std::min(columns_, target_.width);
     channels_ = std::min(channels_, target_.channels);
     across_ = ceil_div(target_.width, columns_);
@@ -78,12 +73,10 @@ class SumPoolWalk {
     const int64_t alike = call.images * across_ * deep_;
     down_ = std::max<int64_t>(
         1, std::min(ceil_div(4 * call.threads.count, alike), target_.height / (4 * lines_)));
-    // An odd number of vectors, so that no two lines fall on the same cache sets.
-    line_ =
-        (ceil_div(groups_ * group_pitch(channels_ / groups_) * line_columns(columns_), lanes<T>) +
-             2 |
-         1) *
-        lanes<T>;
+    // An odd number of vectors, so that no two lines fall on the same cache sets; two of them are
+    // for what is read and written beyond the last.
+    const int64_t numbers = groups_ * group_pitch(channels_ / groups_) * line_columns(columns_);
+    line_ = ((ceil_div(numbers, lanes<T>) + 2) | 1) * lanes<T>;
   }
 
   void run() const {
