@@ -1,5 +1,5 @@
 """One way to run a network, in a process of its own: ``python -m benchmarks.candidates NETWORK
-BATCH CANDIDATE FOLDER``.
+BATCH CANDIDATE FOLDER``, where a candidate is such as "folded OpenVINO int8".
 
 Runtimes' threads spin after a call, and some bind the calling thread to a core: in one process they
 would ruin one another's times, thirty-fold in OpenVINO's and OpenMP's case. The process writes its
@@ -28,12 +28,24 @@ from torchvision import models
 GROUP_SIZE = 4
 GROUP_SIZES = (1, 4, 16, 32)
 THREADS = 2
-#: What the candidates are: ours, and the dense and the folded network in each runtime.
+#: Images that 8 bits are calibrated on.
+CALIBRATED = 8
+OURS = "ours"
 RUNTIMES = ("ONNX Runtime", "OpenVINO", "PyTorch")
-CANDIDATES = (
-    "exported",
-    *(f"{kind} {runtime}" for kind in ("dense", "folded") for runtime in RUNTIMES),
-)
+#: By precision, the candidates: the dense and the folded network in each runtime and in ours. Ours
+#: is the first; in 8 bits its float32 is beside it.
+CANDIDATES = {
+    "float32": (
+        f"folded {OURS}",
+        *(f"{kind} {runtime}" for kind in ("dense", "folded") for runtime in RUNTIMES),
+    ),
+    "int8": (
+        f"folded {OURS} int8",
+        f"dense {OURS} int8",
+        f"folded {OURS}",
+        *(f"{kind} {runtime} int8" for kind in ("dense", "folded") for runtime in RUNTIMES[:2]),
+    ),
+}
 
 
 class SuperResolution(nn.Module):
@@ -87,26 +99,34 @@ def images(name: str, batch: int) -> Tensor:
     return torch.randn(batch, *NETWORKS[name][1], generator=generator)
 
 
+def parsed(candidate: str) -> tuple[str, str, bool]:
+    """Its kind, "dense" or "folded"; its runtime; and whether it computes in 8 bits."""
+    kind, runtime = candidate.removesuffix(" int8").split(" ", 1)
+    return kind, runtime, candidate.endswith(" int8")
+
+
 def call(name: str, batch: int, candidate: str, folder: Path) -> Callable[[], Any]:
     """What is timed."""
     given = images(name, batch)
     network = supernet(name)
-    if candidate == "exported":
-        exported = gross.export(network, example=given)
+    kind, runtime, int8 = parsed(candidate)
+    settings: dict[str, Any] = {}
+    if int8:
+        settings = {"precision": "int8", "calibration": images(name, CALIBRATED)}
+    if kind == "dense":
+        network = dense_network(network, [GROUP_SIZE] * len(decomposed_layers(network)))
+    if runtime == OURS:
+        exported = gross.export(network, example=given, **settings)
         return lambda: exported(given)
-    kind, runtime = candidate.split(" ", 1)
-    configuration = [GROUP_SIZE] * len(decomposed_layers(network))
-    plain = (
-        dense_network(network, configuration)
-        if kind == "dense"
-        else gross.export(network, example=given, kernels=False)
-    )
+    plain = network
+    if kind == "folded":
+        plain = gross.export(network, example=given, kernels=False)
     if runtime == "PyTorch":
         laid = given.contiguous(memory_format=torch.channels_last)
         return lambda: plain(laid)
-    path = folder / f"{name}-{kind}.onnx"
+    path = folder / f"{name}-{kind}{'-int8' if int8 else ''}.onnx"
     if not path.exists():
-        save_program(copy.deepcopy(plain), given, path)
+        save_program(copy.deepcopy(plain), given, path, **settings)
     pixels = given.numpy()
     if runtime == "ONNX Runtime":
         import onnxruntime
@@ -125,7 +145,7 @@ def call(name: str, batch: int, candidate: str, folder: Path) -> Callable[[], An
     settings = {
         "INFERENCE_NUM_THREADS": THREADS,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "f32",  # Of what is not in 8 bits.
     }
     compiled = core.compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()

@@ -55,22 +55,27 @@ def summary(entries: Sequence[Entry]) -> str:
 def deployment(entries: Sequence[Entry]) -> str:
     """Markdown: exported networks against the fastest runtime on the dense and on the folded
     network, and what a program costs beside its arithmetic."""
-    rows = []
-    for entry in entries:
-        if "call" in entry:
-            continue
-        cells = [f"{entry['subject']}, {entry['batch']}", f"{entry['mac_ratio']:.2f}"]
-        cells.append(f"{entry['milliseconds']['exported']:.3g}")
-        for kind in ("dense", "folded"):
-            others = {one: r for one, r in entry["ratios"].items() if one.startswith(kind)}
-            best = min(others, key=lambda one: others[one])
-            wanted = goals.deployment(entry["subject"], kind, entry["mac_ratio"])
-            cells.append(
-                f"{others[best]:.2f} ({best.split(' ', 1)[1]}; {wanted.mark([others[best]])})"
-            )
-        rows.append(cells)
-    header = ["network, batch", "fewer MACs", "ms", "to dense", "to folded"]
-    parts = [_markdown("Exported networks: times as fast as the fastest runtime", header, rows)]
+    parts = []
+    for precision in ("float32", "int8"):
+        rows = []
+        for entry in entries:
+            if entry.get("precision") != precision:
+                continue
+            ours = next(iter(entry["milliseconds"]))
+            cells = [f"{entry['subject']}, {entry['batch']}", f"{entry['mac_ratio']:.2f}"]
+            cells.append(f"{entry['milliseconds'][ours]:.3g}")
+            for kind in ("dense", "folded"):
+                found = entry["ratios"].items()
+                others = {one: r for one, r in found if one.startswith(kind) and "ours" not in one}
+                best = min(others, key=lambda one: others[one])
+                wanted = goals.deployment(entry["subject"], kind, entry["mac_ratio"], precision)
+                cells.append(f"{others[best]:.2f} ({best}; {wanted.mark([others[best]])})")
+            own = {one: r for one, r in entry["ratios"].items() if "ours" in one and one != ours}
+            cells.append("; ".join(f"{ratio:.2f} {one}" for one, ratio in own.items()))
+            rows.append(cells)
+        header = ["network, batch", "fewer MACs", "ms", "to dense", "to folded", "to ours"]
+        title = f"Exported networks, {precision}: times as fast as the fastest runtime"
+        parts += [_markdown(title, header, rows)] if rows else []
     parts += [
         f"A program's call takes {entry['call']:.1f} µs, each step {entry['step']:.1f} µs beside "
         "its arithmetic."

@@ -66,6 +66,7 @@ inline const char* name_of(int32_t type) {
     case Type::float64: return "float64";
     case Type::bfloat16: return "bfloat16";
     case Type::float16: return "float16";
+    case Type::int8: return "int8";
   }
   return "an unknown dtype";
 }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -20,8 +21,8 @@
 
 namespace gross::cpu {
 
-enum class StepKind : int64_t { layer, convolution, linear, max_pool, mean_pool, mean };
-constexpr int64_t step_kinds = 6, activations = 5;
+enum class StepKind : int64_t { layer, convolution, linear, max_pool, mean_pool, mean, quantise };
+constexpr int64_t step_kinds = 7, activations = 5;
 
 // One step, as numbers: gross_kernels/program.py writes the same order. Values are numbered, the
 // inputs first; −1 stands for none.
@@ -32,8 +33,8 @@ struct Step {
   int64_t residual_last;
   int64_t in_channels, width_in, width_out, group_size, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int64_t weights, bias, slopes;  // which of the tensors that are packed
-  int64_t at;                     // bytes from the program's begin to the packed weights
+  int64_t weights, bias, slopes, scales;  // which of the tensors that are packed
+  int64_t at;                             // bytes from the program's begin to the packed weights
 
   bool has_weights() const { return kind <= StepKind::linear; }
   Geometry geometry(int64_t images) const {
@@ -41,14 +42,14 @@ struct Step {
             stride_h, stride_w, padding_h, padding_w,  dilation_h, dilation_w};
   }
   Layer layer(int64_t images) const {
-    return {{}, {}, {}, geometry(images), in_channels, out_channels, nullptr, nullptr};
+    return {{}, {}, {}, geometry(images), in_channels, out_channels, nullptr, nullptr, {}, {}};
   }
 };
 constexpr int64_t step_numbers = sizeof(Step) / sizeof(int64_t);
 
 struct ProgramHeader {
   char magic[8] = {'G', 'r', 'o', 'S', 'S', 'p', 'r', 'g'};
-  int32_t version = 1;  // of everything that follows; every change of it counts
+  int32_t version = 2;  // of everything that follows; every change of it counts
   int32_t vector_bytes = 0;
   int32_t type = 0;  // of the activations
   int32_t inputs = 0, values = 0, steps = 0, outputs = 0;
@@ -61,14 +62,23 @@ struct Program {
   ProgramHeader header;
   const int64_t* outputs;
   const Step* steps;
+  const Held* held;  // of each value
   const char* bytes;
 
   Type type() const { return static_cast<Type>(header.type); }
+  Forms forms(const Step& step) const {
+    return {held[step.source], step.residual < 0 ? Held{} : held[step.residual], held[step.target]};
+  }
 };
 
 constexpr int64_t weight_alignment = 128;
 inline int64_t aligned(int64_t size) { return round_up(size, weight_alignment); }
 inline int64_t number_size(Type type) { return type == Type::float64 ? 8 : 4; }
+// The type that a step's kernels are for, by how what it reads and writes is held.
+inline Type type_of_step(Type type, const Forms& forms) {
+  const bool some = forms.source.in_bytes() || forms.residual.in_bytes() || forms.target.in_bytes();
+  return some ? Type::int8 : type;
+}
 inline int64_t packed_bytes(Type type, const Step& step) {
   if (!step.has_weights()) return 0;
   const int64_t numbers = step.kind == StepKind::layer
@@ -84,8 +94,8 @@ class ProgramWeights {
  public:
   ProgramWeights(const std::vector<Tensor>& tensors, Type type) : tensors_(tensors), type_(type) {}
 
-  // A single term [out, in, kh, kw].
-  Series series(int64_t index, const Ints& shape) {
+  // A single term [out, in, kh, kw], for kernels of this type.
+  Series series(int64_t index, const Ints& shape, Type wanted) {
     const Tensor& weight = at(index, "weights");
     bool fits = weight.dim() == 4;
     for (int64_t d = 0; fits && d < 4; d++) fits = weight.size(d) == shape[d];
@@ -94,7 +104,12 @@ class ProgramWeights {
     kept_.push_back(compact(weight));
     Series series{};
     series.active = 1;
-    series.type = type_of(weight, "weights");
+    series.type =
+        weight.scalar_type() == ScalarType::Char ? Type::int8 : type_of(weight, "weights");
+    STD_TORCH_CHECK((series.type == Type::int8) == (wanted == Type::int8), "weights[", index,
+                    "]: got ", name_of(static_cast<int32_t>(series.type)), ", accepted is ",
+                    wanted == Type::int8 ? "int8" : "a floating dtype", ", for a step that reads ",
+                    wanted == Type::int8 ? "8 bits" : "numbers");
     series.terms[0] = kept_.back().data_ptr();
     series.group_sizes[0] = shape[1];
     series.gates[0] = 1;
@@ -103,7 +118,9 @@ class ProgramWeights {
 
   // Numbers of outputs, in the sum's type; null where there are none.
   const void* numbers(int64_t index, int64_t count) {
-    if (index < 0) return nullptr;
+    return index < 0 ? nullptr : needed_numbers(index, count);
+  }
+  const void* needed_numbers(int64_t index, int64_t count) {
     const Tensor& given = at(index, "weights");
     STD_TORCH_CHECK(given.dim() == 1 && given.size(0) == count, "weights[", index,
                     "]: accepted is [", count, "]");
@@ -124,17 +141,20 @@ class ProgramWeights {
   std::vector<Tensor> kept_;
 };
 
-inline void check_step(const Step& step, int64_t known) {
+// `known`: the number of what is there before the step.
+inline void check_reads(const Step& step, int64_t known) {
   const auto within = [](int64_t value, int64_t least, int64_t end) {
     return value >= least && value < end;
   };
-  const bool sized = step.in_channels > 0 && step.width_in > 0 && step.width_out > 0 &&
-                     step.group_size > 0 && step.out_channels > 0;
   STD_TORCH_CHECK(within(static_cast<int64_t>(step.kind), 0, step_kinds) &&
                       within(step.source, 0, known) && step.target == known &&
                       within(step.residual, -1, known) &&
                       within(static_cast<int64_t>(step.activation), 0, activations),
                   "steps: got a step that is none, or reads what no step before it wrote");
+}
+inline void check_step(const Step& step, const Forms& forms, int64_t inputs) {
+  const bool sized = step.in_channels > 0 && step.width_in > 0 && step.width_out > 0 &&
+                     step.group_size > 0 && step.out_channels > 0;
   STD_TORCH_CHECK(step.kernel_h > 0 && step.kernel_w > 0 && step.stride_h > 0 &&
                       step.stride_w > 0 && step.padding_h >= 0 && step.padding_w >= 0 &&
                       step.dilation_h > 0 && step.dilation_w > 0,
@@ -145,32 +165,92 @@ inline void check_step(const Step& step, int64_t known) {
                   step.width_out, " channels");
   STD_TORCH_CHECK(step.activation != Activation::prelu || step.slopes >= 0,
                   "steps: got PReLU without slopes");
+  const bool reads_bytes = forms.source.in_bytes(), pools = !step.has_weights();
+  STD_TORCH_CHECK(
+      reads_bytes || pools || !(forms.residual.in_bytes() || forms.target.in_bytes()),
+      "steps: got weights that read numbers and a residual or output of 8 bits, accepted "
+      "are numbers; a step of the kind quantise makes the one of the other");
+  if (step.has_weights() ? !reads_bytes : type_of_step(Type::float32, forms) != Type::int8) return;
+  STD_TORCH_CHECK(step.residual < 0 || step.residual >= inputs,
+                  "steps: got an input as residual of a step of 8 bits, accepted are values that a "
+                  "step wrote");
+  if (pools) return;
+  STD_TORCH_CHECK(step.scales >= 0, "steps: got weights of 8 bits without scales");
+  STD_TORCH_CHECK(step.kind == StepKind::layer || step.group_size == step.width_in,
+                  "steps: got a convolution of 8 bits with groups of ", step.group_size,
+                  " channels, accepted is one group of ", step.width_in);
+  // |Σ w (q − zero)| ≤ 255 · 128 · terms; of Q the same, with r's steps.
+  constexpr int64_t most_terms = ((int64_t{1} << 31) - 1) / (255 * 128);
+  const int64_t terms = step.kind == StepKind::layer
+                            ? std::max(step.in_channels, step.width_out)
+                            : step.width_in * step.kernel_h * step.kernel_w;
+  STD_TORCH_CHECK(terms <= most_terms, "steps: got sums of ", terms,
+                  " products of 8 bits, accepted are ", most_terms, ", which 32 bits hold");
 }
 
-inline void pack_step(Type type, const Step& step, ProgramWeights& weights, char* to) {
+inline void pack_step(Type type, const Step& step, const Held& source, ProgramWeights& weights,
+                      char* to) {
   Geometry g = step.geometry(1);
   const void* const bias = weights.numbers(step.bias, step.out_channels);
   const void* const slopes = weights.numbers(step.slopes, step.out_channels);
+  const auto scales = [&](int64_t index, int64_t count) {
+    return type != Type::int8
+               ? nullptr
+               : static_cast<const float*>(weights.needed_numbers(step.scales + index, count));
+  };
   const Threads threads = torch_threads(per_number * packed_bytes(type, step));
   const Ints middle{step.width_out, step.group_size, step.kernel_h, step.kernel_w};
   if (step.kind == StepKind::layer) {
     Layer layer = step.layer(1);
-    layer.pointwise_in = weights.series(step.weights, {step.width_in, step.in_channels, 1, 1});
-    layer.grouped = weights.series(step.weights + 1, middle);
+    layer.pointwise_in =
+        weights.series(step.weights, {step.width_in, step.in_channels, 1, 1}, type);
+    layer.grouped =
+        weights.series(step.weights + 1, middle, type == Type::int8 ? Type::float32 : type);
     layer.pointwise_out =
-        weights.series(step.weights + 2, {step.out_channels, step.width_out, 1, 1});
+        weights.series(step.weights + 2, {step.out_channels, step.width_out, 1, 1}, type);
     layer.bias = bias;
     layer.slopes = slopes;
+    layer.scales[0] = scales(0, step.width_in);
+    layer.scales[1] = scales(1, step.width_out);
+    layer.scales[2] = scales(2, step.out_channels);
+    layer.source = source;
     kernels().pack(type, layer, to, threads);
   } else {
-    kernels().pack_kernel(type, {weights.series(step.weights, middle), g, bias, slopes}, to,
-                          threads);
+    kernels().pack_kernel(type,
+                          {weights.series(step.weights, middle, type), g, bias, slopes,
+                           scales(0, step.out_channels), source},
+                          to, threads);
   }
 }
 
-// `steps`: the numbers of all of them; `returned`: which values the program returns.
+// How each of `values` values is held, of scales and zero points; numbers where there are none.
+inline std::vector<Held> held_of(Type type, int64_t values, const std::vector<double>& scales,
+                                 const Ints& zeros) {
+  std::vector<Held> held(values);
+  if (scales.empty() && zeros.empty()) return held;
+  STD_TORCH_CHECK(static_cast<int64_t>(scales.size()) == values && scales.size() == zeros.size(),
+                  "scales, zeros: got ", scales.size(), " and ", zeros.size(),
+                  ", accepted is one of each per value: ", values);
+  for (int64_t i = 0; i < values; i++) {
+    const float scale = static_cast<float>(scales[i]);
+    STD_TORCH_CHECK(scale >= 0 && std::isfinite(1 / (scale + (scale == 0))) && std::isfinite(scale),
+                    "scales: got ", scales[i], ", accepted are positive numbers, or 0 for a value ",
+                    "that is not held in 8 bits");
+    STD_TORCH_CHECK(zeros[i] >= 0 && zeros[i] <= 255, "zeros: got ", zeros[i],
+                    ", accepted are 0 to 255");
+    STD_TORCH_CHECK(scale == 0 || type == Type::float32, "like: got ",
+                    name_of(static_cast<int32_t>(type)),
+                    ", accepted with values of 8 bits is float32");
+    held[i] = {scale, static_cast<int32_t>(zeros[i])};
+  }
+  return held;
+}
+
+// `steps`: the numbers of all of them; `returned`: which values the program returns; `scales` and
+// `zeros`: how its values are held.
 inline Tensor pack_program(const Tensor& like, const std::vector<Tensor>& weights,
-                           const Ints& steps, int64_t inputs, const Ints& returned) {
+                           const Ints& steps, int64_t inputs, const Ints& returned,
+                           const std::vector<double>& scales, const Ints& zeros) {
   const Type type = type_of(like, "like");
   const int64_t count = steps.size() / step_numbers;
   STD_TORCH_CHECK(count > 0 && steps.size() % step_numbers == 0 && inputs > 0, "steps: got ",
@@ -178,16 +258,30 @@ inline Tensor pack_program(const Tensor& like, const std::vector<Tensor>& weight
                   " of each of at least one step");
   std::vector<Step> all(count);
   std::memcpy(all.data(), steps.data(), steps.size() * sizeof(int64_t));
-  int64_t size =
-      aligned(sizeof(ProgramHeader) + returned.size() * sizeof(int64_t) + count * sizeof(Step));
+  const std::vector<Held> held = held_of(type, inputs + count, scales, zeros);
+  const int64_t at_steps = sizeof(ProgramHeader) + returned.size() * sizeof(int64_t),
+                at_held = at_steps + count * sizeof(Step);
+  int64_t size = aligned(at_held + held.size() * sizeof(Held));
+  std::vector<Type> types;
   for (int64_t i = 0; i < count; i++) {
-    check_step(all[i], inputs + i);
+    const Step& step = all[i];
+    check_reads(step, inputs + i);
+    const Forms forms{held[step.source], step.residual < 0 ? Held{} : held[step.residual],
+                      held[step.target]};
+    check_step(step, forms, inputs);
+    types.push_back(type_of_step(type, forms));
     all[i].at = size;
-    size += packed_bytes(type, all[i]);
+    size += packed_bytes(types[i], all[i]);
   }
-  for (int64_t value : returned)
+  for (int64_t i = 0; i < inputs; i++)
+    STD_TORCH_CHECK(!held[i].in_bytes(),
+                    "scales: got an input held in 8 bits, accepted are numbers");
+  for (int64_t value : returned) {
     STD_TORCH_CHECK(value >= inputs && value < inputs + count, "returned: got ", value,
                     ", accepted are values that a step writes");
+    STD_TORCH_CHECK(!held[value].in_bytes(), "returned: got ", value,
+                    ", held in 8 bits, accepted are values held as numbers");
+  }
   ProgramHeader header;
   header.vector_bytes = kernels().vector_bytes;
   header.type = static_cast<int32_t>(type);
@@ -201,11 +295,12 @@ inline Tensor pack_program(const Tensor& like, const std::vector<Tensor>& weight
   std::memset(bytes, 0, size);
   std::memcpy(bytes, &header, sizeof header);
   std::memcpy(bytes + sizeof header, returned.data(), returned.size() * sizeof(int64_t));
-  std::memcpy(bytes + sizeof header + returned.size() * sizeof(int64_t), all.data(),
-              count * sizeof(Step));
+  std::memcpy(bytes + at_steps, all.data(), count * sizeof(Step));
+  std::memcpy(bytes + at_held, held.data(), held.size() * sizeof(Held));
   ProgramWeights given(weights, type);
-  for (const Step& step : all)
-    if (step.has_weights()) pack_step(type, step, given, bytes + step.at);
+  for (int64_t i = 0; i < count; i++)
+    if (all[i].has_weights())
+      pack_step(types[i], all[i], held[all[i].source], given, bytes + all[i].at);
   return program;
 }
 
@@ -232,12 +327,14 @@ inline Program read_program(const Tensor& program) {
                   kernels().name,
                   "): export the network again on this processor, or load the "
                   "portable file");
-  STD_TORCH_CHECK(
-      got.size == size && got.steps > 0 &&
-          least + got.outputs * 8 + got.steps * static_cast<int64_t>(sizeof(Step)) <= size,
-      "program: got ", size, " bytes", accepted, ": ", got.size);
+  STD_TORCH_CHECK(got.size == size && got.steps > 0 &&
+                      least + got.outputs * 8 + got.steps * static_cast<int64_t>(sizeof(Step)) +
+                              got.values * static_cast<int64_t>(sizeof(Held)) <=
+                          size,
+                  "program: got ", size, " bytes", accepted, ": ", got.size);
   read.outputs = reinterpret_cast<const int64_t*>(read.bytes + least);
   read.steps = reinterpret_cast<const Step*>(read.bytes + least + got.outputs * sizeof(int64_t));
+  read.held = reinterpret_cast<const Held*>(read.steps + got.steps);
   return read;
 }
 
@@ -377,12 +474,15 @@ class ProgramRun {
                     values_[0].image.width, ", accepted are sizes that every kernel fits into");
     Value& value = values_[step.target];
     value.images = read.images;
-    value.flat = step.kind == StepKind::linear;
+    value.flat = step.kind == StepKind::linear || (step.kind == StepKind::quantise && read.flat);
     const int64_t channels = step.has_weights() ? step.out_channels : source.channels,
                   height = rows / step.stride_h + 1, width = cols / step.stride_w + 1;
     value.image = {nullptr, channels,         height,  width, channels * height * width,
                    1,       channels * width, channels};
-    value.bytes = value.images * channels * height * width * element_size();
+    const int64_t numbers = value.images * channels * height * width;
+    // Kernels read whole quads of bytes, up to three past the last.
+    value.bytes = program_.held[step.target].in_bytes() ? (numbers ? numbers + 3 : 0)
+                                                        : numbers * element_size();
     const int64_t index = &given - program_.steps;
     values_[step.source].last_read = index;
     if (step.residual < 0) return;
@@ -416,7 +516,8 @@ class ProgramRun {
         step.kind == StepKind::layer || step.kind == StepKind::linear ||
         (step.kind == StepKind::convolution && step.kernel_h == 1 && step.kernel_w == 1 &&
          step.group_size == step.width_in && step.padding_h == 0 && step.padding_w == 0);
-    return pixelwise && other.at >= 0 && other.last_read == index;
+    return pixelwise && other.at >= 0 && other.last_read == index &&
+           program_.held[step.residual].in_bytes() == program_.held[step.target].in_bytes();
   }
 
   void place() {
@@ -447,6 +548,10 @@ class ProgramRun {
     return program_.type() == Type::float64 ? 8 : program_.type() == Type::float32 ? 4 : 2;
   }
 
+  static bool averages(StepKind kind) {
+    return kind == StepKind::mean_pool || kind == StepKind::mean;
+  }
+
   void step(const Step& given) const {
     const Image source = source_of(given);
     const Step step = with_window(given, source);
@@ -454,9 +559,11 @@ class ProgramRun {
     const Image& target = value.image;
     if (value.bytes == 0) return;
     const Geometry g = step.geometry(value.images);
+    const Forms forms = program_.forms(step);
+    const Type type = type_of_step(program_.type(), forms);
     const Finish finish{step.activation,
                         step.residual < 0 ? nullptr : &values_[step.residual].image,
-                        step.residual_last != 0};
+                        step.residual_last != 0, forms};
     const int64_t pixels = value.images * target.height * target.width;
     const char* const packed = program_.bytes + step.at;
     if (step.kind == StepKind::layer) {
@@ -464,16 +571,15 @@ class ProgramRun {
       const int64_t products =
           value.images * source.height * source.width * step.in_channels * step.width_in +
           pixels * step.width_out * (step.group_size * g.taps() + step.out_channels);
-      kernels().layer(program_.type(),
+      kernels().layer(type,
                       {source, layer, packed, Image{}, target, finish, torch_threads(products)});
     } else if (step.has_weights()) {
       const int64_t products = pixels * step.out_channels * step.group_size * g.taps();
-      kernels().convolve_packed(program_.type(),
-                                {source, packed, target, g, finish, torch_threads(products)});
+      kernels().convolve_packed(type, {source, packed, target, g, finish, torch_threads(products)});
     } else {
       const int64_t products = pixels * target.channels * g.taps();
-      kernels().pool(program_.type(), {source, target, g, step.kind != StepKind::max_pool, finish,
-                                       torch_threads(products)});
+      kernels().pool(type,
+                     {source, target, g, averages(step.kind), finish, torch_threads(products)});
     }
   }
 

@@ -50,9 +50,24 @@ def _cpu_library() -> str:
     if ops.load_error is not None:
         return f"not loaded: {ops.load_error}"
     library = ctypes.CDLL(str(cpu.LIBRARY))
-    library.gross_cpu_build.restype = library.gross_cpu_isa.restype = ctypes.c_char_p
-    isa, build = library.gross_cpu_isa().decode(), library.gross_cpu_build().decode()
-    return f"running as {isa}, built with {build}"
+    library.gross_cpu_build.restype = ctypes.c_char_p
+    return f"running as {instruction_set()}, built with {library.gross_cpu_build().decode()}"
+
+
+def instruction_set() -> str:
+    """That of the CPU kernels, as ``GROSS_KERNELS_ISA`` names it; "none" where they are not
+    loaded."""
+    if ops.load_error is not None:
+        return "none"
+    library = ctypes.CDLL(str(cpu.LIBRARY))
+    library.gross_cpu_isa.restype = ctypes.c_char_p
+    return library.gross_cpu_isa().decode()
+
+
+def weight_bits() -> int:
+    """Of weights in 8 bits, how many the instruction set multiplies at its best: 8; or 7 where it
+    sums pairs of products in 16 bits, and weights of 8 bits take an exact, slower way."""
+    return 7 if instruction_set() in ("avx2", "avx512") else 8
 
 
 def _cuda_library() -> str:

@@ -3,9 +3,11 @@
 
 A program is a list of :class:`Step`: layers, convolutions, linear layers and pooling, each with all
 that follows it until its output is stored: ``act(x + bias + residual)``, or ``act(x + bias) +
-residual``. ``gross::program_pack`` puts the steps and their weights into one tensor of bytes, in
-the order of this processor's kernels. Between the steps nothing returns to torch, and nothing is
-allocated: on the CPU a step costs a few microseconds beside its arithmetic.
+residual``. Between steps a value is held as numbers, or in 8 bits (:class:`Quantised`), and a step
+that reads 8 bits sums products of integers. ``gross::program_pack`` puts the steps and their
+weights into one tensor of bytes, in the order of this processor's kernels. Between the steps
+nothing returns to torch, and nothing is allocated: on the CPU a step costs a few microseconds
+beside its arithmetic.
 
 :func:`define` is what a program computes, in PyTorch's own operators."""
 
@@ -27,12 +29,12 @@ from .geometry import Geometry
 from .grouped_pointwise import grouped_pointwise
 from .series import convolution_macs
 
-KINDS = ("layer", "convolution", "linear", "max_pool", "mean_pool", "mean")
+KINDS = ("layer", "convolution", "linear", "max_pool", "mean_pool", "mean", "quantise")
 
 _library = torch.library.Library("gross", "FRAGMENT")
 for _schema in (
-    "program_pack(Tensor like, Tensor[] weights, int[] steps, int inputs, int[] returned) "
-    "-> Tensor",
+    "program_pack(Tensor like, Tensor[] weights, int[] steps, int inputs, int[] returned, "
+    "float[] scales=[], int[] zeros=[]) -> Tensor",
     "program_run(Tensor[] inputs, Tensor program, str steps) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
@@ -47,12 +49,20 @@ class Step:
         kind: one of :data:`KINDS`. "layer" is pointwise → grouped → pointwise; "convolution" has
             the channels ``width_in`` → ``width_out``, which are ``in_channels`` →
             ``out_channels``; "linear" reads all channels of all pixels, pixel by pixel, as one;
-            "mean" is over whole images.
+            "mean" is over whole images; "quantise" copies its source into the form that its target
+            has, between numbers and 8 bits or from one scale to another.
         source, residual: the values that it reads; -1 for no residual.
         activation: one of :data:`ACTIVATIONS`.
         residual_last: whether the residual is added after the activation.
         weights: number of its first weight (P, R and Q of a layer), -1 for none.
         bias, slopes: numbers of its other weights, -1 for none.
+        scales: of a step that reads 8 bits: number of its first scales, float32, one for each
+            output channel of its weights: of P ``[width_in]``, of r ``[width_out]`` and of Q
+            ``[out_channels]`` of a layer, else ``[out_channels]``.
+
+    Weights of a step that reads 8 bits are int8, but for R, which is float32: p is never rounded,
+    r once per channel, to −127 … 127 steps of its scale. Q's columns hold r's scales already: they
+    were multiplied in before Q was quantised.
     """
 
     kind: str
@@ -71,6 +81,7 @@ class Step:
     weights: int = -1
     bias: int = -1
     slopes: int = -1
+    scales: int = -1
 
     def numbers(self, target: int) -> list[int]:
         """The step as csrc/program.h reads it."""
@@ -92,18 +103,43 @@ class Step:
             self.weights,
             self.bias,
             self.slopes,
+            self.scales,
             0,
         ]
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """How a value is held in 8 bits: q of 0 … 255 stands for ``scale · (q − zero)``."""
+
+    scale: float
+    zero: int = 0
+
+    def quantise(self, value: Tensor) -> Tensor:
+        """The nearest q, ties to even, as uint8; what is out of range, or is not a number, becomes
+        the nearest end, or the lower one."""
+        steps = (value / self.scale).round().nan_to_num(-self.zero)
+        return (steps.clamp(-self.zero, 255 - self.zero) + self.zero).to(torch.uint8)
+
+    def value(self, q: Tensor) -> Tensor:
+        """``scale · (q − zero)`` in float32."""
+        return self.scale * (q.to(torch.float32) - self.zero)
+
+
+@dataclass(frozen=True)
 class Steps:
-    """A program without its weights: its steps, how many inputs it has, and which values it
-    returns."""
+    """A program without its weights: its steps, how many inputs it has, which values it returns,
+    and how each of its values is held: None stands for numbers of the inputs' dtype. Inputs and
+    returned values are numbers. Empty where all are."""
 
     steps: tuple[Step, ...]
     inputs: int
     returned: tuple[int, ...]
+    quantised: tuple[Quantised | None, ...] = ()
+
+    def held(self, value: int) -> Quantised | None:
+        """How a value is held."""
+        return self.quantised[value] if self.quantised else None
 
     def pack(self, weights: Sequence[Tensor], like: Tensor) -> Tensor:
         """The program with its weights in this processor's order, for activations of ``like``'s
@@ -111,19 +147,28 @@ class Steps:
         numbers = [
             number for i, step in enumerate(self.steps) for number in step.numbers(self.inputs + i)
         ]
+        # A scale of 0 stands for numbers.
+        held = [of or Quantised(0.0) for of in self.quantised]
         return torch.ops.gross.program_pack(
-            like, list(weights), numbers, self.inputs, list(self.returned)
+            like,
+            list(weights),
+            numbers,
+            self.inputs,
+            list(self.returned),
+            [of.scale for of in held],
+            [of.zero for of in held],
         )
 
     def text(self) -> str:
         """The same as text, for :func:`from_text`."""
         steps = [astuple(step) for step in self.steps]
-        return json.dumps([steps, self.inputs, self.returned], separators=(",", ":"))
+        held = [of and astuple(of) for of in self.quantised]
+        return json.dumps([steps, self.inputs, self.returned, held], separators=(",", ":"))
 
 
 def from_text(text: str) -> Steps:
     """The steps that :meth:`Steps.text` wrote."""
-    rows, inputs, returned = json.loads(text)
+    rows, inputs, returned, held = json.loads(text)
     names = [field.name for field in fields(Step)]
     steps = []
     for row in rows:
@@ -132,7 +177,8 @@ def from_text(text: str) -> Steps:
             for name, value in zip(names, row, strict=True)
         }
         steps.append(Step(**given))
-    return Steps(tuple(steps), inputs, tuple(returned))
+    quantised = tuple(of and Quantised(*of) for of in held)
+    return Steps(tuple(steps), inputs, tuple(returned), quantised)
 
 
 def run(inputs: Sequence[Tensor], program: Tensor, text: str) -> list[Tensor]:
@@ -148,22 +194,34 @@ def define(inputs: Sequence[Tensor], weights: Sequence[Tensor], steps: Steps) ->
     differentiable = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (*inputs, *weights)
     )
+
+    def read(index: int) -> Tensor | None:
+        held = steps.held(index) if index >= 0 else None
+        value = values[index] if index >= 0 else None
+        return value if held is None or value is None else held.value(value)
+
     for step in steps.steps:
-        bias, residual, slopes = (
-            some[i] if i >= 0 else None
-            for some, i in ((weights, step.bias), (values, step.residual), (weights, step.slopes))
-        )
-        epilogue = Epilogue(bias, residual, step.activation, slopes, step.residual_last)
-        source = values[step.source]
-        if step.kind == "layer" and source.is_cuda and not differentiable:
+        bias, slopes = (weights[i] if i >= 0 else None for i in (step.bias, step.slopes))
+        epilogue = Epilogue(bias, read(step.residual), step.activation, slopes, step.residual_last)
+        held, source = steps.held(step.source), values[step.source]
+        if held is not None and step.weights >= 0:
+            value = epilogue.of(_sum_of_integers(step, source, held, weights))
+        elif step.kind == "layer" and source.is_cuda and not differentiable:
             value = _in_two(step, source, weights, epilogue)
         else:
-            value = epilogue.of(_sum(step, source, weights))
-        values.append(value)
+            value = epilogue.of(_sum(step, source if held is None else held.value(source), weights))
+        target = steps.held(len(values))
+        values.append(value if target is None else target.quantise(value))
     return [values[i] for i in steps.returned]
 
 
+def _per_channel(numbers: Tensor, value: Tensor) -> Tensor:
+    return numbers.to(value.dtype).view(1, -1, *[1] * (value.dim() - 2))
+
+
 def _sum(step: Step, source: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    if step.kind == "quantise":
+        return source
     if step.kind == "max_pool":
         return F.max_pool2d(source, step.kernel_size, step.stride, step.padding, step.dilation)
     if step.kind == "mean_pool":
@@ -194,6 +252,26 @@ def _in_two(step: Step, source: Tensor, weights: Sequence[Tensor], epilogue: Epi
     return grouped_pointwise(inner, [r], [q], one, None, geometry, epilogue)
 
 
+def _sum_of_integers(
+    step: Step, source: Tensor, held: Quantised, weights: Sequence[Tensor]
+) -> Tensor:
+    """The same of 8 bits: exact sums of integers, which float64 holds, times their scales in
+    float32."""
+    scales = weights[step.scales : step.scales + (3 if step.kind == "layer" else 1)]
+    whole = source.double() - held.zero
+    if step.kind != "layer":
+        total = _sum(step, whole, weights).float()
+        return total * _per_channel(held.scale * scales[0], total)
+    first, middle, last = weights[step.weights : step.weights + 3]
+    p = F.conv2d(whole, first.double()).float()
+    p = p * _per_channel(held.scale * scales[0], p)
+    groups = step.width[0] // step.group_size
+    r = F.conv2d(p, middle, None, step.stride, step.padding, step.dilation, groups)
+    r = (r / _per_channel(scales[1], r)).round().nan_to_num(-127).clamp(-127, 127)
+    total = F.conv2d(r.double(), last.double()).float()
+    return total * _per_channel(scales[2], total)
+
+
 class Program(nn.Module):
     """Steps of a network that run in one call.
 
@@ -221,6 +299,10 @@ class Program(nn.Module):
         """Multiply–accumulates for inputs of these shapes, as :func:`gross.macs` counts them."""
         return _macs(self.steps, inputs)
 
+    def macs_in_8_bits(self, inputs: Sequence[Sequence[int]]) -> int:
+        """Those of :meth:`macs` that multiply 8 bits: of a layer, the pointwise ones."""
+        return _macs(self.steps, inputs, in_8_bits=True)
+
     @property
     def steps(self) -> Steps:
         return from_text(self.text)
@@ -228,13 +310,18 @@ class Program(nn.Module):
     def _weights(self) -> list[Tensor]:
         return list(self._buffers.values())  # type: ignore[arg-type]
 
+    def _like(self) -> Tensor:
+        """An empty tensor of the activations' dtype."""
+        weights = self._weights()
+        real = [weight for weight in weights if weight.is_floating_point()]
+        return real[0].new_empty(0) if real else torch.empty(0)
+
     def _pack(self) -> None:
         """Put the weights into this processor's order; called whenever they have changed."""
-        weights = self._weights()
-        like = weights[0] if weights else torch.empty(0)
+        weights, like = self._weights(), self._like()
         self._packed: Tensor | None = None
         if like.device.type == "cpu":
-            self._packed = self.steps.pack(weights, like.new_empty(0))
+            self._packed = self.steps.pack(weights, like)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Program:
         applied = super()._apply(*args, **kwargs)
@@ -256,8 +343,7 @@ class Program(nn.Module):
         packed = self._packed
         if torch.compiler.is_exporting():
             # A file is packed where it is loaded.
-            weights = self._weights()
-            packed = self.steps.pack(weights, weights[0].new_empty(0))
+            packed = self.steps.pack(self._weights(), self._like())
         if packed is None or (
             torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         ):
@@ -297,21 +383,23 @@ def _shapes(steps: Steps, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ..
     return shapes
 
 
-def _macs(steps: Steps, inputs: Sequence[Sequence[int]]) -> int:
-    """Every product once, and one more per output of a convolution with a bias."""
+def _macs(steps: Steps, inputs: Sequence[Sequence[int]], in_8_bits: bool = False) -> int:
+    """Every product once, and one more per output of a convolution with a bias; or those of 8 bits
+    alone, without biases."""
     shapes = _shapes(steps, inputs)
     total = 0
     for step, output in zip(steps.steps, shapes[len(inputs) :], strict=True):
-        if step.weights < 0:
+        if step.weights < 0 or (in_8_bits and step.scales < 0):
             continue
         images, size = output[0], output[2:] or (1, 1)
-        has_bias = step.bias >= 0 and step.kind != "linear"
+        has_bias = step.bias >= 0 and step.kind != "linear" and not in_8_bits
         if step.kind == "layer":
             before = shapes[step.source][2:]
             total += images * convolution_macs(step.width[0], step.in_channels, (1, 1), before)
-            total += images * convolution_macs(
-                step.width[1], step.group_size, step.kernel_size, size
-            )
+            if not in_8_bits:
+                total += images * convolution_macs(
+                    step.width[1], step.group_size, step.kernel_size, size
+                )
             total += images * convolution_macs(
                 step.out_channels, step.width[1], (1, 1), size, has_bias
             )
@@ -338,6 +426,8 @@ def _shape(step: Step, source: tuple[Any, ...]) -> tuple[Any, ...]:
         return images, step.out_channels
     if step.kind == "mean":
         return images, channels, 1, 1
+    if step.kind == "quantise":
+        return source
     geometry = Geometry(step.stride, step.padding, step.dilation)
     size = geometry.output_size(source[2:], step.kernel_size)
     return images, channels if step.weights < 0 else step.out_channels, *size

@@ -20,8 +20,12 @@
 
 namespace gross::cpu {
 constexpr Kernels avx512_kernels = avx512::kernels_of("avx512");
-// The same with AVX512_BF16: the convolution of bfloat16 tensors in pairs of channels.
-constexpr Kernels avx512bf16_kernels = avx512::kernels_of<avx512::Product::pairs>("avx512bf16");
+// The same with AVX512_VNNI: four products of 8 bits by one instruction.
+constexpr Kernels avx512vnni_kernels =
+    avx512::kernels_of<avx512::Product::numbers, avx512::Dot::instruction>("avx512vnni");
+// And with AVX512_BF16: the convolution of bfloat16 tensors in pairs of channels.
+constexpr Kernels avx512bf16_kernels =
+    avx512::kernels_of<avx512::Product::pairs, avx512::Dot::instruction>("avx512bf16");
 }  // namespace gross::cpu
 
 #if defined(__clang__)

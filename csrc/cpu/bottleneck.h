@@ -8,6 +8,7 @@
 // pointwise convolutions are one kernel: 14 pixels × 32 channels, 28 multiply–adds for 16 loads.
 #pragma once
 
+#include "bytes.h"
 #include "correlate.h"
 #include "pointwise.h"
 #include "weights.h"
@@ -92,6 +93,101 @@ void pack_layer(const Layer& layer, T* to, const Threads& threads) {
   run(threads, inner + blocks + outputs, work);
 }
 
+// The same of a layer of 8 bits: P and Q by vectors of outputs, in 32-bit numbers, R as above, in
+// steps of r's scales per whole number of p's sums.
+struct ByteLayerPacking {
+  Channels<float> grouped;
+  Geometry first, last;
+  std::vector<LaneBlock> inner, outputs;
+  ByteRows first_rows, last_rows;
+  int64_t at_starts, at_grouped, at_last, at_last_starts, at_scales, at_bias, at_slopes, at_fits,
+      size;
+
+  explicit ByteLayerPacking(const Layer& layer)
+      : grouped(layer.geometry, Pass::forward),
+        first(pointwise_geometry(layer.in_channels, layer.geometry.in_channels)),
+        last(pointwise_geometry(layer.geometry.out_channels, layer.out_channels)),
+        inner(vectors_of<float>(layer.geometry.in_channels, grouped.together * grouped.sources)),
+        outputs(vectors_of<float>(layer.out_channels, layer.out_channels)),
+        first_rows(first),
+        last_rows(last) {
+    const int64_t vectors = outputs.size(), numbers = vectors * lanes<float>;
+    at_starts = inner.size() * first_rows.packed();
+    at_grouped = at_starts + inner.size() * lanes<float>;
+    at_last = at_grouped + grouped.blocks.size() * grouped.packed;
+    at_last_starts = at_last + vectors * last_rows.packed();
+    at_scales = at_last_starts + numbers;
+    at_bias = at_scales + numbers;
+    at_slopes = at_bias + numbers;
+    at_fits = at_slopes + numbers;
+    size = at_fits + inner.size() + vectors;
+  }
+
+  ByteWeights first_weights(const float* packed, int64_t vector, int64_t vectors) const {
+    const int32_t* const at = reinterpret_cast<const int32_t*>(packed);
+    return ByteWeights{at, at + at_starts, first_rows.packed(), vector + vectors}.from(vector);
+  }
+  ByteWeights last_weights(const float* packed, int64_t vector, int64_t vectors) const {
+    const int32_t* const at = reinterpret_cast<const int32_t*>(packed);
+    return ByteWeights{at + at_last, at + at_last_starts, last_rows.packed(), vector + vectors}
+        .from(vector);
+  }
+  bool fits(const float* packed) const {
+    return std::all_of(packed + at_fits, packed + size, [](float fits) { return fits != 0; });
+  }
+};
+
+// r in the cache: whole numbers of −127 … 127 as bytes above this.
+constexpr int32_t byte_zero = 128;
+
+inline void pack_byte_layer(const Layer& layer, float* to, const Threads& threads) {
+  const ByteLayerPacking packing(layer);
+  const Geometry& g = layer.geometry;
+  const ByteKernel first(layer.pointwise_in, packing.first, layer.source.zero),
+      last(layer.pointwise_out, packing.last, byte_zero);
+  // R with the scale of p in its columns, and that of r's steps in its rows.
+  std::vector<float> middle(g.out_channels * g.group_size * g.taps());
+  const float* const from = static_cast<const float*>(layer.grouped.terms[0]);
+  for (int64_t o = 0, i = 0; o < g.out_channels; o++)
+    for (int64_t j = 0; j < g.group_size; j++) {
+      const int64_t input = o / g.outputs_per_group() * g.group_size + j;
+      const float scale = layer.source.scale * layer.scales[0][input] / layer.scales[1][o];
+      for (int64_t tap = 0; tap < g.taps(); tap++, i++) middle[i] = from[i] * scale;
+    }
+  Series scaled = layer.grouped;
+  scaled.terms[0] = middle.data();
+  const int64_t inner = packing.inner.size(), blocks = packing.grouped.blocks.size(),
+                outputs = packing.outputs.size();
+  int32_t* const at = reinterpret_cast<int32_t*>(to);
+  auto work = [&](int64_t begin, int64_t end) {
+    float* const sum = scratch<float>(packing.grouped.summed);
+    for (int64_t i = begin; i < end; i++) {
+      if (i < inner) {
+        to[packing.at_fits + i] =
+            pack_bytes(first, packing.inner[i], at + i * packing.first_rows.packed(),
+                       at + packing.at_starts + i * lanes<float>);
+      } else if (i < inner + blocks) {
+        const int64_t b = i - inner;
+        pack_weights<float, float>({scaled, g, packing.grouped}, packing.grouped.blocks[b], sum,
+                                   to + packing.at_grouped + b * packing.grouped.packed);
+      } else {
+        const int64_t v = i - inner - blocks;
+        const LaneBlock& block = packing.outputs[v];
+        to[packing.at_fits + inner + v] =
+            pack_bytes(last, block, at + packing.at_last + v * packing.last_rows.packed(),
+                       at + packing.at_last_starts + v * lanes<float>);
+        const auto numbers = [&](const void* given, int64_t where) {
+          store_outputs<float>(given, block.output, block.lanes(), to + where + v * lanes<float>);
+        };
+        numbers(layer.scales[2], packing.at_scales);
+        numbers(layer.bias, packing.at_bias);
+        numbers(layer.slopes, packing.at_slopes);
+      }
+    }
+  };
+  run(threads, inner + blocks + outputs, work);
+}
+
 // Which rows of the image the rows [from, planes.rows) of a strip's planes come from: [begin, end).
 struct Rows {
   int64_t begin, end;
@@ -161,8 +257,10 @@ void segments_between(const Planes& planes, const Target& target, int64_t rows, 
 }
 
 // A layer's forward pass. Where the call keeps `inner`, the first pointwise convolution is computed
-// into it beforehand, and read from there.
-template <class T, class S>
+// into it beforehand, and read from there. Of 8 bits (S is uint8_t) the pointwise convolutions are
+// sums of integers, and what the grouped one writes becomes bytes, [pixel][channel], block by
+// block.
+template <class T, class S, Dot dot = Dot::exact>
 class LayerWalk {
  public:
   // The plan: how rows are cut, and what a strip of them takes.
@@ -182,10 +280,11 @@ class LayerWalk {
   }
 
   void run() const {
-    if (call_.inner.data)
-      multiply_image<T, S>(
-          {call_.input, packing_.inputs, call_.inner, packing_.inner, call_.layer.geometry.images},
-          packing_.first_weights(packed_, 0, inner_vectors_), {}, call_.threads);
+    if constexpr (!in_bytes)
+      if (call_.inner.data)
+        multiply_image<T, S>({call_.input, packing_.inputs, call_.inner, packing_.inner,
+                              call_.layer.geometry.images},
+                             packing_.first_weights(packed_, 0, inner_vectors_), {}, call_.threads);
     if (shared_)
       walk_together();
     else
@@ -193,11 +292,15 @@ class LayerWalk {
   }
 
  private:
+  static constexpr bool in_bytes = std::is_same_v<S, uint8_t>;
+  using Weights = std::conditional_t<in_bytes, ByteLayerPacking, Packing<T>>;
   static constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
 
-  // Tensors between input and output of one strip.
+  // Tensors between input and output of one strip. `grouped` holds all blocks or, of 8 bits, a
+  // tile of one that then becomes bytes.
   struct Between {
     T *planes, *grouped, *input;
+    uint8_t* bytes;
   };
 
   // Plan ----------------------------------------------------------------------------------------
@@ -207,9 +310,12 @@ class LayerWalk {
     const Image& output = call_.output;
     const int64_t threads = call_.threads.count;
     // The pixels that one row of outputs brings into the cache.
+    const bool numbers = !in_bytes || !call_.finish.forms.target.in_bytes();
+    const int64_t outer = in_bytes ? 1 : sizeof(T), last = numbers ? sizeof(T) : 1;
     const int64_t row_bytes =
-        sizeof(T) * (g.stride_h * call_.input.width * (call_.layer.in_channels + g.in_channels) +
-                     output.width * (g.out_channels + call_.layer.out_channels));
+        g.stride_h * call_.input.width *
+            (outer * call_.layer.in_channels + static_cast<int64_t>(sizeof(T)) * g.in_channels) +
+        output.width * (outer * g.out_channels + last * call_.layer.out_channels);
     // Few rows of large weights, and too few images to go round: the threads share one strip, each
     // has some of the channels. By rows they would each read all weights, compute the halo's rows
     // twice and have one row more or less of seven. From four rows a thread on, handing over the
@@ -250,7 +356,13 @@ class LayerWalk {
       }
     plane_size_ = inner_vectors_ * largest_.vector_stride;
     stride_ = (output_pixels | 1) * lanes<T>;
-    input_size_ = static_cast<int64_t>(packing_.inputs.size()) * (input_pixels | 1) * lanes<T>;
+    if constexpr (in_bytes) {
+      pitch_ = round_up(call_.layer.geometry.out_channels, 4);
+      bytes_size_ = ceil_div(output_pixels * pitch_, sizeof(T) * lanes<T>) * lanes<T>;
+    } else {
+      input_size_ = static_cast<int64_t>(packing_.inputs.size()) * (input_pixels | 1) * lanes<T>;
+    }
+    grouped_size_ = in_bytes ? max_segments * max_columns * lanes<T> : blocks_ * stride_;
   }
 
   // Walk ----------------------------------------------------------------------------------------
@@ -258,14 +370,17 @@ class LayerWalk {
   // Each thread marches down its own strips.
   void walk() const {
     auto work = [&](int64_t begin, int64_t end) {
-      T* const memory = scratch<T>(plane_size_ + input_size_ + blocks_ * stride_ + spare_size);
-      const Between at{memory, memory + plane_size_ + input_size_, memory + plane_size_};
-      T* const spare = at.grouped + blocks_ * stride_;
+      T* const memory =
+          scratch<T>(plane_size_ + input_size_ + grouped_size_ + bytes_size_ + spare_size);
+      T* const grouped = memory + plane_size_ + input_size_;
+      const Between at{memory, grouped, memory + plane_size_,
+                       reinterpret_cast<uint8_t*>(grouped + grouped_size_)};
+      T* const spare = grouped + grouped_size_ + bytes_size_;
       for (int64_t part = begin; part < end; part++) {
         const Strip* above = nullptr;
         for (const Strip& strip : parts_[part]) {
           convolve_inner(planes_of(strip), above, {0, clusters_}, at);
-          multiply_last(strip, 0, outputs_, at.grouped, spare);
+          multiply_last(strip, 0, outputs_, at, spare);
           above = &strip;
         }
       }
@@ -275,16 +390,22 @@ class LayerWalk {
 
   // All threads work on one strip, each on some of its channels.
   void walk_together() const {
-    Buffer<T> between(plane_size_ + blocks_ * stride_);
-    T* const grouped = between.data() + plane_size_;
+    // Of 8 bits each thread has a block of its own, and all have the bytes.
+    Buffer<T> between(plane_size_ + (in_bytes ? bytes_size_ : grouped_size_));
+    T* const shared = between.data() + plane_size_;
     const Strip& strip = parts_[0][0];
+    const auto at = [&](T* own) {
+      return Between{between.data(), in_bytes ? own : shared, own,
+                     reinterpret_cast<uint8_t*>(shared)};
+    };
     auto inner_work = [&](int64_t begin, int64_t end) {
       convolve_inner(planes_of(strip), nullptr, {begin, end},
-                     {between.data(), grouped, scratch<T>(input_size_)});
+                     at(scratch<T>(in_bytes ? grouped_size_ : input_size_)));
     };
     gross::cpu::run(call_.threads, clusters_, inner_work);
     auto last_work = [&](int64_t begin, int64_t end) {
-      multiply_last(strip, 2 * begin, std::min(2 * end, outputs_), grouped, scratch<T>(spare_size));
+      multiply_last(strip, 2 * begin, std::min(2 * end, outputs_), at(nullptr),
+                    scratch<T>(spare_size));
     };
     gross::cpu::run(call_.threads, ceil_div(outputs_, 2), last_work);
   }
@@ -308,11 +429,16 @@ class LayerWalk {
     const int64_t first = clusters.first * channels.vectors,
                   vectors = std::min(clusters.last * channels.vectors, inner_vectors_) - first;
     T* const own_planes = at.planes + first * planes.vector_stride;
-    if (call_.inner.data)
-      load_sources<T, S>(call_.inner, planes, channels, blocks, own_planes);
-    else
+    const auto multiply = [&] {
       multiply_first(planes, keep_rows(planes, above, vectors, own_planes),
                      {first, first + vectors}, own_planes, at.input);
+    };
+    if constexpr (in_bytes)
+      multiply();
+    else if (call_.inner.data)
+      load_sources<T, S>(call_.inner, planes, channels, blocks, own_planes);
+    else
+      multiply();
     convolve_grouped(planes, blocks, at);
   }
 
@@ -339,56 +465,122 @@ class LayerWalk {
     place_pixels(planes, kept, needed, count, to, places);
     const Strip rows{planes.strip.image, planes.strip.images, needed.begin,
                      needed.end - needed.begin};
-    const Pixels<T> source = source_pixels<T, S>(call_.input, rows, packing_.inputs, input_at);
-    // Line by line: the processor's own prefetching does not follow 14 pixels at once.
-    Ahead<T> next;
-    if (source.pitch > lanes<T>)
-      next = {source.at + pixels_ahead(call_.layer.in_channels) * source.pitch, source.pitch};
-    multiply_to_planes(source, packing_.first_weights(packed_, vectors.first, count), places, to,
-                       planes.vector_stride, next);
+    if constexpr (in_bytes)
+      return multiply_first_bytes(rows, vectors, places, planes, to);
+    else {
+      const Pixels<T> source = source_pixels<T, S>(call_.input, rows, packing_.inputs, input_at);
+      // Line by line: the processor's own prefetching does not follow 14 pixels at once.
+      Ahead<T> next;
+      if (source.pitch > lanes<T>)
+        next = {source.at + pixels_ahead(call_.layer.in_channels) * source.pitch, source.pitch};
+      multiply_to_planes(source, packing_.first_weights(packed_, vectors.first, count), places, to,
+                         planes.vector_stride, next);
+    }
+  }
+  void multiply_first_bytes(const Strip& rows, const Set& vectors,
+                            const std::vector<int64_t>& places, const Planes& planes, T* to) const {
+    const Image& input = call_.input;
+    const int64_t pixels = rows.rows * input.width, whole = input.height * input.width;
+    const uint8_t* const from = static_cast<const uint8_t*>(input.data) +
+                                (rows.image * whole + rows.row * input.width) * input.channels;
+    std::vector<ByteRun> runs;
+    for (int64_t i = 0; i < rows.images; i++)
+      if (i && pixels == whole)
+        runs.back().count += pixels;
+      else
+        runs.push_back({from + i * whole * input.channels, i * pixels, pixels, 0, 1});
+    const int64_t none = 0;
+    multiply_all_runs<dot>(
+        {nullptr, input.channels, &none, 1, packing_.first_rows.quads()}, runs,
+        packing_.first_weights(packed_, vectors.first, vectors.last - vectors.first),
+        [&](int64_t first, int64_t vector) {
+          return ToPlanes{to + vector * planes.vector_stride, places.data() + first,
+                          planes.vector_stride};
+        },
+        [](int64_t, int64_t, int64_t, int64_t) {});
   }
 
   void convolve_grouped(const Planes& planes, const Set& blocks, const Between& at) const {
     const Channels<T>& channels = packing_.grouped;
     const Target& target = plan_.targets[0];
     const Runs runs = runs_of<T>(target, planes);
+    const int64_t width = call_.output.width, pitch = in_bytes ? pitch_ : lanes<T>;
     std::vector<Segment> segments;
-    segments_between<T>(planes, target, planes.strip.rows, call_.output.width, tile_.columns,
-                        segments);
-    for (int64_t b = blocks.first; b < blocks.last; b++)
-      correlate_tiles<T>(
-          {at.planes + channels.plane_of(b, 0) * planes.vector_stride + channels.first_lane(b),
-           planes.vector_stride, channels.sources, runs,
-           packed_ + packing_.at_grouped + b * channels.packed,
-           call_.layer.geometry.taps() * lanes<T>, channels.permutation_of(b)},
-          tile_, segments, {at.grouped + b * stride_, lanes<T>});
+    segments_of<T>({nullptr, 0, 0, 0, planes.strip.rows * width * pitch, 1, width * pitch, pitch},
+                   plan_, target, {0, planes.strip.images, 0, planes.strip.rows}, tile_.columns,
+                   segments);
+    for (int64_t b = blocks.first; b < blocks.last; b++) {
+      const Stencil<T> stencil{
+          at.planes + channels.plane_of(b, 0) * planes.vector_stride + channels.first_lane(b),
+          planes.vector_stride,
+          channels.sources,
+          runs,
+          packed_ + packing_.at_grouped + b * channels.packed,
+          call_.layer.geometry.taps() * lanes<T>,
+          channels.permutation_of(b)};
+      if constexpr (in_bytes) {
+        const LaneBlock& block = channels.blocks[b];
+        uint8_t* const to = at.bytes + block.first(channels);
+        correlate_through(stencil, tile_, segments, at.grouped, [&](int64_t segment, const T* r) {
+          round_to_bytes(r, tile_.columns, to + segments[segment].to, pitch, block.lanes());
+        });
+      } else {
+        correlate_tiles<T>(stencil, tile_, segments, {at.grouped + b * stride_, lanes<T>});
+      }
+    }
+  }
+
+  // `count` pixels of a block of r, in its steps, as bytes of `channels` of them.
+  GROSS_INLINE static void round_to_bytes(const T* r, int64_t count, uint8_t* to, int64_t pitch,
+                                          int64_t channels) {
+    for (int64_t k = 0; k < count; k++, to += pitch) {
+      const Bytes q = nearest_bytes(load<T>(r + k * lanes<T>), -127, byte_zero);
+      channels == lanes<T> ? store_bytes(to, q) : store_bytes(to, q, channels);
+    }
   }
 
   // Vectors [first, last) of a strip's outputs.
-  void multiply_last(const Strip& strip, int64_t first, int64_t last, const T* grouped,
+  void multiply_last(const Strip& strip, int64_t first, int64_t last, const Between& at,
                      T* spare) const {
     const int64_t width = call_.output.width;
-    const auto& [activation, residual, residual_last] = call_.finish;
-    const Epilogue<T> epilogue{packed_ + packing_.at_bias + first * lanes<T>,
-                               packed_ + packing_.at_slopes + first * lanes<T>, activation,
-                               residual_last, residual};
-    multiply_to_tensor<T, S>(
-        {grouped, lanes<T>, stride_, &packing_.grouped.blocks},
-        packing_.last_weights(packed_, first, last - first), epilogue,
-        {packing_.outputs.begin() + first, packing_.outputs.begin() + last},
-        {call_.output, strip.image, strip.row * width, strip.images * strip.rows * width}, spare);
+    if constexpr (in_bytes) {
+      const int64_t none = 0;
+      const ByteEnding ending{packed_ + packing_.at_scales,
+                              packed_ + packing_.at_bias,
+                              packed_ + packing_.at_slopes,
+                              call_.finish,
+                              call_.output,
+                              packing_.outputs};
+      multiply_to_end<dot>({nullptr, pitch_, &none, 1, packing_.last_rows.quads()},
+                           {{at.bytes, (strip.image * call_.output.height + strip.row) * width,
+                             strip.images * strip.rows * width, 0, 1}},
+                           packing_.last_weights(packed_, first, last - first), ending, first,
+                           spare);
+    } else {
+      const auto& [activation, residual, residual_last, forms] = call_.finish;
+      const Epilogue<T> epilogue{packed_ + packing_.at_bias + first * lanes<T>,
+                                 packed_ + packing_.at_slopes + first * lanes<T>, activation,
+                                 residual_last, residual};
+      multiply_to_tensor<T, S>(
+          {at.grouped, lanes<T>, stride_, &packing_.grouped.blocks},
+          packing_.last_weights(packed_, first, last - first), epilogue,
+          {packing_.outputs.begin() + first, packing_.outputs.begin() + last},
+          {call_.output, strip.image, strip.row * width, strip.images * strip.rows * width}, spare);
+    }
   }
 
   const LayerForward& call_;
   const T* packed_;
-  const Packing<T> packing_;
+  const Weights packing_;
   const Plan plan_;
   const Tile<T> tile_;
   const int64_t inner_vectors_, blocks_, outputs_, clusters_;
   bool shared_;  // whether all threads work on one strip
   std::vector<std::vector<Strip>> parts_;
   Planes largest_{};
-  int64_t plane_size_, stride_, input_size_;  // numbers of planes, of a vector of outputs, of input
+  // Numbers of planes, of a vector of outputs, of all of them, of the input's copy, and of bytes,
+  // `pitch_` of them to a pixel.
+  int64_t plane_size_, stride_, grouped_size_, input_size_ = 0, bytes_size_ = 0, pitch_ = 0;
 };
 
 }  // namespace gross::cpu::GROSS_ISA

@@ -8,7 +8,8 @@
 
 namespace gross::cpu {
 
-enum class Type { float32, float64, bfloat16, float16 };
+// int8: of weights; the activations are then uint8 and sums float32, each where `Forms` says so.
+enum class Type { float32, float64, bfloat16, float16, int8 };
 
 // The first three are applied while sums are in registers.
 enum class Activation : int64_t { none, relu, prelu, relu6, silu };
@@ -54,6 +55,19 @@ struct Geometry {
 // Which of a convolution's two directions: the convolution itself, or its input gradient.
 enum class Pass { forward, backward };
 
+// How a value of a program is held: as numbers where the scale is 0, else in 8 bits, of which q
+// stands for scale · (q − zero).
+struct Held {
+  float scale = 0;
+  int32_t zero = 0;
+
+  bool in_bytes() const { return scale != 0; }
+};
+// Those of what a step reads and writes.
+struct Forms {
+  Held source, residual, target;
+};
+
 // A layer: pointwise, grouped, pointwise. `geometry` is the grouped convolution's, whose channels
 // are the bottleneck's widths; terms of the pointwise series are [width_in, C_in] and [C_out,
 // width_out].
@@ -63,6 +77,9 @@ struct Layer {
   int64_t in_channels, out_channels;
   const void* bias;    // [C_out] of the sum's type, or null
   const void* slopes;  // of PReLU, likewise
+  // Of int8: the scales of P's outputs, of r and of Q's outputs, and how the input is held.
+  const float* scales[3] = {};
+  Held source = {};
 };
 
 // What becomes of a sum, beside its bias: act(sum + residual), or act(sum) + residual.
@@ -70,6 +87,7 @@ struct Finish {
   Activation activation = Activation::none;
   const Image* residual = nullptr;
   bool residual_last = false;
+  Forms forms = {};  // of int8
 };
 
 // Where a layer's gradients go; what is null is not computed.
@@ -122,9 +140,12 @@ struct Kernel {
   Series series;
   Geometry geometry;
   const void *bias, *slopes;
+  const float* scales = nullptr;  // of int8, one per output
+  Held source = {};               // likewise
 };
 
-// A convolution from packed weights.
+// A convolution from packed weights. Of int8, source, target and residual are compact and
+// channels-last, and three bytes past the source's end are read.
 struct PackedConvolution {
   const Image& source;
   const void* packed;
@@ -192,7 +213,9 @@ struct Kernels {
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
+extern const Kernels avxvnni_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512vnni_kernels;
 extern const Kernels avx512bf16_kernels;
 #endif
 #if defined(GROSS_WIDE)

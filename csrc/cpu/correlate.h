@@ -278,14 +278,11 @@ struct Finishing {
   const std::vector<Segment>* segments = nullptr;
 };
 
-// The same to a tensor that does not hold whole vectors of channels in the sum's type: tile by tile
-// through `spare`.
-template <class T, class S>
-void correlate_converted(const Stencil<T>& stencil, const Tile<T>& tile,
-                         const std::vector<Segment>& segments, const TensorRow<S>& target, T* spare,
-                         const Finishing<T, S>& finishing = {}) {
+// The same through `spare`, tile by tile; done(segment, sums) takes those of a segment.
+template <class T, class Done>
+GROSS_INLINE void correlate_through(const Stencil<T>& stencil, const Tile<T>& tile,
+                                    const std::vector<Segment>& segments, T* spare, Done done) {
   const int64_t count = segments.size();
-  const auto& [epilogue, residual, residual_segments] = finishing;
   for (int64_t first = 0; first < count; first += tile.segments) {
     const T* sources[max_segments];
     T* targets[max_segments];
@@ -294,20 +291,30 @@ void correlate_converted(const Stencil<T>& stencil, const Tile<T>& tile,
       targets[i] = spare + i * tile.columns * lanes<T>;
     }
     tile.correlate(stencil, sources, targets, lanes<T>);
-    TensorRow<S> row = target;
-    for (int64_t i = 0; i < std::min(tile.segments, count - first); i++) {
-      row.at = target.at + segments[first + i].to;
-      if (epilogue) {
-        const S* const others =
-            epilogue->residual ? residual.at + (*residual_segments)[first + i].to : nullptr;
-        finish_sums<T>(targets[i], tile.columns, lanes<T>, *epilogue, [&](int64_t k) {
-          return load_strided<T>(others + k * residual.col_stride, residual.channel_stride,
-                                 residual.channels);
-        });
-      }
-      store_columns<T>(targets[i], tile.columns, row);
-    }
+    for (int64_t i = 0; i < std::min(tile.segments, count - first); i++)
+      done(first + i, targets[i]);
   }
+}
+
+// The same to a tensor that does not hold whole vectors of channels in the sum's type.
+template <class T, class S>
+void correlate_converted(const Stencil<T>& stencil, const Tile<T>& tile,
+                         const std::vector<Segment>& segments, const TensorRow<S>& target, T* spare,
+                         const Finishing<T, S>& finishing = {}) {
+  const auto& [epilogue, residual, residual_segments] = finishing;
+  correlate_through(stencil, tile, segments, spare, [&](int64_t segment, T* sums) {
+    if (epilogue) {
+      const S* const others =
+          epilogue->residual ? residual.at + (*residual_segments)[segment].to : nullptr;
+      finish_sums<T>(sums, tile.columns, lanes<T>, *epilogue, [&](int64_t k) {
+        return load_strided<T>(others + k * residual.col_stride, residual.channel_stride,
+                               residual.channels);
+      });
+    }
+    TensorRow<S> row = target;
+    row.at += segments[segment].to;
+    store_columns<T>(sums, tile.columns, row);
+  });
 }
 
 }  // namespace gross::cpu::GROSS_ISA

@@ -4,9 +4,21 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "call.h"
 
 namespace gross::cpu {
+
+#if defined(__x86_64__)
+// What __builtin_cpu_supports knows in new compilers alone.
+static bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
 
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets;
@@ -19,9 +31,12 @@ std::vector<InstructionSet> instruction_sets() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   sets.push_back({&avx2_kernels, avx2});
+  sets.push_back({&avxvnni_kernels, avx2 && has_avxvnni()});
   sets.push_back({&avx512_kernels, avx512});
-  sets.push_back({&avx512bf16_kernels, avx512 && __builtin_cpu_supports("avx512bf16")});
+  sets.push_back({&avx512vnni_kernels, avx512vnni});
+  sets.push_back({&avx512bf16_kernels, avx512vnni && __builtin_cpu_supports("avx512bf16")});
 #endif
   return sets;
 }
@@ -37,8 +52,8 @@ static const Kernels& choose() {
     }
   if (chosen) return *chosen;
   throw std::runtime_error("GROSS_KERNELS_ISA: got '" + std::string(named) +
-                           "', accepted are portable, avx2, avx512 and avx512bf16 where the "
-                           "processor has them; it has up to " +
+                           "', accepted are portable, avx2, avxvnni, avx512, avx512vnni and "
+                           "avx512bf16 where the processor has them; it has up to " +
                            best->name);
 }
 

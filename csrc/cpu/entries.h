@@ -3,6 +3,8 @@
 
 #include "bottleneck.h"
 #include "bottleneck_backward.h"
+#include "bytes_convolve.h"
+#include "bytes_pool.h"
 #include "convolve.h"
 #include "in_place.h"
 #include "pool.h"
@@ -19,6 +21,7 @@ void with_type(Type type, F f) {
     case Type::float64: return f(double{});
     case Type::bfloat16: return f(bfloat16{});
     case Type::float16: return f(float16{});
+    case Type::int8: break;  // of packed weights and pooling alone
   }
 }
 
@@ -67,18 +70,24 @@ void weight_grad_entry(Type type, const WeightGradient& call) {
 
 inline int64_t packed_size_entry(Type type, const Layer& layer) {
   int64_t size = 0;
+  if (type == Type::int8) return ByteLayerPacking(layer).size;
   with_type(type, [&](auto s) { size = Packing<Sum<decltype(s)>>(layer).size; });
   return size;
 }
 
 inline void pack_entry(Type type, const Layer& layer, void* packed, const Threads& threads) {
+  if (type == Type::int8) return pack_byte_layer(layer, static_cast<float*>(packed), threads);
   with_type(type, [&](auto s) {
     using S = decltype(s);
     pack_layer<Sum<S>, S>(layer, static_cast<Sum<S>*>(packed), threads);
   });
 }
 
-inline void layer_entry(Type type, const LayerForward& call) {
+template <Dot best>
+void layer_entry(Type type, const LayerForward& call) {
+  if (type == Type::int8)
+    return with_dot<best>(ByteLayerPacking(call.layer).fits(static_cast<const float*>(call.packed)),
+                          [&](auto dot) { LayerWalk<float, uint8_t, dot>(call).run(); });
   with_type(type, [&](auto s) {
     using S = decltype(s);
     LayerWalk<Sum<S>, S>(call).run();
@@ -87,19 +96,23 @@ inline void layer_entry(Type type, const LayerForward& call) {
 
 inline int64_t packed_kernel_size_entry(Type type, const Geometry& geometry) {
   int64_t size = 0;
+  if (type == Type::int8) return BytePacking(geometry).size;
   with_type(type, [&](auto s) { size = KernelPacking<Sum<decltype(s)>>(geometry).size; });
   return size;
 }
 
 inline void pack_kernel_entry(Type type, const Kernel& kernel, void* packed,
                               const Threads& threads) {
+  if (type == Type::int8) return pack_byte_kernel(kernel, static_cast<float*>(packed), threads);
   with_type(type, [&](auto s) {
     using S = decltype(s);
     pack_kernel<Sum<S>, S>(kernel, static_cast<Sum<S>*>(packed), threads);
   });
 }
 
-inline void convolve_packed_entry(Type type, const PackedConvolution& call) {
+template <Dot best>
+void convolve_packed_entry(Type type, const PackedConvolution& call) {
+  if (type == Type::int8) return convolve_bytes<best>(call);
   with_type(type, [&](auto s) {
     using S = decltype(s);
     convolve_prepared<Sum<S>, S>(call);
@@ -107,6 +120,7 @@ inline void convolve_packed_entry(Type type, const PackedConvolution& call) {
 }
 
 inline void pool_entry(Type type, const Pooling& call) {
+  if (type == Type::int8) return pool_bytes(call);
   with_type(type, [&](auto s) {
     using S = decltype(s);
     pool<Sum<S>, S>(call);
@@ -134,8 +148,9 @@ inline void sum_pool_entry(Type type, const SumPooling& call) {
   });
 }
 
-// The kernels of a unit; with pairs where its processors multiply pairs of bfloat16 numbers.
-template <Product product = Product::numbers>
+// The kernels of a unit; with pairs where its processors multiply pairs of bfloat16 numbers, with
+// one instruction for four products of 8 bits where they have that.
+template <Product product = Product::numbers, Dot best = Dot::narrow>
 constexpr Kernels kernels_of(const char* name) {
   return {name,
           GROSS_VECTOR_BYTES,
@@ -143,10 +158,10 @@ constexpr Kernels kernels_of(const char* name) {
           weight_grad_entry<product>,
           packed_size_entry,
           pack_entry,
-          layer_entry,
+          layer_entry<best>,
           packed_kernel_size_entry,
           pack_kernel_entry,
-          convolve_packed_entry,
+          convolve_packed_entry<best>,
           pool_entry,
           layer_backward_entry,
           sum_entry,

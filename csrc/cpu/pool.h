@@ -26,7 +26,7 @@ template <class T, class S>
 void pool_row(const Pooling& call, int64_t image, int64_t y) {
   const Image &source = call.source, &target = call.target;
   const Geometry& g = call.geometry;
-  const auto& [activation, residual, residual_last] = call.finish;
+  const auto& [activation, residual, residual_last, forms] = call.finish;
   const Epilogue<T> epilogue{nullptr, nullptr, activation, residual_last, residual};
   const T share = T(1) / static_cast<T>(g.taps());
   const S* const data = static_cast<const S*>(source.data) + image * source.stride_n;

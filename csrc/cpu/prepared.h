@@ -43,7 +43,7 @@ void convolve_prepared(const PackedConvolution& of) {
   const Convolution call{source, none, target, g, Pass::forward, of.threads};
   const KernelPacking<T> packing(g);
   const T* const packed = static_cast<const T*>(of.packed);
-  const auto& [activation, residual, residual_last] = of.finish;
+  const auto& [activation, residual, residual_last, forms] = of.finish;
   const Prepared<T> prepared{
       packed,
       {packed + packing.at_bias, packed + packing.at_slopes, activation, residual_last, residual}};

@@ -170,6 +170,107 @@ GROSS_INLINE void multiply_add(Vector<T>& sum, Vector<T> value, Vector<T> weight
   }
 }
 
+// How four products of 8 bits are added in each 32-bit lane: by pieces, which is exact; by sums of
+// two products in 16 bits, which is exact where these fit; by one instruction, which always is.
+enum class Dot { exact, narrow, instruction };
+
+// sum += Σ_i x_i · w_i over the four bytes of a lane, x of 0 … 255 and w of −127 … 127.
+template <Dot dot>
+GROSS_INLINE void add_dot(Vector<int32_t>& sum, Vector<int32_t> x, Vector<int32_t> w) {
+#if defined(GROSS_AVX512)
+  // By its name, as above.
+  if constexpr (dot == Dot::instruction) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return;
+  }
+  if constexpr (dot == Dot::narrow) {
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)x, (__m512i)w);
+    sum += (Vector<int32_t>)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    return;
+  }
+#elif defined(GROSS_AVX2)
+  if constexpr (dot == Dot::instruction) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
+    return;
+  }
+  if constexpr (dot == Dot::narrow) {
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)x, (__m256i)w);
+    sum += (Vector<int32_t>)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return;
+  }
+#endif
+  // A product fits 16 bits; the sum of two need not.
+  const auto pieces = [](auto v) __attribute__((always_inline)) {
+    return __builtin_bit_cast(Vector<int16_t>, v);
+  };
+  const Words bytes = __builtin_bit_cast(Words, x);
+  const Vector<int16_t> weights = pieces(w);
+  const auto add = [&](Vector<int16_t> products) __attribute__((always_inline)) {
+    const Vector<int32_t> both = __builtin_bit_cast(Vector<int32_t>, products);
+    const Vector<int32_t> low =
+        __builtin_bit_cast(Vector<int32_t>, __builtin_bit_cast(Words, both) << 16) >> 16;
+    sum += (both >> 16) + low;
+  };
+  add(pieces(bytes & 0x00ff00ffu) *
+      (__builtin_bit_cast(Vector<int16_t>, __builtin_bit_cast(Vector<uint16_t>, weights) << 8) >>
+       8));
+  add(pieces((bytes >> 8) & 0x00ff00ffu) * (weights >> 8));
+}
+
+// Numbers of 8 bits, as many as a vector has 32-bit lanes: all, or the first n, and zeros in the
+// other lanes.
+using Bytes __attribute__((vector_size(GROSS_VECTOR_BYTES / 4))) = uint8_t;
+
+GROSS_INLINE Vector<float> widen_bytes(Bytes bytes) {
+#if defined(GROSS_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)bytes));
+#elif defined(GROSS_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(bytes, Vector<int32_t>), Vector<float>);
+#endif
+}
+GROSS_INLINE Vector<float> load_bytes(const uint8_t* from) {
+  Bytes bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  return widen_bytes(bytes);
+}
+GROSS_INLINE Vector<float> load_bytes(const uint8_t* from, int64_t n) {
+  uint8_t part[sizeof(Bytes)] = {};
+  std::memcpy(part, from, n);
+  return load_bytes(part);
+}
+// The nearest whole numbers, ties to even, of `value` within `least` … 255 − zero, above `zero`; of
+// what is not a number, `least`.
+GROSS_INLINE Bytes nearest_bytes(Vector<float> value, float least, int32_t zero) {
+  const Vector<float> low = Vector<float>{} + least;
+  value = value > low ? value : low;
+#if defined(GROSS_AVX512)
+  // What is too large for the first becomes 2³¹, and the second bounds it as an unsigned number.
+  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(value), _mm512_set1_epi32(zero));
+  return (Bytes)_mm512_cvtusepi32_epi8(whole);
+#else
+  const Vector<float> high = Vector<float>{} + static_cast<float>(255 - zero);
+  value = value < high ? value : high;
+#if defined(GROSS_AVX2)
+  const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(value), _mm256_set1_epi32(zero));
+  const __m256i halves = _mm256_packs_epi32(whole, whole);
+  const __m256i bytes = _mm256_packus_epi16(halves, halves);
+  return (Bytes)_mm_cvtsi128_si64(
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+#else
+  // Adding 1.5 · 2²³ rounds to whole numbers, which are then the lowest bits.
+  const Vector<int32_t> whole =
+      __builtin_bit_cast(Vector<int32_t>, value + 12582912.0f) - 0x4b400000 + zero;
+  return __builtin_convertvector(whole, Bytes);
+#endif
+#endif
+}
+GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes) {
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes, int64_t n) { std::memcpy(to, &bytes, n); }
+
 // The first n lanes, zeros in the others; nothing beyond them is touched.
 template <class T, class S>
 GROSS_INLINE Vector<T> load_first(const S* from, int64_t n) {
@@ -214,6 +315,13 @@ GROSS_INLINE Vector<T> filled(T value, std::integer_sequence<int, I...>) {
 template <class T>
 GROSS_INLINE Vector<T> broadcast(T value) {
   return filled<T>(value, std::make_integer_sequence<int, lanes<T>>{});
+}
+
+// Four neighbouring bytes in every lane.
+GROSS_INLINE Vector<int32_t> broadcast_quad(const uint8_t* from) {
+  float quad;
+  __builtin_memcpy(&quad, from, sizeof quad);
+  return __builtin_bit_cast(Vector<int32_t>, broadcast<float>(quad));
 }
 
 // Lane i of the result is lane index[i] of v.

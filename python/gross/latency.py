@@ -1,4 +1,4 @@
-"""Milliseconds by layer and group size, measured on this device: a budget that is time.
+"""Milliseconds by layer, group size and precision, measured on this device: a budget that is time.
 
 Every decomposed layer is timed where it stands, in the running network, at each of its group sizes:
 its input is where the layer before has left it, and the caches are as they are in use. An exported
@@ -15,9 +15,11 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from dataclasses import replace as replace_fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,8 @@ from gross_kernels.environment import processor
 
 from .arguments import check_flag, check_module, check_number, check_tensor, check_type
 from .copying import copy_model, unwrapped
-from .deployment import export
+from .deployment import Int8, export
+from .deployment.precision import read
 from .report import text
 from .supernet import (
     Configuration,
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 #: Raised when tables can no longer be read as they were.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class LatencyTable:
         rest: milliseconds of everything but the decomposed layers.
         layers: milliseconds of each decomposed layer at each group size, by qualified name.
         dense: milliseconds of the network with plain convolutions in place of those layers.
+        int8_rest, int8_layers: the same as ``rest`` and ``layers``, exported in 8 bits; 0 and
+            empty where they were not measured.
     """
 
     device: str
@@ -74,6 +79,8 @@ class LatencyTable:
     rest: float
     layers: Mapping[str, Mapping[int, float]]
     dense: float
+    int8_rest: float = 0.0
+    int8_layers: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     @classmethod
     def measure(
@@ -83,19 +90,24 @@ class LatencyTable:
         *,
         kernels: bool = True,
         seconds: float = 10.0,
+        calibration: Tensor | Iterable[Any] | None = None,
     ) -> LatencyTable:
         """Time the layers of a supernet on the device that ``example`` is on.
 
         The supernet is exported once for each group size, and copied with its layers apart. These
         networks run in turn, again and again in another order, so that a disturbance meets all of
         them; lower quartiles count. The layers' times at their i-th sizes are then scaled, all by
-        one factor, to what the exported network of these sizes takes.
+        one factor, to what the exported network of these sizes takes. In 8 bits, where nothing
+        runs apart, each layer is timed alone, and one factor and one rest are fitted to the
+        exported networks.
 
         Args:
             supernet: a network with decomposed layers; left as it is.
             example: an input of the batch size that is to be deployed, on the supernet's device.
             kernels: as :func:`gross.export`'s.
             seconds: how long to measure.
+            calibration: as :func:`gross.export`'s; with it layers are timed in 8 bits too, for as
+                long again.
 
         Raises:
             ValueError: if the supernet has no decomposed layer or does not take the example.
@@ -131,6 +143,11 @@ class LatencyTable:
             name: {size: statistics.median(scaled[i, size]) for size in sizes[i]}
             for i, name in enumerate(layers)
         }
+        int8_rest = 0.0
+        int8_layers: dict[str, dict[int, float]] = {}
+        if calibration is not None:
+            batches = read(calibration, example)
+            int8_rest, int8_layers = _in_8_bits(supernet, covering, example, batches, seconds)
         return cls(
             device_name(example.device),
             torch.get_num_threads(),
@@ -140,12 +157,34 @@ class LatencyTable:
             rest,
             times,
             dense_time,
+            int8_rest,
+            int8_layers,
         )
 
-    def milliseconds(self, configuration: Sequence[int]) -> float:
-        """Predicted latency of a configuration: the layers' and the rest's, added up."""
-        return self.rest + sum(
-            layer[size] for layer, size in zip(self.layers.values(), configuration, strict=True)
+    def in_8_bits(self) -> LatencyTable:
+        """The table of the network in 8 bits, as a budget for sizes that shall run so.
+
+        Raises:
+            ValueError: if it was not measured.
+        """
+        if not self.int8_layers:
+            raise ValueError(
+                "latency: got a table of float32 alone, accepted is one measured with calibration="
+            )
+        return replace_fields(self, rest=self.int8_rest, layers=self.int8_layers)
+
+    def milliseconds(self, configuration: Sequence[int], int8: Collection[str] = ()) -> float:
+        """Predicted latency of a configuration: the layers' and the rest's, added up.
+
+        Args:
+            int8: the layers that run in 8 bits, by name; with any, the rest does too.
+        """
+        layers = {
+            name: self.int8_layers[name] if name in int8 else layer
+            for name, layer in self.layers.items()
+        }
+        return (self.int8_rest if int8 else self.rest) + sum(
+            layer[size] for layer, size in zip(layers.values(), configuration, strict=True)
         )
 
     def check(
@@ -198,10 +237,11 @@ class LatencyTable:
             if content.pop("format") != FORMAT:
                 raise ValueError(f"accepted is format {FORMAT}")
             content["input_size"] = tuple(content["input_size"])
-            content["layers"] = {
-                name: {int(size): value for size, value in sizes.items()}
-                for name, sizes in content["layers"].items()
-            }
+            for of in ("layers", "int8_layers"):
+                content[of] = {
+                    name: {int(size): value for size, value in sizes.items()}
+                    for name, sizes in content[of].items()
+                }
             return cls(**content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a latency table: {error}") from error
@@ -218,12 +258,17 @@ class LatencyTable:
             box=SIMPLE_HEAD,
         )
         table.add_column("layer")
-        for size in sizes:
-            table.add_column(str(size), justify="right")
-        for name, layer in self.layers.items():
-            table.add_row(name, *(f"{layer[s]:.3f}" if s in layer else "" for s in sizes))
+        columns = [(self.layers, size, "") for size in sizes]
+        columns += [(self.int8_layers, size, " int8") for size in sizes if self.int8_layers]
+        for _, size, precision in columns:
+            table.add_column(f"{size}{precision}", justify="right")
+        for name in self.layers:
+            cells = [f"{of[name][s]:.3f}" if s in of[name] else "" for of, s, _ in columns]
+            table.add_row(name, *cells)
         table.add_section()
         table.add_row("the rest", f"{self.rest:.3f}")
+        if self.int8_layers:
+            table.add_row("the rest, int8", f"{self.int8_rest:.3f}")
         table.add_row("dense network", f"{self.dense:.3f}")
         return table
 
@@ -278,6 +323,68 @@ def _apart(supernet: nn.Module, configuration: Configuration, kernels: bool) -> 
     network = copy_model(unwrapped(supernet), with_attributes=False).eval()
     set_configuration(network, configuration)
     return pack(network.to(memory_format=torch.channels_last))
+
+
+def _in_8_bits(
+    supernet: nn.Module,
+    covering: Sequence[Configuration],
+    example: Tensor,
+    batches: Sequence[Tensor],
+    seconds: float,
+) -> tuple[float, dict[str, dict[int, float]]]:
+    """Milliseconds in 8 bits of the rest and of each layer at each size."""
+    network = copy_model(unwrapped(supernet), with_attributes=False).eval()
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(partial(_keep_input, inputs, name))
+        for name, layer in decomposed_layers(network).items()
+    ]
+    with torch.inference_mode():
+        network(example)
+    for hook in hooks:
+        hook.remove()
+    settings = Int8(most_error=sys.float_info.max, ranges="largest")
+    names = list(decomposed_layers(network))
+    alone = {
+        (name, size): export(
+            network.get_submodule(name), size, example=inputs[name], precision=settings,
+            calibration=inputs[name],
+        )
+        for c in covering
+        for name, size in zip(names, c, strict=True)
+    }  # fmt: skip
+    whole = [
+        export(network, c, example=example, precision=settings, calibration=batches)
+        for c in covering
+    ]
+    calls = [partial(_time, each) for each in whole]
+    examples = [example] * len(whole) + [inputs[name] for name, _ in alone]
+    calls += [partial(_time, each) for each in alone.values()]
+    samples: list[list[float]] = [[] for _ in calls]
+    for i in _turns(len(calls), seconds):
+        samples[i].append(calls[i](examples[i]))
+    typical = list(map(_typical, samples))
+    total, own = typical[: len(whole)], dict(zip(alone, typical[len(whole) :], strict=True))
+    sums = [sum(own[key] for key in zip(names, c, strict=True)) for c in covering]
+    factor, rest = _line(sums, total)
+    times: dict[str, dict[int, float]] = {name: {} for name in names}
+    for (name, size), each in own.items():
+        times[name][size] = factor * each
+    return rest, times
+
+
+def _keep_input(inputs: dict[str, Tensor], name: str, layer: nn.Module, args: Any) -> None:
+    inputs[name] = args[0].detach().clone()
+
+
+def _line(sums: Sequence[float], totals: Sequence[float]) -> tuple[float, float]:
+    """Factor and rest with ``total ≈ factor · sum + rest``, least squares, none below 0; of one
+    network alone all is the layers'."""
+    if len(set(sums)) > 1:
+        factor, rest = statistics.linear_regression(sums, totals)
+        if factor > 0 and rest >= 0:
+            return factor, rest
+    return statistics.fmean(totals) / statistics.fmean(sums), 0.0
 
 
 class _LayerClock:

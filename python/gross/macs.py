@@ -78,6 +78,7 @@ class LayerMacs:
         group_size: the one that is counted. None for a layer that is not decomposed, which counts
             as fixed.
         first_call: how many other layers were called before it; None if it was not called.
+        in_8_bits: those of ``fixed`` that multiply 8 bits, as exported programs may.
         input_pixels, output_pixels: spatial positions over all its calls and all their images, of
             the input with its border where a decomposed layer in its place pads first; 0 for a
             layer without any.
@@ -93,6 +94,7 @@ class LayerMacs:
     first_call: int | None = None
     input_pixels: int = 0
     output_pixels: int = 0
+    in_8_bits: int = 0
 
     @property
     def grouped(self) -> int:
@@ -135,6 +137,11 @@ class MacsReport:
     def total(self) -> int:
         """MACs of the whole network."""
         return self.fixed + self.grouped
+
+    @property
+    def in_8_bits(self) -> int:
+        """Of the total, what multiplies 8 bits; the others multiply floats."""
+        return sum(count.in_8_bits for count in self._counts)
 
     @property
     def layers(self) -> tuple[LayerMacs, ...]:
@@ -182,6 +189,9 @@ class MacsReport:
         table.add_column("group size", justify="right")
         table.add_column("grouped", f"{self.grouped:,}", justify="right")
         table.add_column("MACs", f"{self.total:,}", justify="right")
+        lowered = self.in_8_bits > 0
+        if lowered:
+            table.add_column("in 8 bits", f"{self.in_8_bits:,}", justify="right")
         for layer in self.layers:
             table.add_row(
                 layer.name or "(the model)",
@@ -190,6 +200,7 @@ class MacsReport:
                 "" if layer.group_size is None else str(layer.group_size),
                 "" if layer.group_size is None else f"{layer.grouped:,}",
                 f"{layer.total:,}",
+                *([f"{layer.in_8_bits:,}"] if lowered else []),
             )
         return table
 
@@ -281,9 +292,11 @@ def _add_call(
     count = counts[name]
     if isinstance(layer, Program):
         output = output[-1]
-        fixed, per_group_size = layer.macs([tensor.shape for tensor in args]), 0
+        shapes = [tensor.shape for tensor in args]
+        fixed, per_group_size, in_8_bits = layer.macs(shapes), 0, layer.macs_in_8_bits(shapes)
         input_pixels, output_pixels = 0, 0
     else:
+        in_8_bits = 0
         input = args[0] if args else kwargs["input"]
         fixed, per_group_size = _macs_of_call(layer, input, output)
         input_pixels, output_pixels = _pixels(layer, input, output)
@@ -299,6 +312,7 @@ def _add_call(
         first_call=first_call,
         input_pixels=count.input_pixels + input_pixels,
         output_pixels=count.output_pixels + output_pixels,
+        in_8_bits=count.in_8_bits + in_8_bits,
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .extras import from_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+T = TypeVar("T")
 
 #: Columns of a table that is turned into text, so that a report reads the same in a file as on a
 #: wide terminal.
@@ -35,6 +37,14 @@ def size(shape: Iterable[int]) -> str:
 def errors_in_short(errors: Sequence[float] | None) -> str:
     """Relative errors in three decimals: (0.7484, 0.0) → ".748 .000"; nothing for None."""
     return " ".join(f"{error:.3f}".removeprefix("0") for error in errors or ())
+
+
+def tracked(items: Sequence[T], title: str) -> Iterable[T]:
+    """The items one after the other, with a bar on the error stream where that is a terminal."""
+    from rich.progress import track
+
+    console = error_console()
+    return track(items, title, console=console, transient=True, disable=not console.is_terminal)
 
 
 def error_console() -> Console:

@@ -24,7 +24,7 @@ from gross_kernels.program import ACTIVATIONS, KINDS, Program, Step, Steps, defi
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-POOLING = ("max_pool", "mean_pool", "mean")
+POOLING = ("max_pool", "mean_pool", "mean", "quantise")
 
 
 @dataclass
@@ -165,8 +165,8 @@ class Drawn:
             inputs, outputs, size = math.prod(shape), choice([1, 7, 16, 33]), ()
             made = self._sizes(inputs, (inputs, outputs), inputs, outputs)
             made["weights"] = self.weight(outputs, inputs, 1, 1)
-        elif kind == "mean":
-            outputs, size = channels, (1, 1)
+        elif kind in ("mean", "quantise"):
+            outputs, size = channels, (1, 1) if kind == "mean" else size
         else:
             window, size = self._window(kind, size)
             if size is None:
@@ -456,7 +456,7 @@ def test_values_that_are_not_finite(kind: str, value: float) -> None:
 HEADERS = {
     # Byte of the header, and what the error says of it.
     "magic": (0, "program: got bytes without the header of a program, accepted is"),
-    "version": (8, r"program: got version 2, accepted is .* in version 1"),
+    "version": (8, r"program: got version 3, accepted is .* in version 2"),
     "vectors": (12, r"program: got one for vectors of \d+ bytes, accepted are \d+"),
     "size": (40, r"program: got \d+ bytes, accepted is what program_pack made: \d+"),
 }

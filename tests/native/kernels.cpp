@@ -537,6 +537,245 @@ void sum_pool_case() {
                   expected_back[input.index(n, c, y, x)], where.str());
 }
 
+// 8 bits
+// -------------------------------------------------------------------------------------------
+
+// Bytes or numbers, compact and channels-last, of exactly as many bytes as kernels may read: of a
+// source of theirs three more than it has.
+struct Value {
+  int64_t c, h, w;
+  Held held;
+  std::vector<char> memory;
+
+  Value(int64_t n, int64_t c, int64_t h, int64_t w, Held held)
+      : c(c), h(h), w(w), held(held), memory(n * c * h * w * (held.in_bytes() ? 1 : 4) + 3, 0x55) {}
+  int64_t index(int64_t n, int64_t ic, int64_t y, int64_t x) const {
+    return ((n * h + y) * w + x) * c + ic;
+  }
+  void draw(bool largest) {
+    for (size_t i = 0; i < memory.size(); i++)
+      memory[i] = static_cast<char>(largest ? 255 : pick(0, 255));
+    if (!held.in_bytes())
+      for (size_t i = 0; i + 4 <= memory.size(); i += 4) {
+        const float number = static_cast<float>(pick(-1000, 1000)) / 2;
+        std::memcpy(memory.data() + i, &number, 4);
+      }
+  }
+  double at(int64_t i) const {
+    if (held.in_bytes())
+      return held.scale * (static_cast<uint8_t>(memory[i]) - static_cast<double>(held.zero));
+    float number;
+    std::memcpy(&number, memory.data() + 4 * i, 4);
+    return number;
+  }
+  // What stands there for a number.
+  double of(double number) const {
+    if (!held.in_bytes()) return number;
+    const double q = std::nearbyint(number / held.scale) + held.zero;
+    return held.scale * (std::min(std::max(q, 0.0), 255.0) - held.zero);
+  }
+  Image image() { return {memory.data(), c, h, w, h * w * c, 1, w * c, c}; }
+};
+
+// A step of 8 bits, drawn: how its values are held, and its end. Scales are powers of two, so that
+// every number is exact and every result must be.
+struct ByteEnd {
+  Held source{0.5f, static_cast<int32_t>(pick(0, 1) ? 0 : pick(0, 255))}, target{}, other{};
+  Activation activation = static_cast<Activation>(pick(0, 3));
+  bool has_residual = pick(0, 1), residual_last = pick(0, 1);
+  std::vector<float> bias, slopes;
+
+  ByteEnd(int64_t outputs, float typical) : bias(outputs), slopes(outputs) {
+    const auto power = [](float size) { return std::exp2(std::round(std::log2(size))); };
+    if (pick(0, 2)) target = {power(typical / 64), static_cast<int32_t>(pick(0, 2) ? 0 : 131)};
+    if (pick(0, 1)) other = {power(typical / 128), static_cast<int32_t>(pick(0, 2) ? 0 : 77)};
+    for (float& number : bias) number = static_cast<float>(pick(-8, 8)) / 2;
+    for (float& number : slopes) number = static_cast<float>(pick(0, 2)) / 2;
+  }
+  Finish finish(const Image* residual) const {
+    return {activation, has_residual ? residual : nullptr, residual_last, {source, other, target}};
+  }
+  double of(double sum, int64_t o, double residual) const {
+    double value = residual_last || !has_residual ? sum : sum + residual;
+    if (activation == Activation::relu) value = std::max(value, 0.0);
+    if (activation == Activation::relu6) value = std::min(std::max(value, 0.0), 6.0);
+    if (activation == Activation::prelu && value < 0) value *= slopes[o];
+    return residual_last && has_residual ? value + residual : value;
+  }
+};
+
+std::vector<int8_t> drawn_bytes(int64_t count, int64_t most, bool largest) {
+  std::vector<int8_t> weights(count);
+  for (int8_t& weight : weights)
+    weight = static_cast<int8_t>(largest ? (pick(0, 3) ? most : -most) : pick(-most, most));
+  return weights;
+}
+Series series_of(const void* weights, Type type, int64_t group_size) {
+  Series series{};
+  series.active = 1, series.type = type, series.terms[0] = weights,
+  series.group_sizes[0] = group_size, series.gates[0] = 1;
+  return series;
+}
+
+// Σ over what output (n, y, x) of a convolution reads: f(input row, column, tap).
+template <class F>
+void each_tap(const Geometry& g, const Value& from, int64_t y, int64_t x, F f) {
+  for (int64_t ky = 0; ky < g.kernel_h; ky++)
+    for (int64_t kx = 0; kx < g.kernel_w; kx++) {
+      const int64_t iy = y * g.stride_h + ky * g.dilation_h - g.padding_h,
+                    ix = x * g.stride_w + kx * g.dilation_w - g.padding_w;
+      if (iy >= 0 && iy < from.h && ix >= 0 && ix < from.w) f(iy, ix, ky * g.kernel_w + kx);
+    }
+}
+
+void compare_exactly(const char* what, double got, double expected, const std::string& where) {
+  if (got == expected) return;
+  std::printf("%s, %s of 8 bits: got %.9g, expected %.9g, for %s\n", tested().name, what, got,
+              expected, where.c_str());
+  std::exit(1);
+}
+
+// A dense convolution of 8 bits, and windows of its input. Often all bytes and weights
+// are the largest.
+void byte_convolution_case() {
+  Case c;
+  if (!draw(c)) return;
+  Geometry& g = c.g;
+  g.in_channels = g.group_size = pick(1, pick(0, 3) ? 24 : 130);
+  g.out_channels = pick(1, pick(0, 3) ? 40 : 90);
+  // The largest sums that float32 holds exactly.
+  const bool largest = g.in_channels * g.taps() <= 256 && pick(0, 1);
+  const int64_t most = pick(0, 1) ? 63 : 127;
+  const float scale = 0.25f;
+  ByteEnd end(g.out_channels, 8 * std::sqrt(static_cast<float>(g.in_channels * g.taps())) * most);
+  Value source(g.images, g.in_channels, c.h, c.w, end.source),
+      target(g.images, g.out_channels, c.out_h, c.out_w, end.target),
+      residual(g.images, g.out_channels, c.out_h, c.out_w, end.other);
+  source.draw(largest), residual.draw(false);
+  const std::vector<int8_t> weights =
+      drawn_bytes(g.out_channels * g.in_channels * g.taps(), most, largest);
+  const std::vector<float> scales(g.out_channels, scale);
+  std::vector<float> packed(tested().packed_kernel_size(Type::int8, g));
+  tested().pack_kernel(Type::int8,
+                       {series_of(weights.data(), Type::int8, g.in_channels), g, end.bias.data(),
+                        end.slopes.data(), scales.data(), end.source},
+                       packed.data(), two_threads);
+  const Image from = source.image(), to = target.image(), other = residual.image();
+  const Finish finish = end.finish(&other);
+  tested().convolve_packed(Type::int8, {from, packed.data(), to, g, finish, two_threads});
+  for (int64_t n = 0; n < g.images; n++)
+    for (int64_t y = 0; y < c.out_h; y++)
+      for (int64_t x = 0; x < c.out_w; x++)
+        for (int64_t o = 0; o < g.out_channels; o++) {
+          double sum = end.bias[o];
+          each_tap(g, source, y, x, [&](int64_t iy, int64_t ix, int64_t tap) {
+            for (int64_t j = 0; j < g.in_channels; j++)
+              sum += scale * weights[(o * g.in_channels + j) * g.taps() + tap] *
+                     source.at(source.index(n, j, iy, ix));
+          });
+          const int64_t i = target.index(n, o, y, x);
+          compare_exactly("output", target.at(i), target.of(end.of(sum, o, residual.at(i))),
+                          c.where);
+        }
+  // The mean of as many numbers as a power of two is exact too.
+  const bool mean = (g.taps() == 1 || g.taps() == 2 || g.taps() == 4) && pick(0, 1);
+  ByteEnd ending(g.in_channels, 128);
+  if (ending.activation == Activation::prelu) ending.activation = Activation::relu;
+  if (!pick(0, 2)) {  // One that stays in its form.
+    ending.target = end.source, ending.activation = Activation::none;
+    ending.has_residual = false;
+  }
+  ending.source = end.source;
+  Value pooled(g.images, g.in_channels, c.out_h, c.out_w, ending.target),
+      added(g.images, g.in_channels, c.out_h, c.out_w, ending.other);
+  added.draw(false);
+  const Image pool_to = pooled.image(), pool_other = added.image();
+  tested().pool(Type::int8, {from, pool_to, g, mean, ending.finish(&pool_other), two_threads});
+  for (int64_t n = 0; n < g.images; n++)
+    for (int64_t y = 0; y < c.out_h; y++)
+      for (int64_t x = 0; x < c.out_w; x++)
+        for (int64_t j = 0; j < g.in_channels; j++) {
+          double total = 0, highest = -INFINITY;
+          each_tap(g, source, y, x, [&](int64_t iy, int64_t ix, int64_t) {
+            const double value = source.at(source.index(n, j, iy, ix));
+            total += value, highest = std::max(highest, value);
+          });
+          // A window that lies in the padding alone has no largest number.
+          if (!mean && highest == -INFINITY) continue;
+          const int64_t i = pooled.index(n, j, y, x);
+          compare_exactly("window", pooled.at(i),
+                          pooled.of(ending.of(mean ? total / g.taps() : highest, j, added.at(i))),
+                          c.where);
+        }
+}
+
+// A layer of 8 bits, in which R's sums are exact too.
+void byte_layer_case() {
+  Case c;
+  if (!draw(c)) return;
+  const Geometry& g = c.g;
+  Layer layer{};
+  layer.geometry = g;
+  const int64_t widest = c.h * c.w > 64 || pick(0, 3) ? 40 : 200;
+  layer.in_channels = pick(1, widest), layer.out_channels = pick(1, widest);
+  const std::string where = std::to_string(layer.in_channels) + "→(" + c.where + ")→" +
+                            std::to_string(layer.out_channels);
+  const int64_t most = pick(0, 1) ? 63 : 127;
+  const std::vector<int8_t> first = drawn_bytes(g.in_channels * layer.in_channels, 3, false),
+                            last = drawn_bytes(layer.out_channels * g.out_channels, most, false);
+  std::vector<float> middle(g.out_channels * g.group_size * g.taps());
+  for (float& number : middle) number = static_cast<float>(pick(-2, 2)) / 2;
+  ByteEnd end(layer.out_channels, 40 * std::sqrt(static_cast<float>(g.out_channels)) * most / 4);
+  const float step = std::exp2(std::round(std::log2(
+      0.5f * std::sqrt(static_cast<float>(layer.in_channels * g.group_size * g.taps())))));
+  const std::vector<float> first_scales(g.in_channels, 0.5f), steps(g.out_channels, step),
+      last_scales(layer.out_channels, 0.25f);
+  layer.pointwise_in = series_of(first.data(), Type::int8, layer.in_channels);
+  layer.grouped = series_of(middle.data(), Type::float32, g.group_size);
+  layer.pointwise_out = series_of(last.data(), Type::int8, g.out_channels);
+  layer.bias = end.bias.data(), layer.slopes = end.slopes.data(), layer.source = end.source;
+  layer.scales[0] = first_scales.data(), layer.scales[1] = steps.data(),
+  layer.scales[2] = last_scales.data();
+  Value source(g.images, layer.in_channels, c.h, c.w, end.source),
+      target(g.images, layer.out_channels, c.out_h, c.out_w, end.target),
+      residual(g.images, layer.out_channels, c.out_h, c.out_w, end.other);
+  source.draw(!pick(0, 3)), residual.draw(false);
+  std::vector<float> packed(tested().packed_size(Type::int8, layer));
+  tested().pack(Type::int8, layer, packed.data(), two_threads);
+  const Image other = residual.image();
+  tested().layer(Type::int8, {source.image(), layer, packed.data(), Image{}, target.image(),
+                              end.finish(&other), two_threads});
+  Value inner(g.images, g.in_channels, c.h, c.w, {}),
+      between(g.images, g.out_channels, c.out_h, c.out_w, {});
+  std::vector<double> p(g.images * c.h * c.w * g.in_channels),
+      r(g.images * c.out_h * c.out_w * g.out_channels);
+  for (int64_t i = 0; i < static_cast<int64_t>(p.size()); i++)
+    for (int64_t j = 0; j < layer.in_channels; j++)
+      p[i] += 0.5 * first[i % g.in_channels * layer.in_channels + j] *
+              source.at(i / g.in_channels * layer.in_channels + j);
+  for (int64_t n = 0; n < g.images; n++)
+    for (int64_t y = 0; y < c.out_h; y++)
+      for (int64_t x = 0; x < c.out_w; x++) {
+        for (int64_t o = 0; o < g.out_channels; o++) {
+          double sum = 0;
+          each_tap(g, source, y, x, [&](int64_t iy, int64_t ix, int64_t tap) {
+            for (int64_t j = 0; j < g.group_size; j++)
+              sum += middle[(o * g.group_size + j) * g.taps() + tap] *
+                     p[inner.index(n, o / g.outputs_per_group() * g.group_size + j, iy, ix)];
+          });
+          r[between.index(n, o, y, x)] =
+              std::min(std::max(std::nearbyint(sum / step), -127.0), 127.0);
+        }
+        for (int64_t o = 0; o < layer.out_channels; o++) {
+          double sum = end.bias[o];
+          for (int64_t j = 0; j < g.out_channels; j++)
+            sum += 0.25 * last[o * g.out_channels + j] * r[between.index(n, j, y, x)];
+          const int64_t i = target.index(n, o, y, x);
+          compare_exactly("layer", target.at(i), target.of(end.of(sum, o, residual.at(i))), where);
+        }
+      }
+}
+
 const InstructionSet* find(const std::string& name) {
   static const std::vector<InstructionSet> sets = instruction_sets();
   for (const InstructionSet& set : sets)
@@ -554,7 +793,9 @@ bool has(const std::string& name) {
   while (std::getline(file, line))
     if (!line.compare(0, 5, "flags")) {
       std::vector<std::string> needed{"avx2", "fma"};
-      if (name != "avx2") needed = {"avx512f", "avx512bw", "avx512vl", "avx512dq"};
+      if (name == "avxvnni") needed.push_back("avx_vnni");
+      if (name.substr(0, 6) == "avx512") needed = {"avx512f", "avx512bw", "avx512vl", "avx512dq"};
+      if (name == "avx512vnni" || name == "avx512bf16") needed.push_back("avx512_vnni");
       if (name == "avx512bf16") needed.push_back("avx512_bf16");
       for (const std::string& flag : needed)
         if ((line + " ").find(" " + flag + " ") == std::string::npos) return false;
@@ -570,7 +811,8 @@ bool has(const std::string& name) {
 int main(int count, char** named) {
   const int cases = 250;
   std::string proved, missing;
-  for (const std::string name : {"wide", "widebf16", "portable", "avx2", "avx512", "avx512bf16"}) {
+  for (const std::string name :
+       {"wide", "widebf16", "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16"}) {
     const InstructionSet* const set = find(name);
     const bool present = set && set->present;
     if (present != has(name)) {
@@ -590,11 +832,12 @@ int main(int count, char** named) {
       convolution_case();
       layer_case();
       sum_pool_case();
+      byte_convolution_case();
+      byte_layer_case();
     }
     std::printf(
         "%s: %d convolutions, layers and sum-poolings agree with plain loops, largest error %.2f "
-        "of "
-        "what is allowed\n",
+        "of what is allowed; as many of 8 bits are the same to the last bit\n",
         name.c_str(), cases, worst);
     std::fflush(stdout);
     proved += " " + name;

@@ -11,5 +11,6 @@
 
 namespace gross::cpu {
 constexpr Kernels wide_kernels = wide::kernels_of("wide");
-constexpr Kernels widebf16_kernels = wide::kernels_of<wide::Product::pairs>("widebf16");
+constexpr Kernels widebf16_kernels =
+    wide::kernels_of<wide::Product::pairs, wide::Dot::instruction>("widebf16");
 }  // namespace gross::cpu

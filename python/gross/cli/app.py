@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from .. import data as data_sets
 from .. import networks, storage
 from .. import weights as weight_files
 from ..report import TEXT_WIDTH, error_console
@@ -62,6 +65,40 @@ class Structure(tuple[int | float | None, int]):
             raise typer.BadParameter(
                 f"got {text!r}, accepted is C,N, such as all,2 or 0.5,2 or 64,2"
             ) from error
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """So many training images of a data set, ``DATA[:COUNT]`` on the command line."""
+
+    data: str
+    count: int = 256
+
+    @classmethod
+    def parse(cls, text: str) -> CalibrationImages:
+        data, colon, count = text.rpartition(":")
+        # folder:PATH has a colon of its own.
+        if not colon or not count.lstrip("-").isdigit():
+            return cls(text)
+        if int(count) < 1:
+            raise typer.BadParameter(f"got {text!r}, accepted is a COUNT of at least 1")
+        return cls(data, int(count))
+
+    def inputs(self, root: Path | None, shape: tuple[int, ...] | None, seed: int) -> torch.Tensor:
+        """Images as training draws and augments them, ``[COUNT, C, H, W]``."""
+        side = shape[-1] if shape and self.data.startswith("folder:") else None
+        images = data_sets.load(self.data, root=root, size=side).train
+        # Few at a time: loaders of files read ahead by some batches. They are whole.
+        size = min(self.count, 32)
+        most = len(images) // size * size
+        if self.count > most:
+            raise ValueError(
+                f"calibration: got {self.count} images of {self.data!r}, accepted are at most "
+                f"{most or len(images)}"
+            )
+        batches = images.epoch(size, seed=seed, epoch=0)
+        some = [inputs for inputs, _ in islice(batches, -(-self.count // size))]
+        return torch.cat(some)[: self.count]
 
 
 NAMES = ", ".join(networks.NETWORKS)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,6 @@ from rich.table import Table
 
 from gross_kernels.geometry import pair
 
-from .. import data as data_sets
 from .. import networks, storage, structured
 from ..decomposition.convert import Method, decompose
 from ..macs import macs
@@ -26,6 +24,7 @@ from ..supernet import decomposed_layers
 from .app import (
     CALLABLE,
     NAMES,
+    CalibrationImages,
     GroupSizes,
     InputSize,
     Ints,
@@ -39,40 +38,6 @@ from .app import (
     show,
 )
 from .app import target as target_network
-
-
-@dataclass(frozen=True)
-class CalibrationImages:
-    """So many training images of a data set, ``DATA[:COUNT]`` on the command line."""
-
-    data: str
-    count: int = 256
-
-    @classmethod
-    def parse(cls, text: str) -> CalibrationImages:
-        data, colon, count = text.rpartition(":")
-        # folder:PATH has a colon of its own.
-        if not colon or not count.lstrip("-").isdigit():
-            return cls(text)
-        if int(count) < 1:
-            raise typer.BadParameter(f"got {text!r}, accepted is a COUNT of at least 1")
-        return cls(data, int(count))
-
-    def inputs(self, root: Path | None, shape: tuple[int, ...] | None, seed: int) -> torch.Tensor:
-        """Images as training draws and augments them, ``[COUNT, C, H, W]``."""
-        side = shape[-1] if shape and self.data.startswith("folder:") else None
-        images = data_sets.load(self.data, root=root, size=side).train
-        # Few at a time: loaders of files read ahead by some batches. They are whole.
-        size = min(self.count, 32)
-        most = len(images) // size * size
-        if self.count > most:
-            raise ValueError(
-                f"calibration: got {self.count} images of {self.data!r}, accepted are at most "
-                f"{most or len(images)}"
-            )
-        batches = images.epoch(size, seed=seed, epoch=0)
-        some = [inputs for inputs, _ in islice(batches, -(-self.count // size))]
-        return torch.cat(some)[: self.count]
 
 
 @app.command("decompose")

@@ -35,7 +35,7 @@ from ..architecture_search.individual import CONFIGURATIONS, PARTIAL, Point, Stu
 from ..architecture_search.progress import shown
 from ..architecture_search.result import load, save
 from ..architecture_search.searching import METHODS, STARTS, Method
-from ..deployment import export, save_program
+from ..deployment import Int8, export, save_program
 from ..deployment.comparing import comparison
 from ..evaluation import Accuracy, evaluate
 from ..latency import LatencyTable
@@ -49,9 +49,11 @@ from ..training.memory import keep_freed_memory
 from ..training.recipes import parse
 from .app import (
     CALLABLE,
+    CalibrationImages,
     InputSize,
     Ints,
     Json,
+    Root,
     app,
     check_output,
     device_named,
@@ -137,6 +139,9 @@ def search_command(
     latency: Annotated[
         Path | None, typer.Option(help="A table that gross latency wrote.", show_default=False)
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of --milliseconds: float32, or int8 if the table has it.")
+    ] = "float32",
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "breadth-first",
     runs: Annotated[int, typer.Option(min=1, help="Breadth-first: from so many starts.")] = 20,
     evaluations: Annotated[int, typer.Option(min=1, help="random, evolution: so many.")] = 500,
@@ -197,6 +202,13 @@ def search_command(
         wanted, size = _metric(metric, supernet, data, images, graphs)
         size = input_size or size or _known_size(supernet)
         table = None if latency is None else LatencyTable.load(latency)
+        if precision != "float32":
+            if precision != "int8" or table is None:
+                raise typer.BadParameter(
+                    f"got {precision!r}, accepted are float32, and int8 with --latency",
+                    param_hint="--precision",
+                )
+            table = table.in_8_bits()
         amounts = {
             "macs": _amount("--macs", max_macs),
             "parameters": _amount("--parameters", max_parameters),
@@ -308,7 +320,17 @@ def latency_command(
     batch: Batch = 1,
     kernels: Kernels = True,
     seconds: Annotated[float, typer.Option(help="How long to measure.")] = 10.0,
+    calibration: Annotated[
+        CalibrationImages | None,
+        typer.Option(
+            parser=CalibrationImages.parse,
+            metavar="DATA[:COUNT]",
+            help="Time the layers in 8 bits too, calibrated on COUNT training images.",
+            show_default=False,
+        ),
+    ] = None,
     input_size: InputSize = None,
+    root: Root = None,
     network: Network = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -323,7 +345,12 @@ def latency_command(
         place = device_named(device)
         net = _load(supernet, network, place)
         example = _example(supernet, input_size, batch).to(place)
-        table = LatencyTable.measure(net, example, kernels=kernels, seconds=seconds)
+        images = None
+        if calibration is not None:
+            images = calibration.inputs(root, tuple(example.shape[1:]), 0)
+        table = LatencyTable.measure(
+            net, example, kernels=kernels, seconds=seconds, calibration=images
+        )
         check = table.check(net, example, seconds=seconds)
         if output is not None:
             table.save(output)
@@ -354,6 +381,32 @@ def export_command(
     tune: Annotated[
         bool, typer.Option("--tune", help="Time how each layer can run, instead of predicting it.")
     ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="float32; or int8, which needs --calibration: with gross's kernels in a .pt2 "
+            "file, by ONNX Runtime's quantiser in an .onnx file."
+        ),
+    ] = "float32",
+    calibration: Annotated[
+        CalibrationImages | None,
+        typer.Option(
+            parser=CalibrationImages.parse,
+            metavar="DATA[:COUNT]",
+            help="For int8: COUNT training images (256) of digits, cifar10 or folder:PATH to find "
+            "ranges from.",
+            show_default=False,
+        ),
+    ] = None,
+    most_error: Annotated[
+        float,
+        typer.Option(
+            help="For int8 with gross's kernels: the largest error of the output, relative, root "
+            "mean square; layers that would cause more stay in float32."
+        ),
+    ] = Int8.most_error,
+    root: Root = None,
+    seed: Seed = 0,
     device: Annotated[
         str, typer.Option(help="Where it is measured: cpu, cuda, cuda:1. The file fits any.")
     ] = "cpu",
@@ -365,27 +418,61 @@ def export_command(
     the decomposed one in plain convolutions, and the exported one.
 
     Example: gross export supernet.safetensors --configuration 1,8,16 --output network.pt2
+
+    Example: gross export supernet.safetensors --precision int8 --calibration cifar10:256
+    --output network.onnx
     """
     with failures():
         check_output("--output", output)
+        if precision not in ("float32", "int8"):
+            raise typer.BadParameter(
+                f"got {precision!r}, accepted are float32 and int8", param_hint="--precision"
+            )
+        if (precision == "int8") != (calibration is not None):
+            raise typer.BadParameter(
+                "needed for --precision int8, and for nothing else", param_hint="--calibration"
+            )
         if output.suffix not in (".pt2", ".onnx"):
             raise typer.BadParameter(
                 f"got {output}, accepted is a .pt2 or .onnx file", param_hint="--output"
             )
         place, cpu = device_named(device), torch.device("cpu")
+        if precision == "int8" and place != cpu:
+            raise typer.BadParameter(
+                f"got {device!r}, accepted for int8 is cpu", param_hint="--device"
+            )
         net = _load(supernet, network, cpu).eval()
         chosen = configuration or active_configuration(net)
         example = _example(supernet, input_size, batch)
         folded = export(net, chosen, example=example, kernels=False)
         fast = export(net, chosen, example=example, tune=tune)
-        written = folded if plain or output.suffix == ".onnx" else fast
-        save_program(written, example, output)
+        is_plain = plain or output.suffix == ".onnx"
+        report = fast.report
+        lowered = {}
+        if calibration is None:
+            save_program(folded if is_plain else fast, example, output)
+        else:
+            images = calibration.inputs(root, tuple(example.shape[1:]), seed)
+            if is_plain:
+                save_program(folded, example, output, precision="int8", calibration=images)
+            else:
+                ours = export(
+                    net,
+                    chosen,
+                    example=example,
+                    tune=tune,
+                    precision=Int8(most_error=most_error),
+                    calibration=images,
+                )
+                save_program(ours, example, output)
+                lowered, report = {"gross's kernels, int8": ours}, ours.report
         if place != cpu:
             fast = export(net, chosen, example=example, tune=tune, device=place)
         candidates = {
             "dense": dense_network(net, chosen).to(place),
             "plain convolutions": folded.to(place),
             "gross's kernels": fast,
+            **lowered,
         }
         rows = comparison(candidates, example.to(place))
         table = Table(*rows[0], box=SIMPLE_HEAD, title=f"{output}, batch {batch}")
@@ -393,12 +480,13 @@ def export_command(
             table.add_row(
                 row["network"],
                 f"{row['macs']:,}",
+                f"{row['in_8_bits']:,}",
                 f"{row['parameters']:,}",
                 f"{row['milliseconds']:.3f}",
                 f"{row['difference']:.1e}",
             )
         content = {"output": str(output), "configuration": chosen, "networks": rows}
-        show(as_json, content, Group(str(fast.report), table))
+        show(as_json, content, Group(str(report), table))
 
 
 @app.command("report")

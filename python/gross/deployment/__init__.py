@@ -3,5 +3,6 @@
 from .exporting import export
 from .files import load_program, save_program
 from .plan import Report
+from .precision import Int8
 
-__all__ = ["Report", "export", "load_program", "save_program"]
+__all__ = ["Int8", "Report", "export", "load_program", "save_program"]

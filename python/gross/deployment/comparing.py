@@ -12,12 +12,13 @@ from gross_kernels.program import Program
 
 from ..latency import milliseconds
 from ..macs import macs
-from .exporting import tensors_of
+from .graph import tensors_of
 
 
 def comparison(candidates: Mapping[str, nn.Module], example: Tensor) -> list[dict[str, Any]]:
-    """Multiply–accumulates for one image, parameters, milliseconds for the example, timed in turn,
-    and the largest difference from the first one's output relative to its largest magnitude."""
+    """Multiply–accumulates for one image, and those of them in 8 bits; parameters; milliseconds for
+    the example, timed in turn; and the largest difference from the first one's output relative to
+    its largest magnitude."""
     networks = list(candidates.values())
     with torch.inference_mode():
         outputs = [tensors_of(network(example)) for network in networks]
@@ -29,10 +30,12 @@ def comparison(candidates: Mapping[str, nn.Module], example: Tensor) -> list[dic
             float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
             for got, wanted in zip(output, outputs[0], strict=True)
         ]
+        counts = macs(network, tuple(example.shape[1:]))
         rows.append(
             {
                 "network": name,
-                "macs": macs(network, tuple(example.shape[1:])).total,
+                "macs": counts.total,
+                "in_8_bits": counts.in_8_bits,
                 "parameters": _numbers(network),
                 "milliseconds": duration,
                 "difference": max(errors, default=0.0),

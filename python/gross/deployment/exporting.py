@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from ..supernet import check_configuration, decomposed_layers
 from ..supernet import configuration as active_configuration
 from . import graph
 from .fusing import fuse
+from .graph import tensors_of
 from .plan import Report, choose
+from .precision import Int8, read, warn_of_slow_weights
 from .programs import build
+from .quantising import quantise
 
 #: Largest difference from the supernet's output, relative to the largest magnitude, that an export
 #: may have: sums in another order.
@@ -34,6 +38,8 @@ def export(
     example: Tensor | None = None,
     kernels: bool = True,
     tune: bool = False,
+    precision: str | Int8 = "float32",
+    calibration: Tensor | Iterable[Any] | None = None,
     device: str | int | torch.device | None = None,
     graphs: bool = False,
 ) -> nn.Module:
@@ -48,6 +54,11 @@ def export(
     convolution that its product is, whichever is faster. What no program knows stays as it is:
     ``exported.report`` says what and why, and ``print(exported.report)`` shows the plan.
 
+    With ``precision="int8"`` layers, convolutions and linear layers read and write 8 bits, as far
+    as the error of the network's output allows; between a layer's pointwise convolutions it
+    computes in float32. The report says of every step which range it has, what 8 bits cost it and
+    the network's output, and which steps stay in float32. Inputs and outputs stay float32.
+
     Args:
         supernet: a network with decomposed layers, from one tensor to whatever it returns; left as
             it is. A network without any is exported likewise; a structured layer as its
@@ -60,6 +71,10 @@ def export(
             ``nn.Conv2d``, and the network needs PyTorch alone: ready for ONNX, and for training.
         tune: time how each layer can run on this machine and take the fastest, instead of
             predicting it.
+        precision: "float32", which is whatever the network has; "int8"; or a
+            :class:`gross.deployment.Int8` with settings, such as the bound on the error.
+        calibration: for 8 bits, some dozens of inputs like those that the network will meet: a
+            tensor, or an iterable of batches, labels with them or not.
         device: where the network is to run, such as "cuda"; by default where the supernet is.
         graphs: on a GPU, run as CUDA graphs, one for each shape of input (:class:`gross.Graphed`).
 
@@ -67,9 +82,11 @@ def export(
         A new network in evaluation mode, for inference.
 
     Raises:
-        TypeError: if ``example`` is missing or no tensor.
+        TypeError: if ``example`` is missing or no tensor, or calibration data is missing.
         ValueError: if the configuration is not the supernet's, the example does not fit the
-            network, something in the network cannot be copied, or the device is not there.
+            network, something in the network cannot be copied, or the device is not there; for 8
+            bits, of a network that is not in float32 on a CPU or cannot be read as a graph, or
+            with calibration data that does not fit the network or is not finite in it.
         RuntimeError: if the outputs for ``example`` differ by more than rounding.
     """
     layers = decomposed_layers(check_module("supernet", supernet))
@@ -85,6 +102,7 @@ def export(
         configuration, sizes, active_configuration(supernet), list(layers)
     )
     _check_example(supernet, example, kernels)
+    lowering = _lowering(precision, calibration, kernels, example, place)
     if any(m.training for m in supernet.modules() if isinstance(m, _TRAINED)):
         warnings.warn(
             "supernet: got a network in training mode; what is exported is in evaluation mode, "
@@ -106,8 +124,9 @@ def export(
         expected = _output(supernet, configuration, example)
         example = example.to(place)
         if kernels:
-            exported = _deployed(exported, example, tune)
-        _compare(expected, exported, example)
+            exported = _deployed(exported, example, tune, expected, lowering)
+        else:
+            _compare(expected, exported, example)
     return Graphed(exported) if graphs else exported
 
 
@@ -115,21 +134,83 @@ def export(
 _TRAINED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
-def _deployed(plain: nn.Module, example: Tensor, tune: bool) -> nn.Module:
+#: Settings for 8 bits and the images to calibrate on.
+Lowering = tuple[Int8, list[Tensor]]
+
+
+def _lowering(
+    precision: object,
+    calibration: Any,
+    kernels: bool,
+    example: Tensor | None,
+    place: torch.device | None,
+) -> Lowering | None:
+    """What 8 bits need, checked; None for a network in its own precision."""
+    if precision == "int8":
+        precision = Int8()
+    if not isinstance(precision, Int8):
+        if precision != "float32":
+            accepted = "'float32', 'int8' or a gross.deployment.Int8"
+            kind = ValueError if isinstance(precision, str) else TypeError
+            raise kind(f"precision: got {precision!r}, accepted is {accepted}")
+        if calibration is not None:
+            raise ValueError(
+                "calibration: got data for precision 'float32', accepted is None; or 'int8'"
+            )
+        return None
+    if not kernels:
+        raise ValueError(
+            "kernels: got False with precision 'int8', accepted is True; for other runtimes "
+            "save_program(..., precision='int8') writes an .onnx file in 8 bits"
+        )
+    on = example.device if example is not None and place is None else place
+    if example is None or example.dtype != torch.float32 or on is None or on.type != "cpu":
+        found = None if example is None else f"{example.dtype} on {on}"
+        raise ValueError(f"example: got {found}, accepted for 8 bits is float32 on a CPU")
+    return precision, read(calibration, example)
+
+
+def _deployed(
+    plain: nn.Module, example: Tensor, tune: bool, expected: object, lowering: Lowering | None
+) -> nn.Module:
     """The network as programs, with its report."""
     try:
         with torch.no_grad():
             traced = graph.trace(plain, example)
     except graph.UntraceableError as error:
-        report = Report([], {"the network": f"it could not be read as a graph ({error})"})
-        exported = plain
-    else:
-        steps, left = fuse(traced)
-        rows = choose(traced, steps, example, tune)
-        report = Report(rows, left)
-        exported = build(traced, steps).eval()
+        why = f"it could not be read as a graph ({error})"
+        if lowering is not None:
+            raise ValueError(f"supernet: {why}, which 8 bits need") from error
+        return _finished(plain, Report([], {"the network": why}), expected, example)
+    steps, left = fuse(traced)
+    rows = choose(traced, steps, example, tune, lowering is not None)
+    report = Report(list(rows.values()), left)
+    exported = _finished(build(traced, steps).eval(), report, expected, example)
+    if lowering is None:
+        return exported
+    settings, batches = lowering
+    for i, batch in enumerate(batches):
+        try:
+            with torch.no_grad():
+                exported(batch[:1].clone())
+        except RuntimeError as error:
+            raise ValueError(
+                f"calibration[{i}]: got {tuple(batch.shape)}, accepted is what the network takes "
+                f"like the example: {error}"
+            ) from error
+    lowered = quantise(traced, steps, batches, settings)
+    inside = [replace(row, loss=lowered.losses.get(node)) for node, row in rows.items()]
+    exported = build(traced, lowered.steps).eval()
+    warn_of_slow_weights(exported.buffers())
+    exported.report = Report(inside, left, lowered.error)  # type: ignore[assignment]
+    return exported
+
+
+def _finished(exported: nn.Module, report: Report, expected: object, example: Tensor) -> nn.Module:
+    """The network with its report, if it computes what it should."""
     pack(exported)
     exported.report = report  # type: ignore[assignment]
+    _compare(expected, exported, example)
     return exported
 
 
@@ -232,8 +313,3 @@ def _compare(expected: object, exported: nn.Module, example: Tensor) -> None:
                 f"example: the exported network's outputs differ by {error:.2g} of the largest, "
                 f"accepted is {tolerance}"
             )
-
-
-def tensors_of(output: object) -> list[Tensor]:
-    """The tensors of a network's output, in order."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..arguments import check_module, check_path, check_tensor
+from gross_kernels.environment import weight_bits
+
+from ..arguments import check_choice, check_module, check_path, check_tensor
 from ..extras import from_extra
 from ..supernet import decomposed_layers
+from .onnx_int8 import quantise_file
+from .precision import read, warn_of_slow_weights
 from .programs import has_programs
 
 #: Raised when programs can no longer be read as they were; a file beside the network has it.
@@ -20,7 +25,14 @@ FORMAT = 1
 EXTRA = "gross_format"
 
 
-def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
+def save_program(
+    network: nn.Module,
+    example: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    precision: str = "float32",
+    calibration: Tensor | Iterable[Any] | None = None,
+) -> None:
     """Write an exported network as a file.
 
     Args:
@@ -28,11 +40,15 @@ def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[st
         example: an input; the file takes any batch size.
         path: a ``.pt2`` file of ``torch.export``, for :func:`load_program`, or an ``.onnx`` file.
             Both hold plain weights and serve every processor; programs are packed where the file
-            is loaded.
+            is loaded. A network that was exported in 8 bits is one in the ``.pt2`` file too.
+        precision: "int8" for an ``.onnx`` file in 8 bits, by ONNX Runtime's quantiser.
+        calibration: for that, as :func:`export` takes it.
 
     Raises:
-        ValueError: for another suffix, or a network with decomposed layers.
-        ImportError: if onnx and onnxscript are needed and missing.
+        TypeError: if 8 bits are asked for without calibration data.
+        ValueError: for another suffix, a network with decomposed layers, 8 bits in a ``.pt2``
+            file, or calibration data that is no input of the network.
+        ImportError: if onnx and onnxscript are needed and missing; onnxruntime too for 8 bits.
     """
     check_module("network", network)
     check_tensor("example", example)
@@ -44,7 +60,26 @@ def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[st
             "network: got this package's kernels, accepted for .onnx is one of "
             "export(kernels=False)"
         )
+    batches = None
+    if check_choice("precision", precision, ("float32", "int8")) == "int8":
+        if target.suffix != ".onnx":
+            raise ValueError(
+                "precision: got 'int8' for a .pt2 file, accepted is 'float32'; "
+                "export(..., precision='int8') makes a network that is written in 8 bits"
+            )
+        batches = read(calibration, example)
+        for i, images in enumerate(batches):
+            if images.shape[1:] != example.shape[1:]:
+                raise ValueError(
+                    f"calibration[{i}]: got {tuple(images.shape)}, accepted for an .onnx file is "
+                    f"the example's size, {tuple(example.shape[1:])}"
+                )
+    elif calibration is not None:
+        raise ValueError(
+            "calibration: got data for precision 'float32', accepted is None; or 'int8'"
+        )
     part = target.with_name(f"{target.stem}.{os.getpid()}.part{target.suffix}")
+    lowered = part.with_suffix(".int8.onnx")
     # A batch of one would be taken for a constant.
     example = torch.cat([example, example]) if len(example) == 1 else example
     batch = {0: torch.export.Dim("batch", min=1)}
@@ -66,9 +101,13 @@ def save_program(network: nn.Module, example: Tensor, path: str | os.PathLike[st
                 output_names=["output"],
                 verbose=False,
             )
+        if batches is not None:
+            quantise_file(part, lowered, batches, weight_bits())
+            lowered.replace(part)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+        lowered.unlink(missing_ok=True)
 
 
 def load_program(path: str | os.PathLike[str]) -> nn.Module:
@@ -110,7 +149,9 @@ def fold_packing(network: fx.GraphModule) -> None:
             continue
         _, weights, *rest = node.args
         tensors = [_constant(network, weight) for weight in weights]
-        packed = node.target(tensors[0].new_empty(0), tensors, *rest)
+        warn_of_slow_weights(tensors)
+        real = next(tensor for tensor in tensors if tensor.is_floating_point())
+        packed = node.target(real.new_empty(0), tensors, *rest)
         network.register_buffer(f"packed_{i}", packed, persistent=False)
         with graph.inserting_before(node):
             node.replace_all_uses_with(graph.get_attr(f"packed_{i}"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from gross_kernels.pooling import SumPool2d
-from gross_kernels.program import Step
+from gross_kernels.program import Quantised, Step
 
 from .graph import Operation, read, shape_of, type_of
 
@@ -29,6 +29,8 @@ class Fused:
         source, residual: the nodes that it reads.
         followed_by: what it took in, for the report.
         flat: whether the graph's value has no pixels, ``[N, C]``.
+        scales: of weights in 8 bits, as a step has them; empty for floats.
+        held: how its output is held, None for numbers.
     """
 
     operation: Operation
@@ -41,15 +43,20 @@ class Fused:
     residual_last: bool = False
     followed_by: list[str] = field(default_factory=list)
     flat: bool = False
+    scales: tuple[Tensor, ...] = ()
+    held: Quantised | None = None
+
+    def reads(self) -> list[fx.Node]:
+        return [self.source] if self.residual is None else [self.source, self.residual]
 
     @property
     def is_weighted(self) -> bool:
         return self.operation.kind in _WEIGHTED
 
     def weights(self) -> list[Tensor]:
-        """All numbers that its step reads: kernels, bias, slopes."""
+        """All numbers that its step reads: kernels, their scales, bias, slopes."""
         others = [t for t in (self.operation.bias, self.slopes) if t is not None]
-        return [*self.operation.weights, *others] if self.is_weighted else others
+        return [*self.operation.weights, *self.scales, *others] if self.is_weighted else others
 
     def step(self, source: int, residual: int, first: int) -> Step:
         """Its step in a program.
@@ -73,7 +80,8 @@ class Fused:
             return Step(operation.kind, **common)
         kernels = operation.weights
         middle = kernels[1] if operation.kind == "layer" else kernels[0]
-        after = first + len(kernels)
+        scales = first + len(kernels)
+        after = scales + len(self.scales)
         return Step(
             operation.kind,
             in_channels=kernels[0].shape[1] * (1 if len(kernels) == 3 else operation.groups),
@@ -81,6 +89,7 @@ class Fused:
             group_size=middle.shape[1],
             out_channels=kernels[-1].shape[0],
             weights=first,
+            scales=scales if self.scales else -1,
             bias=-1 if operation.bias is None else after,
             slopes=-1 if self.slopes is None else after + (operation.bias is not None),
             **common,

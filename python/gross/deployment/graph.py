@@ -468,6 +468,11 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return _shape(node)
 
 
+def tensors_of(output: object) -> list[Tensor]:
+    """The tensors of a network's output, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
 def _f_conv(a: _Arguments) -> Operation | None:
     weight, bias, *rest = a.after_input(
         weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1

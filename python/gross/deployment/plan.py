@@ -7,27 +7,61 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
 from gross_kernels.bottleneck import Weights, merged_kernel
-from gross_kernels.program import run
+from gross_kernels.program import Quantised, Step, Steps, run
 
 from ..report import size, text
 from .fusing import Fused
 from .graph import shape_of
+from .precision import Int8
 from .programs import encode
+from .rounding import with_weights
 
-#: Multiply–accumulates per second and thread, in 10⁹, of a float32 step: pointwise products and
-#: dense convolutions, and the grouped part of a layer by its group size. Measured on an AMD EPYC
-#: (Zen 5, AVX-512); only ratios decide.
-PRODUCT_RATE = 115.0
-DENSE_RATE = 112.0
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Multiply–accumulates per second and thread, in 10⁹, of pointwise products and of dense
+    convolutions."""
+
+    product: float
+    dense: float
+
+
+#: Measured on an AMD EPYC (Zen 5, AVX-512); only ratios decide. The grouped part of a layer is
+#: computed in float32 in either precision, at a rate by its group size.
+FLOAT32, INT8 = Rates(115.0, 112.0), Rates(370.0, 490.0)
 GROUPED_RATES = {1: 30.0, 2: 60.0, 4: 85.0, 8: 90.0, 16: 95.0, 32: 105.0}
 #: Seconds that a candidate is timed for.
 SECONDS = 0.03
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What 8 bits do to one step.
+
+    Attributes:
+        low, high: the range of its output on the calibration data.
+        own: error of its output in 8 bits for a right input, relative, root mean square.
+        output: error of the network's output with this step alone in 8 bits, likewise.
+        dead: channels that are zero in all calibration images: of r, in a layer, else of the
+            output.
+        reason: why it stays in float32; empty if it does not.
+    """
+
+    low: float
+    high: float
+    own: float = 0.0
+    output: float = 0.0
+    dead: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +75,7 @@ class Row:
         milliseconds: by choice, predicted for one thread or measured with torch's threads; empty
             where there was no choice.
         output: shape of its output for the example.
+        loss: what 8 bits do to it; None in a network of float32, and of steps without weights.
     """
 
     name: str
@@ -48,6 +83,7 @@ class Row:
     followed_by: tuple[str, ...]
     milliseconds: Mapping[str, float]
     output: tuple[int, ...]
+    loss: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +93,13 @@ class Report:
     Attributes:
         steps: in order.
         left: operations that no program has, by name, with the reason.
+        error: of the network's output by 8 bits, root mean square, relative to the output's own;
+            None in a network of float32.
     """
 
     steps: list[Row]
     left: Mapping[str, str]
+    error: float | None = None
 
     def __str__(self) -> str:
         from rich.table import Column, Table
@@ -77,6 +116,8 @@ class Report:
             times = ", ".join(f"{name} {ms:.3f}" for name, ms in row.milliseconds.items())
             table.add_row(row.name, row.choice, ", ".join(row.followed_by), size(row.output), times)
         lines = [text(table)]
+        if self.error is not None:
+            lines += [text(_precisions(self.steps)), f"error of the output: {self.error:.2%}"]
         if self.left:
             left = Table(Column("left to PyTorch", no_wrap=True), "because")
             for name, why in self.left.items():
@@ -85,9 +126,40 @@ class Report:
         return "\n".join(lines)
 
 
+def _precisions(rows: Sequence[Row]) -> Table:
+    """What 8 bits do to each step; errors are relative."""
+    from rich.table import Column, Table
+
+    table = Table(
+        Column("layer", no_wrap=True),
+        "bits",
+        "range",
+        "its error",
+        "the output's",
+        "",
+        title="8 bits",
+    )
+    for row in rows:
+        loss = row.loss
+        if loss is None:
+            continue
+        remarks = [loss.reason] if loss.reason else []
+        remarks += [f"{loss.dead} dead channels"] if loss.dead else []
+        remarks += ["always zero"] if loss.low == loss.high else []
+        table.add_row(
+            row.name,
+            "32" if loss.reason else "8",
+            f"{loss.low:.3g} to {loss.high:.3g}",
+            f"{loss.own:.2%}",
+            f"{loss.output:.2%}",
+            ", ".join(remarks),
+        )
+    return table
+
+
 def choose(
-    traced: fx.GraphModule, steps: dict[fx.Node, Fused], example: Tensor, tune: bool
-) -> list[Row]:
+    traced: fx.GraphModule, steps: dict[fx.Node, Fused], example: Tensor, tune: bool, int8: bool
+) -> dict[fx.Node, Row]:
     """Choose how each decomposed layer runs, in place, and say so.
 
     Args:
@@ -95,22 +167,29 @@ def choose(
         steps: of the network, in order.
         example: an input of the network: its dtype and device count.
         tune: time the choices instead of predicting them.
+        int8: choose for 8 bits, where three passes are none of the choices.
+
+    Returns:
+        By the node whose value it writes, what is said of each step.
     """
-    rows = []
+    rows = {}
     for node, made in list(steps.items()):
         choice = made.operation.kind
         times: dict[str, float] = {}
         if choice == "layer":
             with traced.graph.inserting_before(node):
                 inner = [traced.graph.call_function(_between) for _ in range(2)]
-            candidates = {"fused": [made], "merged": [_merged(made)], "parts": _parts(made, inner)}
+            candidates = {"fused": [made], "merged": [_merged(made)]}
+            if not int8:
+                candidates["parts"] = parts(made, inner)
             if tune and example.device.type == "cpu":
-                times = _measured(candidates, example)
+                times = _measured(candidates, example, int8)
             else:
-                times = {name: _predicted(some) for name, some in candidates.items()}
+                rates = INT8 if int8 else FLOAT32
+                times = {name: _predicted(some, rates) for name, some in candidates.items()}
             choice = min(times, key=lambda name: times[name])
             steps |= {one.node: one for one in candidates[choice]}
-        rows.append(Row(made.name, choice, tuple(made.followed_by), times, shape_of(node) or ()))
+        rows[node] = Row(made.name, choice, tuple(made.followed_by), times, shape_of(node) or ())
     return rows
 
 
@@ -130,7 +209,7 @@ def _merged(made: Fused) -> Fused:
     )
 
 
-def _parts(made: Fused, inner: Sequence[fx.Node]) -> list[Fused]:
+def parts(made: Fused, inner: Sequence[fx.Node]) -> list[Fused]:
     """The layer as three convolutions, through the values `inner`."""
     operation, (p, r) = made.operation, inner
     first, middle, last = operation.weights
@@ -156,8 +235,8 @@ def _parts(made: Fused, inner: Sequence[fx.Node]) -> list[Fused]:
     ]
 
 
-def _predicted(candidate: Sequence[Fused]) -> float:
-    """Milliseconds by :data:`PRODUCT_RATE` and the others, on one thread."""
+def _predicted(candidate: Sequence[Fused], rates: Rates) -> float:
+    """Milliseconds at these rates on one thread."""
     seconds = 0.0
     made = candidate[-1]
     output = shape_of(made.node)
@@ -171,14 +250,14 @@ def _predicted(candidate: Sequence[Fused]) -> float:
         macs = [kernel.numel() for kernel in kernels]
         if len(kernels) == 3:
             rate = _grouped_rate(kernels[1].shape[1])
-            seconds += (before * macs[0] + written * macs[2]) / PRODUCT_RATE
+            seconds += (before * macs[0] + written * macs[2]) / rates.product
             seconds += written * macs[1] / rate
         elif one.operation.kernel_size == (1, 1):
             # In three passes what lies between them goes through memory.
-            seconds += 1.3 * (written if one is made else before) * macs[0] / PRODUCT_RATE
+            seconds += 1.3 * (written if one is made else before) * macs[0] / rates.product
         else:
             dense = one.operation.groups == 1
-            rate = DENSE_RATE if dense else _grouped_rate(kernels[0].shape[1]) / 1.3
+            rate = rates.dense if dense else _grouped_rate(kernels[0].shape[1]) / 1.3
             seconds += written * macs[0] / rate
     return seconds / 1e6
 
@@ -188,7 +267,9 @@ def _grouped_rate(group_size: int) -> float:
     return GROUPED_RATES[max(known)]
 
 
-def _measured(candidates: Mapping[str, list[Fused]], example: Tensor) -> dict[str, float]:
+def _measured(
+    candidates: Mapping[str, list[Fused]], example: Tensor, int8: bool
+) -> dict[str, float]:
     """Milliseconds with torch's threads: medians of turns, candidate after candidate."""
     made = candidates["fused"][0]
     sources = [made.source] if made.residual is None else [made.source, made.residual]
@@ -198,7 +279,10 @@ def _measured(candidates: Mapping[str, list[Fused]], example: Tensor) -> dict[st
         tensors.append(made_of.contiguous(memory_format=torch.channels_last))
     calls: dict[str, Callable[[], object]] = {}
     for name, candidate in candidates.items():
-        steps, weights = encode(candidate, sources, [made.node])
+        if int8:
+            steps, weights = _in_8_bits(candidate[0])
+        else:
+            steps, weights = encode(candidate, sources, [made.node])
         program = steps.pack(weights, example.new_empty(0))
         calls[name] = partial(run, tensors, program, steps.text())
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -212,3 +296,15 @@ def _measured(candidates: Mapping[str, list[Fused]], example: Tensor) -> dict[st
                 call()
                 times[name].append(time.perf_counter() - began)
     return {name: 1e3 * sorted(of)[len(of) // 2] for name, of in times.items()}
+
+
+def _in_8_bits(made: Fused) -> tuple[Steps, list[Tensor]]:
+    """A step alone in 8 bits, to be timed: its ranges are any."""
+    kernels = made.operation.weights
+    channels = torch.ones(len(kernels[1])) if len(kernels) == 3 else None
+    lowered = with_weights(made, Int8(), channels=channels)
+    inputs = len(made.reads())
+    copies = [Step("quantise", i) for i in range(inputs)]
+    step = lowered.step(inputs, 2 * inputs - 1 if inputs > 1 else -1, 0)
+    held = (*[None] * inputs, *[Quantised(1 / 32, 128)] * inputs, None)
+    return Steps((*copies, step), inputs, (2 * inputs,), held), lowered.weights()

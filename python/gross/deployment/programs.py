@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from gross_kernels.program import Program, Step, Steps
+from gross_kernels.program import Program, Quantised, Step, Steps
 
 from .fusing import Fused
 from .graph import type_of
@@ -35,26 +35,24 @@ class Deployed(fx.GraphModule):
         return copied
 
 
-def build(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> fx.GraphModule:
+def build(traced: fx.GraphModule, steps: Mapping[fx.Node, Fused]) -> fx.GraphModule:
     """The network with its steps in programs, as few as what stands between them allows.
 
     Two steps share a program unless a way from one to the other leads through something else: each
     node has as its stage the number of times that the longest way to it enters a step from
     outside."""
     stage: dict[fx.Node, int] = {}
-    reads = {node: _reads(made) for node, made in steps.items()}
-    for node in _live(traced, steps):
-        if node in steps:
-            stage[node] = max(stage[i] + (i not in steps) for i in reads[node])
-        else:
-            stage[node] = max((stage[i] for i in node.all_input_nodes), default=0)
+    for node in live(traced, steps):
+        before = reads(node, steps)
+        inputs = node in steps
+        stage[node] = max((stage[i] + (inputs and i not in steps) for i in before), default=0)
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     root: dict[str, Any] = {}
     for number in range(max(stage.values(), default=0) + 1):
         inside = [node for node, at in stage.items() if at == number and node in steps]
         if inside:
-            _add_program(graph, made, root, [steps[node] for node in inside], stage, reads)
+            _add_program(graph, made, root, [steps[node] for node in inside], stage, steps)
         for node, at in stage.items():
             if at == number and node not in steps:
                 made[node] = graph.node_copy(node, lambda given: made[given])
@@ -64,7 +62,7 @@ def build(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> fx.GraphModule
     return Deployed(root, graph, class_name="Deployed")
 
 
-def _live(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> list[fx.Node]:
+def live(traced: fx.GraphModule, steps: Mapping[fx.Node, Fused]) -> list[fx.Node]:
     """The nodes that the output needs, in order, and all inputs; of a step what it reads, and not
     what it took in."""
     needed: set[fx.Node] = set()
@@ -73,12 +71,13 @@ def _live(traced: fx.GraphModule, steps: dict[fx.Node, Fused]) -> list[fx.Node]:
         node = open_nodes.pop()
         if node not in needed:
             needed.add(node)
-            open_nodes += _reads(steps[node]) if node in steps else node.all_input_nodes
+            open_nodes += reads(node, steps)
     return [node for node in traced.graph.nodes if node in needed]
 
 
-def _reads(made: Fused) -> list[fx.Node]:
-    return [made.source] if made.residual is None else [made.source, made.residual]
+def reads(node: fx.Node, steps: Mapping[fx.Node, Fused]) -> list[fx.Node]:
+    """The nodes that a node, or the step that writes it, reads."""
+    return steps[node].reads() if node in steps else node.all_input_nodes
 
 
 def _add_program(
@@ -87,15 +86,15 @@ def _add_program(
     root: dict[str, Any],
     inside: list[Fused],
     stage: dict[fx.Node, int],
-    reads: dict[fx.Node, list[fx.Node]],
+    made_by: Mapping[fx.Node, Fused],
 ) -> None:
     """One program of these steps."""
     own = {one.node for one in inside}
-    inputs = list(dict.fromkeys(i for one in inside for i in _reads(one) if i not in own))
+    inputs = list(dict.fromkeys(i for one in inside for i in one.reads() if i not in own))
     returned = [
         one.node
         for one in inside
-        if any(user in stage and user not in own for user in _readers(one.node, stage, reads))
+        if any(one.node in reads(user, made_by) for user in stage if user not in own)
     ]
     steps, weights = encode(inside, inputs, returned)
     if not weights:
@@ -109,12 +108,6 @@ def _add_program(
         made[node] = graph.call_function(_item, (call, i))
 
 
-def _readers(
-    node: fx.Node, stage: dict[fx.Node, int], reads: dict[fx.Node, list[fx.Node]]
-) -> list[fx.Node]:
-    return [other for other in stage if node in reads.get(other, other.all_input_nodes)]
-
-
 def _item(values: tuple[Tensor, ...], index: int) -> Tensor:
     return values[index]
 
@@ -124,11 +117,23 @@ def encode(
 ) -> tuple[Steps, list[Tensor]]:
     """Steps that read `inputs` and one another, and their weights."""
     numbers = {node: i for i, node in enumerate(inputs)}
+    held: list[Quantised | None] = [None for _ in inputs]
     weights: list[Tensor] = []
     steps: list[Step] = []
+
+    def add(step: Step, form: Quantised | None) -> int:
+        steps.append(step)
+        held.append(form)
+        return len(held) - 1
+
     for one in inside:
         residual = -1 if one.residual is None else numbers[one.residual]
-        steps.append(one.step(numbers[one.source], residual, len(weights)))
+        if one.scales and 0 <= residual < len(inputs):
+            # Steps in 8 bits add what the program itself has laid out.
+            residual = add(Step("quantise", residual), None)
+        step = one.step(numbers[one.source], residual, len(weights))
         weights += one.weights()
-        numbers[one.node] = len(inputs) + len(steps) - 1
-    return Steps(tuple(steps), len(inputs), tuple(numbers[node] for node in returned)), weights
+        numbers[one.node] = add(step, one.held)
+    quantised = tuple(held) if any(held) else ()
+    numbered = tuple(numbers[node] for node in returned)
+    return Steps(tuple(steps), len(inputs), numbered, quantised), weights

@@ -216,7 +216,7 @@ def test_every_plan_is_exact(choice: str, residual: bool, monkeypatch) -> None:
     to the first of its parts."""
     from gross.deployment import plan
 
-    def forced(candidates: object, example: Tensor) -> dict[str, float]:
+    def forced(candidates: object, example: Tensor, int8: bool) -> dict[str, float]:
         return {name: float(name != choice) for name in ("fused", "parts", "merged")}
 
     monkeypatch.setattr(plan, "_measured", forced)

@@ -110,6 +110,37 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults < 1.5 * block
 
 
+def test_precision_is_a_column(measured, tmp_path):
+    """Catches layers of 8 bits whose times are those of float32, a rest that is another's, and a
+    column that a file loses."""
+    net, example, plain = measured
+    with pytest.raises(ValueError, match="latency: got a table of float32 alone"):
+        plain.in_8_bits()
+    calibration = torch.randn(16, 3, 8, 8)
+    table = LatencyTable.measure(net, example, seconds=0.1, calibration=calibration)
+    assert {n: set(t) for n, t in table.int8_layers.items()} == {
+        n: set(t) for n, t in table.layers.items()
+    }
+    assert all(0 < ms < 1000 for layer in table.int8_layers.values() for ms in layer.values())
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+    lowered, wanted = table.in_8_bits(), (8, 1, 2, 4)
+    lowered.check_layers(net)
+    names = list(table.layers)
+    assert lowered.milliseconds(wanted) == table.milliseconds(wanted, names)
+    mixed = table.milliseconds(wanted, names[:1])
+    floats = sum(table.layers[n][s] for n, s in list(zip(names, wanted, strict=True))[1:])
+    assert mixed == pytest.approx(table.int8_rest + table.int8_layers[names[0]][8] + floats)
+    assert "8 int8" in str(table)
+
+
+def test_a_line_through_totals():
+    """Catches a factor and a rest that are exchanged, and a rest below zero."""
+    assert latency._line([1.0, 2.0, 3.0], [5.0, 7.0, 9.0]) == pytest.approx((2.0, 3.0))
+    assert latency._line([1.0, 2.0], [1.0, 3.0]) == pytest.approx((4 / 3, 0.0))
+    assert latency._line([2.0], [3.0]) == pytest.approx((1.5, 0.0))
+
+
 def test_the_error_is_of_whole_networks(measured):
     """Catches an error that compares the prediction with itself."""
     net, example, table = measured

@@ -123,6 +123,45 @@ def test_export_writes_a_file_and_compares(saved, tmp_path, options):
     torch.testing.assert_close(loaded(images), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_export_in_8_bits(saved, tmp_path):
+    """Catches options that do not reach the export, and a file in float32."""
+    options = ("--precision", "int8", "--calibration", "digits:16", "--batch", 2, "--json")
+    program, other = tmp_path / "network.pt2", tmp_path / "network.onnx"
+    found = content(gross_command("export", saved, "--output", program, *options))
+    rows = {row["network"]: row for row in found["networks"]}
+    lowered = rows["gross's kernels, int8"]
+    assert 0 < lowered["in_8_bits"] < lowered["macs"]
+    assert rows["gross's kernels"]["in_8_bits"] == 0
+    assert 1e-4 < lowered["difference"] < 0.2
+    images = torch.randn(2, 3, 32, 32)
+    wanted, got = gross.export(gross.load(saved), example=images), gross.load_program(program)
+    with torch.inference_mode():
+        wanted, got = wanted(images), got(images)
+    assert 1e-4 < float((got - wanted).norm() / wanted.norm()) < 0.2
+    content(gross_command("export", saved, "--output", other, *options))
+    assert b"QuantizeLinear" in other.read_bytes()
+
+
+def test_latency_in_8_bits(saved, tmp_path):
+    """Catches a precision that does not reach the budget."""
+    table = tmp_path / "table.json"
+    options = ("--calibration", "digits:16", "--seconds", 0.01, "--output", table, "--json")
+    found = content(gross_command("latency", saved, *options))
+    assert set(found["int8_layers"]) == set(found["layers"])
+    searched = content(
+        gross_command(
+            *("search", saved, "--milliseconds", "1000", "--latency", table, "--images", 4),
+            *("--precision", "int8", "--method", "random", "--evaluations", 1, "--json"),
+        )
+    )
+    (result,) = searched["searches"]
+    sizes = result["configuration"]
+    layers = zip(found["int8_layers"].values(), sizes, strict=True)
+    wanted = found["int8_rest"] + sum(layer[str(size)] for layer, size in layers)
+    (evaluation,) = [e for e in result["evaluations"] if e["configuration"] == sizes]
+    assert evaluation["costs"]["milliseconds"] == pytest.approx(wanted)
+
+
 def test_study_goes_all_the_way(saved, tmp_path):
     """Catches options that do not reach the study."""
     result = gross_command(
@@ -159,6 +198,13 @@ def test_study_goes_all_the_way(saved, tmp_path):
         (("evaluate", "--configuration", "1,2,3"), "got 2 for decomposed layer 1", 1),
         (("evaluate", "--data", "folder:nowhere"), "nowhere", 1),
         (("export", "--output", "network.pth"), "is a .pt2 or .onnx file", 2),
+        (("export", "--output", "a.pt2", "--precision", "int8"), "--calibration", 2),
+        (
+            ("export", "--output", "a.pt2", "--precision", "int4"),
+            "accepted are float32 and int8",
+            2,
+        ),
+        (("search", "--precision", "int8"), "int8 with --latency", 2),
         (("export", "--output", "no/a.onnx"), "a file in a folder that exists", 2),
         (("latency", "--output", "no/a.json"), "a file in a folder that exists", 2),
         (("search", "--output", "no/a.json"), "a file in a folder that exists", 2),
