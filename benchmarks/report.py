@@ -41,6 +41,7 @@ def summary(entries: Sequence[Entry]) -> str:
     suites = {
         "grouped convolution": (_core_table, _of("dtype", "memory_format")),
         "GroSSConv2d": (_layer_table, _of("narrow", "dtype", "memory_format", "batch")),
+        "structured": (_structured_table, _of("dtype", "memory_format", "operation")),
         "networks": (_network_table, _of("dtype", "memory_format", "batch")),
     }
     best = best_products(entries)
@@ -282,6 +283,45 @@ def _network_table(entries: Sequence[Entry], best: Best) -> str:
         "η",
         "vs fold",
         SHARE,
+    ]
+    return _markdown(title, header, rows)
+
+
+def _structured_table(entries: Sequence[Entry], best: Best) -> str:
+    """What is counted beside what is measured; packed is ours packed beside dense packed, and the
+    pooling's share is what the layer takes beyond the small convolution alone."""
+    rows = []
+    for e in entries:
+        ratios = e["ratios"]
+        packed = pooling = ""
+        if "ours packed" in ratios:
+            packed = f"{_ratio(e, 'dense packed') / _ratio(e, 'ours packed'):.2f}"
+        if "convolution" in ratios:
+            pooling = f"{1 - _ratio(e, 'convolution'):.0%}"
+        rows.append(
+            [
+                e["subject"],
+                str(e["setting"]),
+                str(e["batch"]),
+                f"{e['milliseconds']['ours']:.3g}",
+                f"{e['dense_macs'] / e['macs']:.2f}",
+                f"{e['dense_additions'] / e['additions']:.2f}",
+                _with_quartiles(ratios["dense"]),
+                packed,
+                pooling,
+            ]
+        )
+    title = f"Structured, {entries[0]['operation']}, {_precision(entries)}: times as fast as dense"
+    header = [
+        "what",
+        "c n",
+        "batch",
+        "ms",
+        "fewer multiplications",
+        "fewer additions",
+        "vs dense",
+        "both packed",
+        "pooling",
     ]
     return _markdown(title, header, rows)
 

@@ -283,6 +283,81 @@ std::vector<Tensor> program_run(const std::vector<Tensor>& inputs, const Tensor&
 
 }  // namespace
 
+// The windows of a sum-pooling, as the schemas have them.
+struct Windows {
+  const Ints& window;  // of channels, rows, columns
+  int64_t groups;
+  Steps steps;
+
+  void check(const Tensor& tensor, const char* name) const {
+    const auto& [stride, padding, dilation] = steps;
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 4, name,
+                    ": accepted is [N, C, H, W] on the CPU");
+    STD_TORCH_CHECK(window.size() == 3 && stride.size() == 2 && padding.size() == 2 &&
+                        dilation.size() == 2 && groups >= 1,
+                    "window, groups, stride, padding, dilation: accepted are three numbers, at "
+                    "least 1, and pairs");
+    for (int64_t each : window) STD_TORCH_CHECK(each >= 1, "window: accepted is at least 1");
+    for (int i = 0; i < 2; i++)
+      STD_TORCH_CHECK(stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
+                      "stride, padding, dilation: accepted are at least 1, 0, 1");
+  }
+  // Of rows, or of columns; axis 0 or 1.
+  int64_t reach(int axis) const { return (window[axis + 1] - 1) * steps.dilation[axis]; }
+  int64_t pooled(int axis, int64_t size) const {
+    const int64_t room = size + 2 * steps.padding[axis] - reach(axis) - 1;
+    STD_TORCH_CHECK(room >= 0, "window: accepted is at most the padded input");
+    return room / steps.stride[axis] + 1;
+  }
+  int64_t pooled_channels(int64_t channels) const {
+    STD_TORCH_CHECK(channels % groups == 0 && channels / groups >= window[0],
+                    "window: accepted is at most the channels of a group");
+    return channels - groups * (window[0] - 1);
+  }
+};
+
+Tensor sum_pool(const Tensor& input, const Ints& window, int64_t groups, const Ints& stride,
+                const Ints& padding, const Ints& dilation) {
+  const Windows windows{window, groups, {stride, padding, dilation}};
+  windows.check(input, "input");
+  Tensor output =
+      empty_image(input.size(0), windows.pooled_channels(input.size(1)),
+                  windows.pooled(0, input.size(2)), windows.pooled(1, input.size(3)), input);
+  const auto axis = [&](int i) {
+    return Axis{window[i + 1], dilation[i], stride[i], -padding[i], 1};
+  };
+  if (output.numel() > 0)
+    kernels().sum_pool(
+        type_of(input, "input"),
+        {image_of(input), image_of(output), input.size(0), groups, Axis{window[0], 1, 1, 0, 1},
+         axis(0), axis(1), torch_threads(per_number * input.numel())});
+  return output;
+}
+
+// The gradient of an input whose channels, rows and columns are `size`: every number goes back to
+// all that it is a sum of.
+Tensor sum_pool_backward(const Tensor& grad, const Ints& size, const Ints& window, int64_t groups,
+                         const Ints& stride, const Ints& padding, const Ints& dilation) {
+  const Windows windows{window, groups, {stride, padding, dilation}};
+  windows.check(grad, "grad");
+  STD_TORCH_CHECK(size.size() == 3 && size[0] >= 1 && size[1] >= 0 && size[2] >= 0,
+                  "size: accepted are channels, rows and columns");
+  STD_TORCH_CHECK(grad.size(1) == windows.pooled_channels(size[0]) &&
+                      grad.size(2) == windows.pooled(0, size[1]) &&
+                      grad.size(3) == windows.pooled(1, size[2]),
+                  "grad: accepted is the output's shape");
+  Tensor result = empty_image(grad.size(0), size[0], size[1], size[2], grad);
+  const auto axis = [&](int i) {
+    return Axis{window[i + 1], dilation[i], 1, padding[i] - windows.reach(i), stride[i]};
+  };
+  if (result.numel() > 0)
+    kernels().sum_pool(type_of(grad, "grad"),
+                       {image_of(grad), image_of(result), grad.size(0), groups,
+                        Axis{window[0], 1, 1, 1 - window[0], 1}, axis(0), axis(1),
+                        torch_threads(per_number * result.numel())});
+  return result;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(gross, CPU, m) {
   m.impl("program_pack", TORCH_BOX(&pack_program));
   m.impl("program_run", TORCH_BOX(&program_run));
@@ -293,6 +368,8 @@ STABLE_TORCH_LIBRARY_IMPL(gross, CPU, m) {
   m.impl("bottleneck_backward", TORCH_BOX(&bottleneck_backward));
   m.impl("bottleneck_packed", TORCH_BOX(&bottleneck_packed));
   m.impl("bottleneck_pack", TORCH_BOX(&bottleneck_pack));
+  m.impl("sum_pool", TORCH_BOX(&sum_pool));
+  m.impl("sum_pool_backward", TORCH_BOX(&sum_pool_backward));
 }
 
 // For gross_kernels/environment.py: how the library was built, and the instruction set in use.

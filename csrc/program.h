@@ -163,8 +163,8 @@ inline void check_step(const Step& step, const Forms& forms, int64_t inputs) {
                                           step.width_out % (step.width_in / step.group_size) == 0),
                   "steps: group size ", step.group_size, " does not nest in ", step.width_in, " → ",
                   step.width_out, " channels");
-  STD_TORCH_CHECK(step.activation != Activation::prelu || step.slopes >= 0,
-                  "steps: got PReLU without slopes");
+  STD_TORCH_CHECK(step.activation != Activation::prelu || (step.slopes >= 0 && step.has_weights()),
+                  "steps: got PReLU without slopes, or after a step that has no weights");
   const bool reads_bytes = forms.source.in_bytes(), pools = !step.has_weights();
   STD_TORCH_CHECK(
       reads_bytes || pools || !(forms.residual.in_bytes() || forms.target.in_bytes()),

@@ -106,6 +106,33 @@ def parts(
     return output.relu() if relu else output, inner
 
 
+def merged_kernel(weights: Weights) -> Tensor:
+    """The dense kernel ``[C_out, C_in, kh, kw]`` that the layer amounts to, ``Q_n · R_n · P_n``
+    tap by tap: exact, for P has no bias that padding would cut off. Differentiable."""
+    pointwise_in, grouped, pointwise_out, _, active, gates = weights
+    kernel_size = grouped[0].shape[2:]
+    wide = torch.promote_types(pointwise_in[0].dtype, torch.float32)
+    with torch.autocast(pointwise_in[0].device.type, enabled=False):
+        first = functional.series_sum(pointwise_in, active, gates).to(wide)
+        last = functional.series_sum(pointwise_out, active, gates).to(wide)
+        # A convolution of single pixels is its kernel, turned: pixel c is P's column c.
+        around = Geometry((1, 1), (kernel_size[0] - 1, kernel_size[1] - 1), (1, 1))
+        columns = first.transpose(0, 1).contiguous()
+        terms = [term.to(wide) for term in grouped]
+        scales = None if gates is None else gates.to(wide)
+        inner = functional.apply(columns, terms, active, scales, around).flip(2, 3)
+        return torch.einsum("om,cmyx->ocyx", last.flatten(1), inner)
+
+
+def merged(input: Tensor, weights: Weights, geometry: Geometry, relu: bool) -> Tensor:
+    """The layer as the dense convolution that it amounts to, ``[N, C_out, H', W']``;
+    differentiable: the gradient of the kernel goes back through the products that make it."""
+    kernel = merged_kernel(weights).to(input.dtype, memory_format=memory_format(input))
+    bias = None if weights.bias is None else weights.bias.to(input.dtype)
+    output = F.conv2d(input, kernel, bias, *geometry)
+    return output.relu() if relu else output
+
+
 # Shapes -----------------------------------------------------------------------------------------
 
 
@@ -350,16 +377,11 @@ def _pointwise_backward(
 def _term_grads(total: Tensor, terms: Terms, active: int, gates: Tensor | None) -> list[Tensor]:
     """The gradients of a plain sum's terms, from the sum's: copies, scaled by the gates; zeros
     beyond ``active``."""
-    grads = []
-    for i, term in enumerate(terms):
-        grad = torch.empty_like(term, memory_format=torch.contiguous_format)
-        if i >= active:
-            grad.zero_()
-        elif gates is None:
-            grad.copy_(total)
-        else:
-            grad.copy_(total * gates[i].to(total.dtype))
-        grads.append(grad)
+    grads = [torch.empty_like(term, memory_format=torch.contiguous_format) for term in terms]
+    for i, grad in enumerate(grads[:active]):
+        grad.copy_(total if gates is None else total * gates[i].to(total.dtype))
+    if grads[active:]:
+        torch._foreach_zero_(grads[active:])
     return grads
 
 

@@ -22,7 +22,7 @@ class Call:
         in_channels, out_channels, group_sizes, kernel_size: of all terms.
         geometry: in tuples.
         active: how many leading terms are summed.
-        operation: "forward", "input_grad", "weight_grad" or "series_sum".
+        operation: "forward", "input_grad", "weight_grad", "series_sum" or "grouped_pointwise".
         channels_last: whether the input is dense channels-last memory, and only that.
         float32: how float32 may be multiplied, see :func:`float32_precision`; "" for other dtypes.
     """

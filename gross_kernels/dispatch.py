@@ -4,8 +4,8 @@ A backend is a module with ``forward``, ``input_grad``, ``weight_grad``, ``serie
 ``supports(call)``; it may have ``refusal(call)``, which says in a clause why it does not serve a
 call. The CPU's kernels are registered by the C++ library itself; on CUDA the public operators are
 Python functions that ask this module. ``GROSS_KERNELS_BACKEND`` or :func:`use_backend` force one
-backend for the functions and layers of this package; ``GROSS_KERNELS_FUSED`` or :func:`use_fused`
-say whether a layer may run in one pass."""
+backend for the functions and layers of this package; ``GROSS_KERNELS_LAYER`` or :func:`use_layer`
+force one way to run a layer, ``GROSS_KERNELS_FUSED`` or :func:`use_fused` three convolutions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from . import layer_times
 from .backends import cpu, cuda, reference
 from .call import Call, float32_of, is_channels_last
-from .checks import check_flag
+from .checks import check_flag, check_one_of
 from .geometry import Geometry
+from .layer_times import LayerCall
+from .library import constant
 from .series import Series
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
@@ -74,18 +77,39 @@ def _refusal(name: str, call: Call) -> str:
     return "" if says is None else f"; {name} {says(call)}"
 
 
+#: Ways to run a layer that may be forced.
+WAYS = ("parts", "merged", "grouped_pointwise")
 _FUSED = Choice("fused", "there is a kernel for the whole layer on the CPU")
 
 
-def choose_layer(device: str) -> Choice:
-    """How a layer runs on ``device``: "fused", in one pass, or "parts", as three convolutions."""
-    if not _fused:
-        return Choice("parts", "GROSS_KERNELS_FUSED=0 or use_fused(False)")
+def choose_layer(device: str, call: LayerCall | None = None) -> Choice:
+    """How a layer runs on ``device``: "fused", in one pass; "parts", as three convolutions;
+    "merged", as the dense convolution that it amounts to; "grouped_pointwise", the last two of the
+    three in one kernel. On a GPU whichever is faster by
+    :func:`layer_times.times` of ``call``."""
+    if _way is not None:
+        return Choice(_way, "forced by GROSS_KERNELS_LAYER, use_layer or use_fused")
     if _forced is not None and _forced != "cpu":
         return Choice("parts", f"the {_forced} backend is forced, which has no fused kernel")
-    if device != "cpu":
+    if device == "cpu":
+        return _FUSED
+    if device != "cuda" or call is None:
         return Choice("parts", f"there is no fused kernel for {device} tensors")
-    return _FUSED
+    return Choice(*_fastest(*call))
+
+
+@constant
+def _fastest(*described: Any) -> tuple[str, str]:
+    """Name and reason of the choice for a call, in plain words: the compiler takes no others."""
+    choice = _layers.get(described)
+    if choice is None:
+        times = layer_times.times(LayerCall(*described))
+        if "triton" not in BACKENDS:
+            times.pop("grouped_pointwise", None)
+        said = ", ".join(f"{name} {time:.0f} µs" for name, time in times.items())
+        best = min(times, key=lambda name: times[name])
+        choice = _layers[described] = best, f"the fastest as predicted for an H200: {said}"
+    return choice
 
 
 def serving(operation: str, input: Tensor, series: Series, geometry: Geometry) -> ModuleType:
@@ -147,30 +171,57 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def use_fused(fused: bool) -> Iterator[None]:
-    """Run whole layers in one pass where there is a kernel for it (the default), or always as three
-    convolutions, process-wide, while the context lasts. ``GROSS_KERNELS_FUSED`` (0 or 1) sets it
-    from outside.
+    """Run whole layers in one pass where there is a kernel for it, and otherwise in the way that is
+    predicted to be fastest (the default), or always as three convolutions, process-wide, while the
+    context lasts. ``GROSS_KERNELS_FUSED`` (0 or 1) sets it from outside.
 
     Raises:
         TypeError: if ``fused`` is no bool.
     """
-    global _fused
-    before = _fused
-    _fused = check_flag("fused", fused)
+    with _forced_way(None if check_flag("fused", fused) else "parts"):
+        yield
+
+
+@contextmanager
+def use_layer(way: str) -> Iterator[None]:
+    """Run whole layers in one way, process-wide, while the context lasts. ``GROSS_KERNELS_LAYER``
+    sets it from outside.
+
+    Args:
+        way: "parts", three convolutions, or "merged", the dense convolution that is their product,
+            on every device; or "grouped_pointwise", a pointwise convolution and then one kernel
+            where Triton has it, for calls without gradients: others run as "parts".
+
+    Raises:
+        ValueError: for another way.
+    """
+    with _forced_way(check_one_of("way", way, WAYS)):
+        yield
+
+
+@contextmanager
+def _forced_way(way: str | None) -> Iterator[None]:
+    global _way
+    before = _way
+    _way = way
     try:
         yield
     finally:
-        _fused = before
+        _way = before
 
 
-def _fused_from_environment() -> bool:
-    value = os.environ.get("GROSS_KERNELS_FUSED") or "1"
-    if value not in ("0", "1"):
-        raise ValueError(f"GROSS_KERNELS_FUSED: got {value!r}, accepted are 0 and 1")
-    return value == "1"
+def _way_from_environment() -> str | None:
+    fused = os.environ.get("GROSS_KERNELS_FUSED") or "1"
+    if fused not in ("0", "1"):
+        raise ValueError(f"GROSS_KERNELS_FUSED: got {fused!r}, accepted are 0 and 1")
+    way = os.environ.get("GROSS_KERNELS_LAYER")
+    if way:
+        return check_one_of("GROSS_KERNELS_LAYER", way, WAYS)
+    return None if fused == "1" else "parts"
 
 
-_fused = _fused_from_environment()
+_way = _way_from_environment()
+_layers: dict[tuple, tuple[str, str]] = {}
 _serving: dict[tuple, ModuleType] = {}
 _forced: str | None = None
 if os.environ.get("GROSS_KERNELS_BACKEND"):

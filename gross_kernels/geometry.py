@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 
 #: Rows and columns.
 Pair = Sequence[int]
+COUNTED = {2: "a pair", 3: "a triple"}
 
 
 class Geometry(NamedTuple):
-    """Stride, padding and dilation, each for rows and columns; ``padding`` is what is added on each
-    side. The operators take it flat, as ``*geometry``."""
+    """Stride, padding and dilation, each for rows and columns (or depth, rows and columns);
+    ``padding`` is what is added on each side. The operators take it flat, as ``*geometry``."""
 
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
@@ -41,13 +42,13 @@ class Geometry(NamedTuple):
             ValueError: if it is.
         """
         _, padding, dilation = self
-        for axis in (0, 1):
+        for axis, name in enumerate("DHW"[-len(kernel_size) :]):
             size = input_size[axis] + 2 * padding[axis]
             extent = dilation[axis] * (kernel_size[axis] - 1) + 1
             if size < extent:
                 raise ValueError(
                     f"kernel_size: got {kernel_size[axis]} (dilated: {extent}) along "
-                    f"{'HW'[axis]}, accepted is at most the padded input size {size}"
+                    f"{name}, accepted is at most the padded input size {size}"
                 )
 
 
@@ -117,29 +118,40 @@ def pair(name: str, value: int | Sequence[int], least: int = 1) -> tuple[int, in
     """
     if type(value) is int and value >= least:
         return value, value
+    first, second = several(name, value, 2, least)
+    return first, second
+
+
+def several(name: str, value: int | Sequence[int], count: int, least: int = 1) -> tuple[int, ...]:
+    """An int, or so many of them, as ``count`` ints. Raises as :func:`pair`."""
     values = (
         tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     )
-    accepted = "an int or a pair of ints"
+    accepted = "an int" + ("" if count == 1 else f" or {COUNTED[count]} of ints")
     try:
         values = tuple([integer(name, each) for each in values])
     except TypeError:
         raise TypeError(f"{name}: got {value!r}, accepted is {accepted}") from None
     if len(values) == 1:
-        values *= 2
-    if len(values) != 2 or any(each < least for each in values):
+        values *= count
+    if len(values) != count or any(each < least for each in values):
         raise ValueError(f"{name}: got {value!r}, accepted is {accepted} of at least {least}")
     return values
 
 
-def check_padding(padding: int | Pair | str, stride: Pair) -> tuple[int, int] | str:
-    """A padding in numbers as a pair, or the word that it is; "same" needs stride 1, as in
-    torch."""
+@overload
+def check_padding(padding: int | Pair | str, stride: tuple[int, int]) -> tuple[int, int] | str: ...
+@overload
+def check_padding(padding: int | Pair | str, stride: Pair) -> tuple[int, ...] | str: ...
+def check_padding(padding: int | Pair | str, stride: Pair) -> tuple[int, ...] | str:
+    """A padding in numbers as one for each axis of ``stride``, or the word that it is; "same" needs
+    stride 1, as in torch."""
     if not isinstance(padding, str):
-        return pair("padding", padding, least=0)
+        return several("padding", padding, len(stride), least=0)
     if padding not in ("valid", "same"):
         raise ValueError(
-            f"padding: got {padding!r}, accepted are 'valid', 'same', an int or a pair of ints"
+            f"padding: got {padding!r}, accepted are 'valid', 'same', an int or "
+            f"{COUNTED[len(stride)]} of ints"
         )
     if padding == "same" and any(s != 1 for s in stride):
         raise ValueError(f"padding: got 'same' with stride {tuple(stride)}, accepted is stride 1")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import bottleneck, dispatch
+from . import bottleneck, dispatch, grouped_pointwise
 from .bottleneck import Weights
 from .call import memory_format
 from .checks import (
@@ -39,7 +39,8 @@ from .geometry import (
     pair,
     same_padding,
 )
-from .library import call, clock, recomputed
+from .layer_times import LayerCall, multiplied
+from .library import call, clock, recomputed, transformed
 from .packing import Packed
 from .series import (
     MAX_TERMS,
@@ -52,6 +53,8 @@ from .series import (
 )
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+#: Images and size of a large map.
+LARGE: tuple[int, tuple[int, ...]] = (64, (56, 56))
 #: How many changes of a layer's size lie between a forward pass and its recomputation at most.
 REMEMBERED = 256
 
@@ -352,7 +355,9 @@ class GroSSConv2d(_SeriesModule):
 
     On the CPU the layer runs in one pass (``gross::bottleneck``) unless ``GROSS_KERNELS_FUSED=0``,
     or ``padding_mode`` is not "zeros" and more than triples the map's pixels; :meth:`pack` makes
-    inference with small batches faster still.
+    inference with small batches faster still. On a GPU it runs as three convolutions, without
+    gradients with the last two in one kernel, or as the dense one that it amounts to, whichever is
+    predicted to be fastest (:meth:`explain`).
 
     Shape:
         input ``[N, C_in, H, W]`` or ``[C_in, H, W]``, output ``[N, C_out, H', W']``, in the input's
@@ -528,35 +533,72 @@ class GroSSConv2d(_SeriesModule):
             output, _ = bottleneck.parts(padded, weights, geometry, self.relu, self._pad)
         elif packed is not None and packed.serves(padded, weights):
             output = packed(padded, self.kernel_size, geometry, self.relu)
-        elif dispatch.choose_layer(input.device.type).name == "fused":
-            output, _ = call(
-                torch.ops.gross.bottleneck.default,
-                padded,
-                *weights,
-                *geometry,
-                self.relu,
-                self._keeps_inner(),
-            )
         else:
-            output, _ = bottleneck.parts(padded, weights, geometry, self.relu)
+            way = self._way(padded, geometry)
+            if way == "fused":
+                output, _ = call(
+                    torch.ops.gross.bottleneck.default,
+                    padded,
+                    *weights,
+                    *geometry,
+                    self.relu,
+                    self._keeps_inner(),
+                )
+            elif way == "merged":
+                output = bottleneck.merged(padded, weights, geometry, self.relu)
+            elif way == "grouped_pointwise" and not (torch.is_grad_enabled() or transformed()):
+                output = grouped_pointwise.layer(padded, weights, geometry, self.relu)
+            else:
+                output, _ = bottleneck.parts(padded, weights, geometry, self.relu)
         return output if input.dim() == 4 else output.squeeze(0)
+
+    def _way(self, input: Tensor, geometry: Geometry) -> str:
+        """How this call runs, by :func:`dispatch.choose_layer`."""
+        device = input.device.type
+        if device != "cuda":
+            return dispatch.choose_layer(device).name
+        if torch.compiler.is_compiling():
+            # One graph for maps and groups of all sizes: what is faster on large maps, where groups
+            # of up to 16 take the same time.
+            (images, size), group_size = LARGE, min(16, self.group_sizes[-1])
+        else:
+            images, size = input.shape[0], tuple(input.shape[2:])
+            group_size = self.group_size
+        output = geometry.output_size(size, self.kernel_size)
+        autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
+        return dispatch.choose_layer(
+            device, self._described(images, size, output, group_size, dtype)
+        ).name
+
+    def _described(
+        self,
+        images: int,
+        size: Sequence[int],
+        output: Sequence[int],
+        group_size: int,
+        dtype: torch.dtype,
+    ) -> LayerCall:
+        return LayerCall(
+            images * math.prod(size),
+            images * math.prod(output),
+            self.in_channels,
+            *self.width,
+            self.out_channels,
+            group_size,
+            math.prod(self.kernel_size),
+            dtype.itemsize,
+            multiplied(dtype),
+            torch.is_grad_enabled(),
+        )
 
     @property
     def weight(self) -> Tensor:
         """The dense kernel ``[C_out, C_in, kh, kw]`` that the layer amounts to at the active group
         size, ``Q_n · R_n · P_n``: computed when it is read, differentiable, not to be written.
         ``relu`` is not part of it."""
-        first, grouped, last, _, active, _ = self._weights(None)
-        width_in, _ = self.width
-        p, q = (series_sum(terms, active, None).flatten(1) for terms in (first, last))
-        r = sum_terms(Series(grouped, int(active)), width_in)
-        groups = width_in // r.shape[1]
-        return torch.einsum(
-            "ogm,gmkhw,gkc->ochw",
-            q.unflatten(1, (groups, -1)),
-            r.unflatten(0, (groups, -1)),
-            p.unflatten(0, (groups, -1)),
-        )
+        weights = self._weights(None)
+        return bottleneck.merged_kernel(weights).to(weights.pointwise_in[0].dtype)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -579,16 +621,35 @@ class GroSSConv2d(_SeriesModule):
         # channels on.
         return self.in_channels >= 128 and torch.is_grad_enabled()
 
-    def explain(self, device: torch.device | str = "cpu") -> str:
-        """One sentence: whether the layer runs in one pass on ``device`` or as three convolutions,
-        and why. "packed" is said of a packed layer; its packed weights serve calls without
-        gradients.
+    def explain(
+        self,
+        device: torch.device | str = "cpu",
+        input_size: int | Sequence[int] = LARGE[1],
+        images: int = LARGE[0],
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """One sentence: whether the layer runs in one pass on ``device``, as three convolutions or
+        as one dense one, and why; on a GPU with the microseconds predicted for each. "packed" is
+        said of a packed layer; its packed weights serve calls without gradients.
+
+        Args:
+            device: where.
+            input_size: H and W of the input.
+            images: how many.
+            dtype: of the input; by default the parameters'.
 
         Raises:
-            TypeError, RuntimeError: if ``device`` names none.
+            TypeError, ValueError, RuntimeError: if ``device`` names none, or for other arguments
+                that do not fit.
         """
         found = check_device(device) or torch.get_default_device()
-        choice = dispatch.choose_layer(found.type)
+        images, size = integer("images", images, 1), pair("input_size", input_size)
+        first = self.grouped[0]
+        if dtype is not None:
+            check_input_dtype(dtype, first.dtype, found.type, "dtype")
+        output = self._output_size(size)
+        described = self._described(images, size, output, self.group_size, dtype or first.dtype)
+        choice = dispatch.choose_layer(found.type, described)
         packed = ", packed" if choice.name == "fused" and self._packed is not None else ""
         return f"{choice.name}{packed}: {choice.reason}"
 

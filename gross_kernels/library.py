@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,16 @@ def call(operator: Operator, *args: Any) -> Any:
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def constant(function: FunctionT) -> FunctionT:
+    """Mark a function whose result a compiled graph may keep:
+    ``torch.compiler.assume_constant_result``, which would import the compiler, for seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def transformed() -> bool:

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import ops
+from .epilogue import ACTIVATIONS, Epilogue
 from .geometry import Geometry
+from .grouped_pointwise import grouped_pointwise
 from .series import convolution_macs
 
 KINDS = ("layer", "convolution", "linear", "max_pool", "mean_pool", "mean", "quantise")
-ACTIVATIONS = ("none", "relu", "prelu", "relu6", "silu")
 
 _library = torch.library.Library("gross", "FRAGMENT")
 for _schema in (
@@ -187,27 +188,28 @@ def run(inputs: Sequence[Tensor], program: Tensor, text: str) -> list[Tensor]:
 
 
 def define(inputs: Sequence[Tensor], weights: Sequence[Tensor], steps: Steps) -> list[Tensor]:
-    """What :func:`run` returns, in PyTorch's own operators."""
+    """What :func:`run` returns, in PyTorch's own operators; on a GPU the last two convolutions of a
+    layer are one kernel unless there are gradients."""
     values = list(inputs)
+    differentiable = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (*inputs, *weights)
+    )
 
-    def read(index: int) -> Tensor:
-        held = steps.held(index)
-        return values[index] if held is None else held.value(values[index])
+    def read(index: int) -> Tensor | None:
+        held = steps.held(index) if index >= 0 else None
+        value = values[index] if index >= 0 else None
+        return value if held is None or value is None else held.value(value)
 
     for step in steps.steps:
-        held = steps.held(step.source)
+        bias, slopes = (weights[i] if i >= 0 else None for i in (step.bias, step.slopes))
+        epilogue = Epilogue(bias, read(step.residual), step.activation, slopes, step.residual_last)
+        held, source = steps.held(step.source), values[step.source]
         if held is not None and step.weights >= 0:
-            value = _sum_of_integers(step, values[step.source], held, weights)
+            value = epilogue.of(_sum_of_integers(step, source, held, weights))
+        elif step.kind == "layer" and source.is_cuda and not differentiable:
+            value = _in_two(step, source, weights, epilogue)
         else:
-            value = _sum(step, read(step.source), weights)
-        if step.bias >= 0:
-            value = value + _per_channel(weights[step.bias], value)
-        residual = read(step.residual) if step.residual >= 0 else None
-        if residual is not None and not step.residual_last:
-            value = value + residual
-        value = _activated(step, value, weights)
-        if residual is not None and step.residual_last:
-            value = value + residual
+            value = epilogue.of(_sum(step, source if held is None else held.value(source), weights))
         target = steps.held(len(values))
         values.append(value if target is None else target.quantise(value))
     return [values[i] for i in steps.returned]
@@ -241,6 +243,15 @@ def _sum(step: Step, source: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return F.conv2d(F.conv2d(F.conv2d(source, first), middle, None, *geometry), last)
 
 
+def _in_two(step: Step, source: Tensor, weights: Sequence[Tensor], epilogue: Epilogue) -> Tensor:
+    """A layer whose last two convolutions, and what follows, are one kernel."""
+    p, r, q = weights[step.weights : step.weights + 3]
+    geometry = Geometry(step.stride, step.padding, step.dilation)
+    one = torch.tensor(1, dtype=torch.int64, device="cpu")
+    inner = F.conv2d(source, p.to(source.dtype))
+    return grouped_pointwise(inner, [r], [q], one, None, geometry, epilogue)
+
+
 def _sum_of_integers(
     step: Step, source: Tensor, held: Quantised, weights: Sequence[Tensor]
 ) -> Tensor:
@@ -259,18 +270,6 @@ def _sum_of_integers(
     r = (r / _per_channel(scales[1], r)).round().nan_to_num(-127).clamp(-127, 127)
     total = F.conv2d(r.double(), last.double()).float()
     return total * _per_channel(scales[2], total)
-
-
-def _activated(step: Step, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    if step.activation == "relu":
-        return F.relu(value)
-    if step.activation == "relu6":
-        return F.relu6(value)
-    if step.activation == "silu":
-        return F.silu(value)
-    if step.activation == "prelu":
-        return F.prelu(value, weights[step.slopes].to(value.dtype))
-    return value
 
 
 class Program(nn.Module):

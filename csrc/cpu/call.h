@@ -164,6 +164,20 @@ struct Pooling {
   const Threads& threads;
 };
 
+// Along one axis, what position t of a target is the sum of: the source's positions (t · stride +
+// offset + k · step) / spread for k < window, as far as there are such.
+struct Axis {
+  int64_t window, step, stride, offset, spread;
+};
+
+// Sums over windows of channels, rows and columns; channels are counted within each of `groups`.
+struct SumPooling {
+  const Image &source, &target;
+  int64_t images, groups;
+  Axis channels, rows, columns;
+  const Threads& threads;
+};
+
 // The gradients of a layer from `grad`, its output's. `inner` has data where the first pointwise
 // convolution's output was kept, `output` where relu cut it off.
 struct LayerBackward {
@@ -193,6 +207,7 @@ struct Kernels {
   void (*layer_backward)(Type type, const LayerBackward& call);
   // Σ gate_i t_i of terms of `count` elements each, in their type.
   void (*sum)(const Series& series, int64_t count, void* output, const Threads& threads);
+  void (*sum_pool)(Type type, const SumPooling& call);
 };
 
 extern const Kernels portable_kernels;

@@ -9,6 +9,7 @@
 #include "in_place.h"
 #include "pool.h"
 #include "prepared.h"
+#include "sum_pool.h"
 #include "weight_grad.h"
 
 namespace gross::cpu::GROSS_ISA {
@@ -140,6 +141,13 @@ inline void sum_entry(const Series& series, int64_t count, void* output, const T
   });
 }
 
+inline void sum_pool_entry(Type type, const SumPooling& call) {
+  with_type(type, [&](auto s) {
+    using S = decltype(s);
+    sum_pool<Sum<S>, S>(call);
+  });
+}
+
 // The kernels of a unit; with pairs where its processors multiply pairs of bfloat16 numbers, with
 // one instruction for four products of 8 bits where they have that.
 template <Product product = Product::numbers, Dot best = Dot::narrow>
@@ -156,7 +164,8 @@ constexpr Kernels kernels_of(const char* name) {
           convolve_packed_entry<best>,
           pool_entry,
           layer_backward_entry,
-          sum_entry};
+          sum_entry,
+          sum_pool_entry};
 }
 
 }  // namespace gross::cpu::GROSS_ISA

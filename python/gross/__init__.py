@@ -1,7 +1,7 @@
 """GroSS: train every grouped-convolution architecture of a network at once, and find the best one
 under a budget."""
 
-from . import data, networks
+from . import data, networks, structured
 from .architecture_search import Budget, SearchResult, search
 from .decomposition import decompose
 from .deployment import export, load_program
@@ -34,5 +34,6 @@ __all__ = [
     "save",
     "search",
     "set_configuration",
+    "structured",
     "train",
 ]

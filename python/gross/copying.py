@@ -11,8 +11,12 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-#: What torch itself sets on a convolution, and on any module.
-TORCH_ATTRIBUTES = {*vars(nn.Conv2d(1, 1, 1, device="meta")), "_compiled_call_impl"}
+#: What torch itself sets on a convolution or a linear layer, and on any module.
+TORCH_ATTRIBUTES = {
+    *vars(nn.Conv2d(1, 1, 1, device="meta")),
+    *vars(nn.Linear(1, 1, device="meta")),
+    "_compiled_call_impl",
+}
 #: What a copy makes of a tensor, given those that are copied already.
 CopyTensor = Callable[[Tensor, dict[int, Any]], Tensor]
 

@@ -9,6 +9,8 @@ The counting rule, which reproduces the papers' tables:
 - biases of linear layers, activations, pooling and the sums of a series count nothing;
 - of a decomposed layer, the first pointwise convolution counts at the input's resolution, the
   grouped and the last pointwise one at the output's;
+- of a structured layer the small convolution counts, and its sum-pooling, as all pooling, nothing;
+  ``gross.structured`` reports additions and multiplications apart;
 - where a decomposed layer pads with other values than zeros, its first pointwise runs, and counts,
   on the padded map, unless that has more than three times the pixels.
 
@@ -27,7 +29,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from gross_kernels import GroSSConv2d, SeriesConv2d
+from gross_kernels import (
+    GroSSConv2d,
+    SeriesConv2d,
+    StructuredConv2d,
+    StructuredConv3d,
+    StructuredLinear,
+)
 from gross_kernels.geometry import first_size
 from gross_kernels.program import Program
 from gross_kernels.series import convolution_macs
@@ -41,7 +49,17 @@ from .supernet import Configuration, check_configuration, decomposed_layers
 if TYPE_CHECKING:
     from rich.table import Table
 
-COUNTED = (GroSSConv2d, SeriesConv2d, _ConvNd, nn.Linear, _BatchNorm, Program)
+COUNTED = (
+    GroSSConv2d,
+    SeriesConv2d,
+    StructuredConv2d,
+    StructuredConv3d,
+    StructuredLinear,
+    _ConvNd,
+    nn.Linear,
+    _BatchNorm,
+    Program,
+)
 
 
 @dataclass(frozen=True)
@@ -300,9 +318,11 @@ def _add_call(
 
 def _pixels(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int, int]:
     """Spatial positions of a convolution's input and output, of all images."""
-    if isinstance(layer, nn.Linear | _BatchNorm):
+    if isinstance(layer, nn.Linear | StructuredLinear | _BatchNorm):
         return 0, 0
-    assert isinstance(layer, GroSSConv2d | SeriesConv2d | _ConvNd)
+    assert isinstance(
+        layer, GroSSConv2d | SeriesConv2d | StructuredConv2d | StructuredConv3d | _ConvNd
+    )
     pixels = input.numel() // layer.in_channels
     if isinstance(layer, nn.Conv2d) and pixels:
         left, right, top, bottom = layer._reversed_padding_repeated_twice
@@ -329,7 +349,9 @@ def _macs_of_call(layer: nn.Module, input: Tensor, output: Tensor) -> tuple[int,
         return 2 * elements, 0
     if isinstance(layer, nn.Linear):
         return elements * layer.in_features, 0
-    assert isinstance(layer, _ConvNd)
+    if isinstance(layer, StructuredLinear):
+        return elements * layer.weight.shape[1], 0
+    assert isinstance(layer, StructuredConv2d | StructuredConv3d | _ConvNd)
     bias = elements if layer.bias is not None else 0
     # A transposed convolution spreads each input element over the outputs, where a convolution
     # gathers each output from the inputs.

@@ -1,4 +1,5 @@
-"""Supernets on disk: a safetensors file whose header carries a JSON description.
+"""Supernets, and networks with structured layers, on disk: a safetensors file whose header carries
+a JSON description.
 
 One file, so that weights and description cannot part and both are replaced at once. The description
 has the architecture where it is one of the paper's networks, the geometry, group sizes and width of
@@ -28,6 +29,9 @@ from .arguments import check_module, check_path, check_type
 from .copying import copy_model, plain_name, unwrapped
 from .decomposition import Decomposition, decompose
 from .decomposition.convert import Convert
+from .structured import StructuredDecomposition
+from .structured import decompose as structure
+from .structured.plan import structured_layers
 from .supernet import Configuration, configuration, decomposed_layers, set_configuration
 
 #: The description's key in the header of the file.
@@ -66,6 +70,9 @@ class Description:
         shared: tensors stored under another name, because the model has them under several.
         decomposition: the report of ``gross.decompose``, if the model has one.
         provenance: time, versions, and what the user added.
+        structured: ``(c, n, …)`` of each structured layer, by qualified name in network order.
+        structured_decomposition: the report of ``gross.structured.decompose``, if the model has
+            one.
     """
 
     network: tuple[str, int] | None
@@ -74,6 +81,8 @@ class Description:
     shared: dict[str, str]
     decomposition: Decomposition | None
     provenance: dict[str, Any]
+    structured: dict[str, tuple[int, ...]]
+    structured_decomposition: StructuredDecomposition | None
 
     def to_json(self) -> str:
         """The description as JSON. Raises TypeError if the provenance holds what JSON cannot."""
@@ -98,6 +107,8 @@ class Description:
         if content.get("format") != FORMAT:
             raise ValueError(f"got format {content.get('format')!r}, accepted is {FORMAT}")
         del content["format"]
+        # Files from before there were structured layers have none.
+        content = {"structured": {}, "structured_decomposition": None, **content}
         description: Description = _restored(cls, content, "description")
         return description
 
@@ -105,18 +116,18 @@ class Description:
 def save(
     model: nn.Module, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Save a supernet as one safetensors file with a JSON description in its header. An existing
-    file is replaced at once.
+    """Save a supernet, or a network with structured layers, as one safetensors file with a JSON
+    description in its header. An existing file is replaced at once.
 
     Args:
-        model: a network with decomposed layers. Whether it is one of the paper's networks is found
-            out, also when its number of classes or its group sizes are others.
+        model: a network with decomposed or structured layers. Whether it is one of the paper's
+            networks is found out, also when its number of classes or its group sizes are others.
         path: the file to write, by custom ``.safetensors``; its folder must exist.
         provenance: what else the description shall say: anything that JSON can.
 
     Raises:
         TypeError: for an argument of another type, or a provenance that JSON cannot hold.
-        ValueError: if the model has no decomposed layer, or its state is not all tensors with
+        ValueError: if the model has no such layer, or its state is not all tensors with
             values.
         FileNotFoundError: if the folder does not exist.
     """
@@ -125,10 +136,11 @@ def save(
         check_type("provenance", provenance, Mapping, "a mapping from names to values")
     model = unwrapped(check_module("model", model))
     layers = decomposed_layers(model)
-    if not layers:
+    structured = structured_layers(model)
+    if not layers and not structured:
         raise ValueError(
             f"model: got {type(model).__name__} without decomposed layers, accepted is what "
-            "gross.decompose returns"
+            "gross.decompose or gross.structured.decompose returns"
         )
     state = {plain_name(name): value for name, value in model.state_dict().items()}
     for name, value in state.items():
@@ -158,6 +170,8 @@ def save(
             "torch": str(torch.__version__),
             **(provenance or {}),
         },
+        {name: layer.structure for name, layer in structured.items()},
+        vars(model).get("structured_report"),
     )
     tensors = {name: state[name] for name, first in stored.items() if name == first}
     # Views of one memory that are not the same tensor (buffers cut out of another) become tensors
@@ -202,9 +216,10 @@ def load(
     description = describe(path)
     try:
         if model is not None:
-            supernet = _restructure(model, description.layers, convert)
+            supernet = _restructure(model, description.layers, description.structured, convert)
         elif description.network is not None:
-            supernet = _restructure(_empty(*description.network), description.layers)
+            empty = _empty(*description.network)
+            supernet = _restructure(empty, description.layers, description.structured)
         else:
             raise ValueError(
                 "gross.networks.build does not know its network; needed is model, as it was before "
@@ -217,6 +232,8 @@ def load(
     except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     vars(supernet)["decomposition_report"] = description.decomposition
+    if description.structured:
+        vars(supernet)["structured_report"] = description.structured_decomposition
     return supernet
 
 
@@ -255,10 +272,13 @@ def _structure(layer: GroSSConv2d) -> LayerStructure:
 
 
 def _restructure(
-    model: nn.Module, layers: Mapping[str, LayerStructure], convert: Convert | None = None
+    model: nn.Module,
+    layers: Mapping[str, LayerStructure],
+    structured: Mapping[str, tuple[int, ...]],
+    convert: Convert | None = None,
 ) -> nn.Module:
-    """A copy of ``model`` with these decomposed layers; those that it has already must have the
-    same structure."""
+    """A copy of ``model`` with these decomposed and structured layers; those that it has already
+    must have the same structure."""
     present = decomposed_layers(model)
     new = {name: layer for name, layer in layers.items() if name not in present}
     if new:
@@ -277,7 +297,16 @@ def _restructure(
             raise ValueError(
                 f"layer {name!r} is {_structure(layer)}, and {layers.get(name)} in the file"
             )
-    return model
+    present_structures = {n: layer.structure for n, layer in structured_layers(model).items()}
+    for name, given in present_structures.items():
+        if given != structured.get(name):
+            raise ValueError(f"layer {name!r} is {given}, and {structured.get(name)} in the file")
+    missing: Any = {
+        name: (c, tuple(n)) if n else c
+        for name, (c, *n) in structured.items()
+        if name not in present_structures
+    }
+    return structure(model, missing, quiet=True) if missing else model
 
 
 def _empty(name: str, num_classes: int) -> nn.Module:
@@ -293,12 +322,13 @@ def _recognise(model: nn.Module) -> tuple[str, int] | None:
     arguments included."""
     classifiers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     layers = {name: _structure(layer) for name, layer in decomposed_layers(model).items()}
+    structured = {name: layer.structure for name, layer in structured_layers(model).items()}
     for name, network in networks.NETWORKS.items():
         if not classifiers or network.dense is not None:
             continue
         num_classes = classifiers[-1].out_features
         try:
-            candidate = _restructure(_empty(name, num_classes), layers)
+            candidate = _restructure(_empty(name, num_classes), layers, structured)
         except ValueError:
             continue
         set_configuration(candidate, configuration(model))

@@ -154,6 +154,24 @@ def test_networks_show_time_beside_macs() -> None:
     assert row[3:] == ["2.0", "4.00", "2.00 (1.50 to 2.50)", "0.50", "1.25", "0.50"]
 
 
+def test_structured_layers_show_counts_beside_times() -> None:
+    """Catches ratios turned round, and packed layers compared with those that are not."""
+    ratios = {"dense": 2.0, "convolution": 0.75, "dense packed": 3.0, "ours packed": 1.5}
+    more = {"additions": 10**9, "dense_additions": 3 * 10**9}
+    summary = report.summary(
+        [
+            entry("structured", "inference", "64@56", "64 2", ratios, **more),
+            entry("structured", "training", "64@56", "64 2", {"dense": 1.5}, **more),
+        ]
+    )
+    inference = table(summary, "Structured, inference, float32 channels_last")
+    assert cells(inference, "64@56", "64 2")[2:] == [
+        "16", "2", "4.00", "3.00", "2.00 (1.50 to 2.50)", "2.00", "25%"
+    ]  # fmt: skip
+    training = table(summary, "Structured, training, float32 channels_last")
+    assert cells(training, "64@56", "64 2")[6:] == ["1.50 (1.00 to 2.00)", "", ""]
+
+
 def test_machine_is_named() -> None:
     """Catches a table that nobody can place, and page faults in the times that nobody is told
     of."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import windows
 from accuracy import Target, assert_accurate
 from case import Case
 from larger import DEVICE, LARGER, TYPICAL
@@ -94,3 +95,31 @@ def test_autotuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("forward", "weight_grad"):
         importlib.import_module(f"gross_kernels.backends.triton.{name}")._plans.clear()
     assert_accurate(target().run(case, *arguments), case, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_over_windows(channels_last: bool, dtype: torch.dtype) -> None:
+    """Catches sums that the compiler gets wrong, and a dtype that no kernel serves: float64 goes by
+    the definition."""
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    for shape, numbers in (
+        ((4, 64, 28, 28), ((1, 2, 2), 1, (1, 1), (1, 1), (1, 1))),
+        ((2, 96, 14, 14), ((17, 2, 3), 2, (1, 2), (1, 0), (2, 1))),
+    ):
+        input = torch.randn(shape).to(dtype).contiguous(memory_format=format)
+        wide, here = (x.requires_grad_() for x in (input.double(), input.cuda().detach()))
+        expected = windows.sum_pool(wide, windows.Windows(*numbers))
+        output = torch.ops.gross.sum_pool(here, *numbers)
+        grad = torch.randn(expected.shape).to(dtype)
+        pairs = [
+            (output, expected),
+            (
+                torch.autograd.grad(output, here, grad.cuda())[0],
+                torch.autograd.grad(expected, wide, grad.double())[0],
+            ),
+        ]
+        assert output.is_contiguous(memory_format=format)
+        for got, exact_sum in pairs:
+            bound = (1 if dtype == torch.bfloat16 else 40) * torch.finfo(dtype).eps
+            assert (got.cpu().double() - exact_sum).abs().max() <= bound * exact_sum.abs().max()

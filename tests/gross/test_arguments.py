@@ -10,7 +10,15 @@ import gross
 import numpy as np
 import pytest
 import torch
-from gross import architecture_search, decomposition, latency, networks, storage, weights
+from gross import (
+    architecture_search,
+    decomposition,
+    latency,
+    networks,
+    storage,
+    structured,
+    weights,
+)
 from gross.data import Data, Images
 from gross.decomposition import vbmf
 from gross.deployment import save_program
@@ -26,6 +34,7 @@ ROOMS = (
     "gross.macs",
     "gross.networks",
     "gross.storage",
+    "gross.structured",
     "gross.supernet",
 )
 
@@ -65,6 +74,8 @@ KERNEL = torch.ones(4, 4, 3, 3)
 #: with them.
 NEEDED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "decompose": lambda path: {"model": dense()},
+    "structured.decompose": lambda path: {"model": dense(), "structures": (None, 2)},
+    "structured.regularizer": lambda path: {"model": dense(), "structures": (None, 2)},
     "macs": lambda path: {"model": dense(), "input_size": (3, 8, 8)},
     "save": lambda path: {"model": decomposed(), "path": path / "x.safetensors"},
     "load": lambda path: {"path": saved(path), "model": dense()},
@@ -119,6 +130,8 @@ def public_functions() -> dict[str, Callable[..., Any]]:
     found["save_program"] = save_program
     found["measure"] = latency.LatencyTable.measure
     found["milliseconds"] = latency.milliseconds
+    found["structured.decompose"] = structured.decompose
+    found["structured.regularizer"] = structured.regularizer
     for module in (*MODULES, networks):
         for name in getattr(module, "__all__", vars(module)):
             value = getattr(module, name)
@@ -180,6 +193,11 @@ OUT_OF_RANGE = [
     ("decompose", "seed", 1.5),
     ("decompose", "workers", 0),
     ("decompose", "input_size", (3, -8, 8)),
+    ("structured.decompose", "skip", "1"),
+    ("structured.decompose", "skip", [3]),
+    ("structured.decompose", "input_size", (3, -8, 8)),
+    ("structured.regularizer", "weight", -1),
+    ("structured.regularizer", "weight", True),
     ("macs", "input_size", None),
     ("macs", "input_size", "388"),
     ("macs", "configuration", (1, 2)),

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 
 import gross_kernels
 from gross_kernels import (
+    CompositeBasis,
     GroSSConv2d,
     SeriesConv2d,
+    StructuredBasis,
+    StructuredConv2d,
+    StructuredConv3d,
+    StructuredLinear,
     dispatch,
     expand,
     explain,
@@ -21,6 +26,7 @@ from gross_kernels import (
     series_conv2d,
     use_backend,
     use_fused,
+    use_layer,
 )
 from gross_kernels.dispatch import BACKENDS, PREFERENCE
 from gross_kernels.series import check_group_sizes
@@ -568,13 +574,53 @@ OF_METHOD = {
     "macs": {"input_size": NUMBERS, "group_size": SIZE},
     "fold": {"group_size": SIZE},
     "pack": {"dtype": ["float32", torch.float64, torch.int64, object()]},
-    "explain": {"device": [1.5, "nowhere", [], object()]},
+    "explain": {
+        "device": [1.5, "nowhere", [], object()],
+        "input_size": NUMBERS,
+        "images": [None, 1.5, "4", True, 0, object()],
+        "dtype": ["float32", torch.float64, torch.int64, object()],
+    },
     "from_bottlenecks": {
         "conv": [None, nn.Linear(4, 4), object()],
         "bottlenecks": [None, {}, [BOTTLENECK], {2: None}, {2: BOTTLENECK[:2]}, {3: BOTTLENECK}],
     },
     "release_inactive": {},
     "reset_parameters": {},
+}
+OF_STRUCTURED = {
+    **{name: values for name, values in OF_MADE_LAYER.items() if name != "group_sizes"},
+    "groups": [None, 3, 0, 1.5, "1", True, object()],
+    "bias": [None, 1, "yes", object()],
+    "structure": [None, 2, "42", (5, 2), (4, 4), (0, 1), (1.5, 2), (4, 2, 2), (4, None), object()],
+}
+OF_BASIS = {
+    "compose": {"coefficients": [*TENSORS, torch.ones(2, 3), torch.ones(2).int()]},
+    **{name: {"weight": [*TENSORS, torch.ones(2, 3)]} for name in ("project", "residual")},
+    "operations": {"out_channels": [None, 0, 1.5, "1", True], "positions": [None, -1, 1.5, "1"]},
+}
+OF_ANY_STRUCTURED = {
+    "dense_weight": {},
+    "to_dense": {},
+    "reset_parameters": {},
+    "forward": {"input": [*TENSORS, torch.ones(2), torch.ones(3, 3, 3, 3)]},
+}
+OF_STRUCTURED_METHOD = {
+    "Conv2d": {
+        "fold": {"kernels": [None, 1, "yes"]},
+        "from_dense": {"module": [None, nn.Linear(4, 4)], "structure": OF_STRUCTURED["structure"]},
+        "operations": {"input_size": NUMBERS},
+        **OF_ANY_STRUCTURED,
+    },
+    "Conv3d": {
+        "from_dense": {"module": [None, nn.Linear(4, 4)], "structure": OF_STRUCTURED["structure"]},
+        "operations": {"input_size": [None, 1.5, "3", True, 0, [1, 2], object()]},
+        **OF_ANY_STRUCTURED,
+    },
+    "Linear": {
+        "from_dense": {"module": [None, nn.Conv2d(4, 4, 3)], "structure": [None, 0, 5, 1.5, "2"]},
+        "operations": {},
+        **OF_ANY_STRUCTURED,
+    },
 }
 #: By entry and argument: values of a wrong type, and such as are no good.
 WRONG: dict[str, dict[str, list[object]]] = {
@@ -591,6 +637,7 @@ WRONG: dict[str, dict[str, list[object]]] = {
     },
     "use_backend": {"name": [None, 1, "triton-x", [], object()]},
     "use_fused": {"fused": [None, 1, "0", object()]},
+    "use_layer": {"way": [None, 1, "fused", [], object()]},
     "SeriesConv2d": OF_MADE_LAYER,
     "GroSSConv2d": OF_MADE_LAYER
     | {
@@ -603,6 +650,29 @@ WRONG: dict[str, dict[str, list[object]]] = {
     **{f"GroSSConv2d.{name}": values for name, values in OF_METHOD.items()},
     "SeriesConv2d.release_inactive": {},
     "SeriesConv2d.reset_parameters": {},
+    "CompositeBasis": {"patterns": [None, [[1]], torch.ones(3), torch.full((1, 2), 0.5)]},
+    "StructuredBasis": {
+        "size": [None, 4, "4", (0,), (1.5,), ()],
+        "structure": [None, 2, "2", (0,), (5,), (1.5,), (2, 2)],
+    },
+    "StructuredConv2d": OF_STRUCTURED,
+    "StructuredConv3d": OF_STRUCTURED
+    | {name: [None, 1.5, "3", True, -1, [1, 2], object()] for name in OF_CONVOLUTION},
+    "StructuredLinear": {
+        **{f"{which}_features": OF_MADE_LAYER["in_channels"] for which in ("in", "out")},
+        **{name: OF_STRUCTURED[name] for name in ("bias", "device", "dtype")},
+        "structure": [None, 0, 5, 1.5, "2", (2, 2), object()],
+    },
+    **{
+        f"{basis}.{name}": values
+        for basis in ("CompositeBasis", "StructuredBasis")
+        for name, values in OF_BASIS.items()
+    },
+    **{
+        f"Structured{kind}.{name}": values
+        for kind in ("Conv2d", "Conv3d", "Linear")
+        for name, values in OF_STRUCTURED_METHOD[kind].items()
+    },
 }
 RIGHT: dict[str, dict[str, object]] = {
     "series_conv2d": {"input": INPUT, "terms": TERMS},
@@ -611,9 +681,41 @@ RIGHT: dict[str, dict[str, object]] = {
     "pack": {"network": GroSSConv2d(4, 4, 3).eval()},
     "GroSSConv2d": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
     "SeriesConv2d": {"in_channels": 4, "out_channels": 4, "kernel_size": 3},
+    "CompositeBasis": {"patterns": torch.ones(1, 4)},
+    "StructuredBasis": {"size": (4,), "structure": (2,)},
+    "CompositeBasis.compose": {"coefficients": torch.ones(1)},
+    "StructuredBasis.compose": {"coefficients": torch.ones(2)},
+    ".project": {"weight": torch.ones(4)},
+    ".residual": {"weight": torch.ones(4)},
+    "CompositeBasis.operations": {"out_channels": 1, "positions": 1},
+    "StructuredBasis.operations": {"out_channels": 1, "positions": 1},
+    **{
+        f"StructuredConv{n}d": {
+            "in_channels": 4,
+            "out_channels": 4,
+            "kernel_size": 3,
+            "structure": (4, 2),
+        }
+        for n in (2, 3)
+    },
+    "StructuredLinear": {"in_features": 4, "out_features": 4, "structure": 2},
+    "StructuredConv2d.operations": {"input_size": 8},
+    "StructuredConv3d.operations": {"input_size": 8},
+    "StructuredConv2d.from_dense": {"module": CONV, "structure": (4, 2)},
+    "StructuredConv3d.from_dense": {"module": nn.Conv3d(4, 4, 3), "structure": (4, 2)},
+    "StructuredLinear.from_dense": {"module": nn.Linear(4, 4), "structure": 2},
+    "StructuredConv3d.forward": {"input": torch.randn(1, 4, 6, 6, 6)},
+    "StructuredLinear.forward": {"input": torch.randn(2, 4)},
     ".forward": {"input": INPUT},
     ".macs": {"input_size": 8},
     ".from_bottlenecks": {"conv": CONV, "bottlenecks": {2: BOTTLENECK}},
+}
+MADE: dict[str, Callable] = {
+    "CompositeBasis": lambda: CompositeBasis(torch.ones(1, 4)),
+    "StructuredBasis": lambda: StructuredBasis((4,), (2,)),
+    "StructuredConv2d": lambda: StructuredConv2d(4, 4, 3, structure=(4, 2)),
+    "StructuredConv3d": lambda: StructuredConv3d(4, 4, 3, structure=(4, 2)),
+    "StructuredLinear": lambda: StructuredLinear(4, 4, structure=2),
 }
 #: What an error of one argument may speak of instead.
 OTHER_NAMES = {"in_channels": "to_group_size", "bottlenecks": "group_sizes"}
@@ -628,7 +730,8 @@ def entries() -> dict[str, Callable]:
             continue
         found[name] = entry
         if isinstance(entry, type):
-            layer = entry(4, 4, 3).eval()
+            made = MADE.get(name, lambda entry=entry: entry(4, 4, 3))()
+            layer = made.eval() if isinstance(made, nn.Module) else made
             own = {
                 n
                 for kind in entry.__mro__
@@ -659,7 +762,7 @@ def test_every_argument_is_tried() -> None:
 def enter(entry: Callable, arguments: dict[str, object]) -> object:
     """Call; a context manager is entered, too."""
     result = entry(**arguments)
-    return result.__enter__() if entry in (use_backend, use_fused) else result
+    return result.__enter__() if entry in (use_backend, use_fused, use_layer) else result
 
 
 @pytest.mark.parametrize("name", [n for n in WRONG if n.rpartition(".")[2] not in TORCHS])
@@ -667,7 +770,7 @@ def test_wrong_values_of_every_argument(name: str) -> None:
     """Catches an argument that is not checked, or whose error does not name it, what was got, and
     what is accepted."""
     entry, right = entries()[name], RIGHT.get(name, RIGHT.get(name[name.find(".") :], {}))
-    if name not in ("use_backend", "use_fused"):
+    if name not in ("use_backend", "use_fused", "use_layer"):
         enter(entry, right)
     for argument, values in WRONG[name].items():
         for value in values:

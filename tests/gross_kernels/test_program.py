@@ -528,6 +528,10 @@ STEPS = {
     "later_value": ({"source": 1}, "reads what no step before it wrote"),
     "later_residual": ({"residual": 5}, "reads what no step before it wrote"),
     "no_slopes": ({"activation": "prelu", "slopes": -1}, "got PReLU without slopes"),
+    "pooled": (
+        {"kind": "max_pool", "weights": -1, "activation": "prelu", "slopes": 0},
+        "or after a step that has no weights",
+    ),
     "kernel": ({"kernel_size": (3, 0)}, "accepted are kernel, stride and dilation of at least 1"),
     "groups": ({"group_size": 3}, "group size 3 does not nest in 20 → 40 channels"),
     "no_weight": ({"weights": 99}, "weights: got no tensor 99"),

@@ -478,6 +478,65 @@ void convolution_case() {
     compare(type, "input gradient", grad_input.at(k), expected_input[k], where);
 }
 
+// Sums over windows of channels, rows and columns, and back.
+void sum_pool_case() {
+  const Type types[] = {Type::float32, Type::float64, Type::bfloat16};
+  const Type type = types[pick(0, 2)];
+  const int64_t groups = pick(1, 3), deep = pick(0, 1) ? 1 : pick(2, 20),
+                channels = pick(1, pick(0, 1) ? 3 : 40);
+  int64_t window[2], stride[2], padding[2], dilation[2], size[2], pooled[2];
+  for (int i = 0; i < 2; i++) {
+    window[i] = pick(1, 4), stride[i] = pick(1, 3), padding[i] = pick(0, 3),
+    dilation[i] = pick(1, 3);
+    const int64_t reach = (window[i] - 1) * dilation[i];
+    size[i] = std::max<int64_t>(1, reach + 1 - 2 * padding[i]) + pick(0, pick(0, 9) ? 12 : 300);
+    pooled[i] = (size[i] + 2 * padding[i] - reach - 1) / stride[i] + 1;
+  }
+  Tensor input(pick(1, 2), groups * (channels + deep - 1), size[0], size[1], pick(0, 1), type, 8);
+  Tensor output(input.n, groups * channels, pooled[0], pooled[1], pick(0, 1), type, 0);
+  Tensor grad(output.n, output.c, output.h, output.w, pick(0, 1), type, 8);
+  Tensor back(input.n, input.c, input.h, input.w, pick(0, 1), type, 0);
+  const auto forth = [&](int i) { return Axis{window[i], dilation[i], stride[i], -padding[i], 1}; };
+  const auto backwards = [&](int i) {
+    return Axis{window[i], dilation[i], 1, padding[i] - (window[i] - 1) * dilation[i], stride[i]};
+  };
+  tested().sum_pool(type, {input.image(), output.image(), input.n, groups, Axis{deep, 1, 1, 0, 1},
+                           forth(0), forth(1), two_threads});
+  tested().sum_pool(type, {grad.image(), back.image(), input.n, groups,
+                           Axis{deep, 1, 1, 1 - deep, 1}, backwards(0), backwards(1), two_threads});
+
+  std::ostringstream where;
+  where << input.c << "x" << input.h << "x" << input.w << " in " << groups << " groups, windows "
+        << deep << " " << window[0] << " " << window[1] << ", stride " << stride[0] << " "
+        << stride[1] << ", padding " << padding[0] << " " << padding[1] << ", dilation "
+        << dilation[0] << " " << dilation[1];
+  std::vector<double> expected_back(input.n * input.c * input.h * input.w);
+  for (int64_t n = 0; n < output.n; n++)
+    for (int64_t c = 0; c < output.c; c++)
+      for (int64_t y = 0; y < output.h; y++)
+        for (int64_t x = 0; x < output.w; x++) {
+          double sum = 0;
+          for (int64_t k = 0; k < deep; k++)
+            for (int64_t i = 0; i < window[0]; i++)
+              for (int64_t j = 0; j < window[1]; j++) {
+                const int64_t row = y * stride[0] + i * dilation[0] - padding[0],
+                              col = x * stride[1] + j * dilation[1] - padding[1],
+                              channel = c / channels * (channels + deep - 1) + c % channels + k;
+                if (row < 0 || row >= input.h || col < 0 || col >= input.w) continue;
+                const int64_t from = input.index(n, channel, row, col);
+                sum += input.at(from);
+                expected_back[from] += grad.at(grad.index(n, c, y, x));
+              }
+          compare(type, "sum", output.at(output.index(n, c, y, x)), sum, where.str());
+        }
+  for (int64_t n = 0; n < input.n; n++)
+    for (int64_t c = 0; c < input.c; c++)
+      for (int64_t y = 0; y < input.h; y++)
+        for (int64_t x = 0; x < input.w; x++)
+          compare(type, "gradient of a sum", back.at(back.index(n, c, y, x)),
+                  expected_back[input.index(n, c, y, x)], where.str());
+}
+
 // 8 bits
 // -------------------------------------------------------------------------------------------
 
@@ -772,12 +831,13 @@ int main(int count, char** named) {
     for (int i = 0; i < cases; i++) {
       convolution_case();
       layer_case();
+      sum_pool_case();
       byte_convolution_case();
       byte_layer_case();
     }
     std::printf(
-        "%s: %d convolutions and as many layers agree with plain loops, largest error %.2f of what "
-        "is allowed; as many of 8 bits are the same to the last bit\n",
+        "%s: %d convolutions, layers and sum-poolings agree with plain loops, largest error %.2f "
+        "of what is allowed; as many of 8 bits are the same to the last bit\n",
         name.c_str(), cases, worst);
     std::fflush(stdout);
     proved += " " + name;

@@ -65,12 +65,23 @@ def block_start(o, in_channels, out_channels, S: tl.constexpr):
 
 
 @triton.jit
+def to_tf32(value):
+    """float32 rounded to the nearest number that TF32 has, ties away from zero: the matrix unit
+    alone would cut it off, always towards zero."""
+    rounded = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+
+
+@triton.jit
 def assemble(
-    terms, gates, o, c, tap, inside, in_channels, out_channels,
+    terms, gates, o, c, tap, inside, in_channels, out_channels, dtype: tl.constexpr,
     SIZES: tl.constexpr, GATED: tl.constexpr, TAPS: tl.constexpr, TERMS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """``Σ gate_i Ψ(r_i)`` in float32 at output channels ``o``, input channels ``c`` and one tap;
-    zero where not ``inside``. ``o`` and ``c`` broadcast to the shape of ``inside``."""
+    """``Σ gate_i Ψ(r_i)`` as the matrix unit takes it, summed in float32, at output channels ``o``,
+    input channels ``c`` and one tap; zero where not ``inside``. ``o`` and ``c`` broadcast to the
+    shape of ``inside``. Neighbours along its dimension ``NEAREST`` are read side by side (-1: as
+    the compiler likes)."""
     weight = tl.zeros(inside.shape, tl.float32)
     for i in tl.static_range(len(SIZES)):
         k = c - block_start(o, in_channels, out_channels, SIZES[i])
@@ -78,11 +89,22 @@ def assemble(
             offset = (o * TAPS + tap) * SIZES[i] + k
         else:
             offset = (o * SIZES[i] + k) * TAPS + tap
-        part = tl.load(terms[i] + offset, inside & (k >= 0) & (k < SIZES[i]), 0.0).to(tl.float32)
+        pointer = terms[i] + offset
+        # Taps lie between neighbours, so that no dimension is contiguous, and the compiler would
+        # take the order in which the weights are read, and kept in shared memory, from the first:
+        # with conflicts in every row of the march. The second hint names an order, untruly; the
+        # first, true and less than is known, keeps the compiler from reading several at once.
+        if NEAREST == 1:
+            pointer = tl.max_contiguous(tl.multiple_of(pointer, [2, 2, 2]), [1, 4, 2])
+        if NEAREST == 2:
+            pointer = tl.max_contiguous(tl.multiple_of(pointer, [2, 2, 2]), [1, 2, 4])
+        part = tl.load(pointer, inside & (k >= 0) & (k < SIZES[i]), 0.0).to(tl.float32)
         if GATED:
             part *= tl.load(gates + i).to(tl.float32)
         weight += part
-    return weight
+    if PRECISION == "tf32":
+        weight = to_tf32(weight)
+    return weight.to(dtype)
 
 
 @triton.jit(do_not_specialize=SIZES_ALONE)
@@ -115,6 +137,11 @@ def march(
     HISTORY: tl.constexpr = (ROW_TAPS - 1) // ROW_ADVANCE + 1
     WIDE: tl.constexpr = BLOCK_PARTS > 1
     dtype = source.dtype.element_ty
+    # Of the input gradient's weights the input channels are next to each other in memory. 32-bit
+    # numbers the matrix unit's loads cannot transpose.
+    ALONG: tl.constexpr = (
+        1 if TRANSPOSED and source.dtype.element_ty.primitive_bitwidth == 16 else 2
+    )
 
     # Neighbouring programs work on neighbouring channels of the same pixels: together they use
     # whole lines of memory.
@@ -155,9 +182,9 @@ def march(
             exists = (tap_i >= 0) & (tap_i * KERNEL_W < TAPS) & (tap_j >= 0) & (tap_j < KERNEL_W)
             weight = assemble(
                 terms, gates, of if TRANSPOSED else to, to if TRANSPOSED else of,
-                tap_i * KERNEL_W + tap_j,
-                real & exists, in_channels, out_channels, SIZES, GATED, TAPS, TERMS_LAST,
-            ).to(dtype)  # fmt: skip
+                tap_i * KERNEL_W + tap_j, real & exists, in_channels, out_channels, dtype,
+                SIZES, GATED, TAPS, TERMS_LAST, PRECISION, -1 if TERMS_LAST else ALONG,
+            )  # fmt: skip
             weight = tl.permute(weight, (0, 2, 1))
             if not WIDE:
                 weight = tl.reshape(weight, (BLOCK_SOURCE, BLOCK_RESULT))
@@ -360,9 +387,9 @@ def gather(
             c = to[:, None] if TRANSPOSED else of[None, :]
             weight = assemble(
                 terms, gates, o, c, tap_i * KERNEL_W + tap_j,
-                to_real[:, None] & of_real[None, :] & exists,
-                in_channels, out_channels, SIZES, GATED, TAPS, TERMS_LAST,
-            ).to(dtype)  # fmt: skip
+                to_real[:, None] & of_real[None, :] & exists, in_channels, out_channels, dtype,
+                SIZES, GATED, TAPS, TERMS_LAST, PRECISION, -1,
+            )  # fmt: skip
             total = tl.dot(values, tl.trans(weight), total, input_precision=PRECISION)
 
     pixel = image * result_n + column * result_w + row * result_h

@@ -171,6 +171,18 @@ def shape_of(call: Call) -> tiles.Shape:
     )
 
 
+def run_length(rows: int, programs: int, places: int, again: int) -> int:
+    """Rows of a program of ``march`` so that the launch takes the fewest steps: each of its runs
+    assembles the weights anew and reads ``again`` rows more, and ``places`` programs run at a
+    time."""
+
+    def steps(length: int) -> int:
+        waves = -(-programs * -(-rows // length) // places)
+        return waves * (length + again + tiles.ASSEMBLY)
+
+    return min((-(-rows // runs) for runs in range(1, rows + 1)), key=steps)
+
+
 def plan(call: Call, tile: tiles.Tile) -> Kernel:
     """The launch of one tile for one kind of calls."""
     rows, columns = axes(call)
@@ -187,10 +199,8 @@ def plan(call: Call, tile: tiles.Tile) -> Kernel:
     programs = blocks * column_tiles * len(columns.phases) * len(rows.phases)
     rows_per_program = row_count
     if tile.march:
-        wanted = tiles.PROGRAMS_PER_PROCESSOR * processors(call.device)
-        # Every run of rows assembles the weights anew and reads shape.history - 1 rows more.
-        runs = max(1, min(wanted // programs, row_count // (2 * shape.history + 2)))
-        rows_per_program = -(-row_count // runs)
+        places = tiles.WARPS_PER_PROCESSOR // tile.warps * processors(call.device)
+        rows_per_program = run_length(row_count, programs, places, shape.history - 1)
         programs *= -(-row_count // rows_per_program)
     source_channels = source_shape[1]
     in_channels, out_channels = (

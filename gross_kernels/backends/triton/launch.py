@@ -41,7 +41,16 @@ class Kernel:
         if self.compiled is not None:
             self.compiled(*tensors, *self.arguments)
             return
-        compiled = self.function[self.grid](*tensors, *self.arguments, **self.options)
+        capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        try:
+            compiled = self.function[self.grid](*tensors, *self.arguments, **self.options)
+        except Exception as error:
+            if capturing:
+                raise RuntimeError(
+                    "graph: got the first call of its kind while a graph is captured, where its "
+                    "kernel could not be loaded; accepted is a call that was made once before"
+                ) from error
+            raise
         if not INTERPRETED:
             # Past Triton's look-up: pointers' alignment and all else that it specialises on are
             # part of the plan's key.
@@ -134,9 +143,9 @@ def tuned(
                     lambda: kernel(*tensors), warmup=5, rep=20, return_mode="median"
                 )
             )
-        except (RuntimeError, triton.runtime.errors.OutOfResources):
-            # More shared memory or registers than there are, or a tile that this Triton cannot
-            # compile.
+        except (RuntimeError, triton.errors.TritonError):
+            # More shared memory or registers than there are, or a tile that this Triton, or its
+            # assembler, cannot compile.
             return float("inf")
 
     device = tensors[0].device

@@ -59,14 +59,14 @@ def weight_grad(
     terms, active, gates = series
     # Contiguous whatever the terms are, as the operator promises.
     grad_terms = [torch.empty(term.shape, dtype=term.dtype, device=term.device) for term in terms]
-    for unused in grad_terms[active:]:
-        unused.zero_()
+    empty = grad.numel() == 0 or input.numel() == 0
+    unused = grad_terms if empty else grad_terms[active:]
+    if unused:
+        torch._foreach_zero_(unused)
     grad_gates = (
         None if gates is None else torch.zeros_like(gates, memory_format=torch.contiguous_format)
     )
-    if grad.numel() == 0 or input.numel() == 0:
-        for unused in grad_terms[:active]:
-            unused.zero_()
+    if empty:
         return grad_terms, grad_gates
     if gates is not None:
         gates = gates.contiguous()

@@ -50,6 +50,23 @@ class Ints(tuple[int, ...]):
             ) from error
 
 
+class Structure(tuple[int | float | None, int]):
+    """A structure of convolutions as an argument of the command line: channels, "all" of them or a
+    share such as 0.5, and side of the kernel."""
+
+    @classmethod
+    def parse(cls, text: str) -> Structure:
+        channels, _, side = text.partition(",")
+        try:
+            if channels == "all":
+                return cls((None, int(side)))
+            return cls((float(channels) if "." in channels else int(channels), int(side)))
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"got {text!r}, accepted is C,N, such as all,2 or 0.5,2 or 64,2"
+            ) from error
+
+
 @dataclass(frozen=True)
 class CalibrationImages:
     """So many training images of a data set, ``DATA[:COUNT]`` on the command line."""
@@ -95,6 +112,17 @@ GroupSizes = Annotated[
         metavar="S,S,...",
         help="Each layer takes those that fit and cost fewer MACs than its convolution. By default "
         "the paper's for its networks, 1,4,16,32 for others.",
+        show_default=False,
+    ),
+]
+StructureOption = Annotated[
+    Structure | None,
+    typer.Option(
+        "--structure",
+        parser=Structure.parse,
+        metavar="C,N",
+        help="Structured convolutions: C channels, all of them or a share such as 0.5, and kernels "
+        "of N; of every convolution that is as large, but the first.",
         show_default=False,
     ),
 ]

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from gross_kernels.geometry import pair
 
-from .. import networks, storage
+from .. import networks, storage, structured
 from ..decomposition.convert import Method, decompose
 from ..macs import macs
 from ..report import errors_in_short, short, size
@@ -30,6 +30,7 @@ from .app import (
     Ints,
     Json,
     Root,
+    StructureOption,
     app,
     build,
     device_named,
@@ -117,12 +118,14 @@ def decompose_command(
             show_default=False,
         ),
     ] = None,
+    structure: StructureOption = None,
     root: Root = None,
     device: Annotated[str, typer.Option(help="Where the fit runs: cpu, cuda, cuda:1.")] = "cpu",
     input_size: InputSize = None,
     as_json: Json = False,
 ) -> None:
-    """Decompose the convolutions of NETWORK at every group size, and save the supernet.
+    """Decompose the convolutions of NETWORK at every group size, and save the supernet; or with
+    --structure make them structured, sum-pooling and a smaller convolution.
 
     Example: gross decompose vgg16 --weights vgg16-397923af.pth --output supernet.safetensors
     """
@@ -136,20 +139,34 @@ def decompose_command(
         known = networks.NETWORKS.get(network)
         dense = network if known is None else known.dense or network
         shape = input_size or (known.input_size if known else None)
-        supernet = decompose(
-            build(dense, num_classes, weights).to(place),
-            group_sizes or _group_sizes(network),
-            width=pair("width", width) if width else known.structure["width"] if known else None,
-            skip=skip,
-            keep_costlier=keep_costlier,
-            method=method,
-            sweeps=sweeps,
-            tolerance=tolerance,
-            seed=seed,
-            workers=workers,
-            input_size=shape,
-            calibration=None if calibration is None else calibration.inputs(root, shape, seed),
-            quiet=as_json,
+        if structure is not None and (group_sizes or width or calibration):
+            raise typer.BadParameter(
+                "got one beside --group-sizes, --width or --calibration, accepted is one of both",
+                param_hint="--structure",
+            )
+        model = build(dense, num_classes, weights).to(place)
+        supernet = (
+            structured.decompose(model, structure, skip=skip, input_size=shape, quiet=as_json)
+            if structure is not None
+            else decompose(
+                model,
+                group_sizes or _group_sizes(network),
+                width=pair("width", width)
+                if width
+                else known.structure["width"]
+                if known
+                else None,
+                skip=skip,
+                keep_costlier=keep_costlier,
+                method=method,
+                sweeps=sweeps,
+                tolerance=tolerance,
+                seed=seed,
+                workers=workers,
+                input_size=shape,
+                calibration=None if calibration is None else calibration.inputs(root, shape, seed),
+                quiet=as_json,
+            )
         )
         origin = {
             "network": network,
@@ -303,7 +320,11 @@ def _saved_supernet(description: storage.Description) -> Group:
             str(active),
             errors.get(layer, ""),
         )
+    small = Table("layer", "structure", title="structured layers", box=SIMPLE_HEAD)
+    for layer, coefficients in description.structured.items():
+        small.add_row(layer, size(coefficients))
     origin = Table("provenance", "", box=SIMPLE_HEAD)
     for key, value in description.provenance.items():
         origin.add_row(key, str(value))
-    return Group(layers, origin)
+    shown = [table for table in (layers, small) if table.row_count]
+    return Group(*shown, origin)

@@ -14,13 +14,26 @@ import typer
 from torch import nn
 
 from .. import data as data_sets
-from .. import networks, storage
+from .. import networks, storage, structured
 from .. import weights as weight_files
+from ..supernet import decomposed_layers
 from ..training import History, Interrupted, Recipe, distributed, finetune, train
 from ..training.memory import keep_freed_memory
 from ..training.recipes import NAMES as RECIPES
 from ..training.recipes import parse
-from .app import CALLABLE, NAMES, Ints, Json, Root, app, build, device_named, failures, show
+from .app import (
+    CALLABLE,
+    NAMES,
+    Ints,
+    Json,
+    Root,
+    StructureOption,
+    app,
+    build,
+    device_named,
+    failures,
+    show,
+)
 
 Output = Annotated[
     Path,
@@ -91,7 +104,12 @@ Configuration = Annotated[
 @app.command("train")
 def train_command(
     network: Annotated[
-        str, typer.Argument(metavar="NETWORK", help=f"{NAMES}; or {CALLABLE}.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="NETWORK",
+            help=f"{NAMES}; or {CALLABLE}; or a file of gross decompose --structure.",
+            show_default=False,
+        ),
     ],
     output: Output,
     data: DataName = "digits",
@@ -106,6 +124,15 @@ def train_command(
             show_default=False,
         ),
     ] = None,
+    structure: StructureOption = None,
+    structural_weight: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="λ of the structural regularisation, which draws kernels towards --structure; 0.1 "
+            "to 1.",
+        ),
+    ] = 0.0,
     seed: Seed = 0,
     resume: Resume = False,
     device: Device = "cpu",
@@ -116,7 +143,8 @@ def train_command(
     size: Size = None,
     as_json: Json = False,
 ) -> None:
-    """Train an ordinary NETWORK, and save its weights in DIR/model.safetensors.
+    """Train an ordinary NETWORK, or a structured one, and save its weights in
+    DIR/model.safetensors.
 
     Example: gross train 4-layer --data digits --output runs/full
     """
@@ -125,11 +153,22 @@ def train_command(
         images = data_sets.load(data, root=root, size=size, download=download)
         torch.manual_seed(seed)
         classes = len(images.classes) if network in networks.NETWORKS else None
-        model = build(network, classes, weights).to(place)
+        saved_before = Path(network).is_file()
+        model = _structured(network) if saved_before else build(network, classes, weights)
+        model = model.to(place)
+        penalty = None
+        if (structure is None) != (structural_weight == 0):
+            raise typer.BadParameter(
+                "got one of --structure and --structural-weight, accepted are both or neither",
+                param_hint="--structural-weight",
+            )
+        if structure is not None:
+            penalty = structured.regularizer(model, structure, weight=structural_weight)
         history = train(
             model,
             images,
             chosen,
+            regularizer=penalty,
             directory=output,
             resume=resume,
             seed=seed,
@@ -137,7 +176,11 @@ def train_command(
         )
         saved = output / "model.safetensors"
         if distributed.shard().index == 0:
-            weight_files.write_safetensors(saved, model.state_dict(), {})
+            if saved_before:
+                origin = storage.describe(network).provenance
+                storage.save(model, saved, provenance={**origin, "run": str(output), "data": data})
+            else:
+                weight_files.write_safetensors(saved, model.state_dict(), {})
             _show(as_json, saved, history)
 
 
@@ -204,6 +247,17 @@ def finetune_command(
             origin = storage.describe(supernet).provenance
             storage.save(model, saved, provenance={**origin, "run": str(output), "data": data})
             _show(as_json, saved, history)
+
+
+def _structured(file: str) -> nn.Module:
+    """A saved network that trains as an ordinary one does."""
+    model = storage.load(file)
+    if decomposed_layers(model):
+        raise typer.BadParameter(
+            f"got {file}, a supernet, accepted are structured networks: see gross finetune",
+            param_hint="NETWORK",
+        )
+    return model
 
 
 @contextmanager

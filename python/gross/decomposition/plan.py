@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from types import FunctionType, MethodType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def check_request(model: nn.Module, request: Request) -> Request:
     names = [n for n, _ in _convolutions(model)]
     sizes, width, skip = request.group_sizes, request.width, request.skip
     if isinstance(sizes, Mapping):
-        _check_names("group_sizes", sizes, names)
+        check_names("group_sizes", sizes, names)
         sizes = {n: check_ints(f"group_sizes[{n!r}]", s, least=1) for n, s in sizes.items()}
         if not sizes:
             raise ValueError("group_sizes: got no names, accepted is at least one")
@@ -119,7 +119,7 @@ def check_request(model: nn.Module, request: Request) -> Request:
         sizes = check_ints("group_sizes", sizes, least=1)
         check_group_sizes(sizes, *(math.prod(sizes),) * 2)
     if isinstance(width, Mapping):
-        _check_names("width", width, names)
+        check_names("width", width, names)
         width = {name: check_pair(f"width[{name!r}]", each) for name, each in width.items()}
     elif width is not None:
         width = check_pair("width", width)
@@ -129,7 +129,7 @@ def check_request(model: nn.Module, request: Request) -> Request:
             raise TypeError(f"skip: got the string {skip!r}, accepted is {accepted}")
         check_type("skip", skip, Collection, accepted)
         for name in skip:
-            if not any(_inside(n, name) for n in names):
+            if not any(inside(n, name) for n in names):
                 raise ValueError(f"skip: got {name!r}, accepted is {accepted}")
     return Request(sizes, width, skip, request.keep_costlier)
 
@@ -143,7 +143,7 @@ def make_plans(model: nn.Module, request: Request) -> tuple[list[Plan], dict[str
     """
     found = list(_convolutions(model))
     skipped = _skipped(found, request)
-    captured = _captured(model)
+    held = captured(model)
     sizes_of, width_of = _by_module(request.group_sizes, found), _by_module(request.width, found)
     plans: list[Plan] = []
     left_alone = {
@@ -161,7 +161,7 @@ def make_plans(model: nn.Module, request: Request) -> tuple[list[Plan], dict[str
         if request.named and asked is None:
             left_alone[name] = "not named in group_sizes"
             continue
-        reason = skipped.get(conv) or ineligible(conv) or captured.get(conv)
+        reason = skipped.get(conv) or ineligible(conv) or held.get(conv)
         if reason is None and conv in request.called:
             reason = "the model calls it through a function that no copy of the model can change"
         if reason is None:
@@ -211,10 +211,13 @@ def check_weights(plans: Sequence[Plan]) -> None:
 
 
 @contextmanager
-def calls_of_originals(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """While it lasts, collects the convolutions of ``model`` that are called: if a copy of the
-    model runs, those that it reaches through something that is not copied, such as a closure."""
-    originals = {conv for _, conv in _convolutions(model)}
+def calls_of_originals(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)
+) -> Iterator[set[nn.Module]]:
+    """While it lasts, collects the layers of some kinds in ``model`` that are called: if a copy of
+    the model runs, those that it reaches through something that is not copied, such as a
+    closure."""
+    originals = {module for module in model.modules() if isinstance(module, kinds)}
     called: set[nn.Module] = set()
 
     def note(module: nn.Module, args: object) -> None:
@@ -238,34 +241,48 @@ def call_order(report: MacsReport) -> list[str]:
 
 def ineligible(conv: nn.Conv2d) -> str | None:
     """Why a convolution cannot be decomposed, whatever is asked for; None if it can."""
-    kind = type(conv)
-    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
-        return f"{kind.__name__} has a forward of its own"
-    if {"forward", "_conv_forward"} & vars(conv).keys():
-        return "its forward was replaced on the instance"
+    reason = overridden(conv, nn.Conv2d)
+    if reason is not None:
+        return reason
     if conv.groups != 1:
         depthwise = conv.groups == conv.in_channels
         return "depthwise" if depthwise else f"grouped already, {conv.groups} groups"
     if _taps(conv) == 1:
         return "1×1"
+    return holds_more(conv, _layer_attributes())
+
+
+def overridden(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """Why a module does not compute what torch's class does, None if it does."""
+    kind = type(module)
+    methods = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
+    if any(getattr(kind, name) is not getattr(base, name) for name in methods):
+        return f"{kind.__name__} has a forward of its own"
+    if set(methods) & vars(module).keys():
+        return "its forward was replaced on the instance"
+    return None
+
+
+def holds_more(module: nn.Module, attributes: Collection[str]) -> str | None:
+    """What of a module a layer with these attributes in its place would lose, None if nothing."""
     if (
-        conv._forward_hooks
-        or conv._forward_pre_hooks
-        or conv._backward_hooks
-        or conv._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     ):
         return "it has hooks, which the layer in its place would lose"
-    held = [*conv._parameters, *conv._buffers, *conv._modules]
+    held = [*module._parameters, *module._buffers, *module._modules]
     extra = [name for name in held if name not in ("weight", "bias", "parametrizations")]
     if extra:
         return f"it holds {', '.join(extra)}, which the layer in its place would lose"
-    taken = own_attributes(conv).keys() & _layer_attributes()
+    taken = own_attributes(module).keys() & set(attributes)
     if taken:
         return f"its attributes {', '.join(sorted(taken))} have names of the layer in its place"
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in conv.parameters()):
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters()):
         return "its parameters have hooks, which the layer in its place would lose"
     # Of the parameters: to read a parametrised weight can change it (spectral norm).
-    parameter = next(conv.parameters())
+    parameter = next(module.parameters())
     if not parameter.is_floating_point():
         return f"its dtype is {parameter.dtype}"
     return None
@@ -337,16 +354,19 @@ def _convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
             yield plain_name(name), module
 
 
-def _inside(name: str, module: str) -> bool:
+def inside(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-def _check_names(argument: str, values: Mapping[str, object], names: Sequence[str]) -> None:
+def check_names(
+    argument: str, values: Mapping[str, object], names: Sequence[str], kind: str = "nn.Conv2d"
+) -> None:
+    """Check that the keys of a mapping are names of layers; ValueError if not."""
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=3) or list(names)[:3]
             raise ValueError(
-                f"{argument}: got {name!r}, accepted are names of nn.Conv2d in the model, such as "
+                f"{argument}: got {name!r}, accepted are names of {kind} in the model, such as "
                 f"{near}"
             )
 
@@ -368,10 +388,19 @@ def _skipped(found: Sequence[tuple[str, nn.Conv2d]], request: Request) -> dict[n
     larger than 1×1."""
     if request.skip is not None or request.named:
         skip = request.skip or ()
-        named = [conv for n, conv in found if any(_inside(n, module) for module in skip)]
+        named = [conv for n, conv in found if any(inside(n, module) for module in skip)]
         return dict.fromkeys(named, "named in skip")
-    by_name = dict(found)
-    in_order = [by_name[name] for name in request.order or () if name in by_name]
+    return skipped_by_default(found, request.order)
+
+
+def skipped_by_default(found: Sequence[tuple[str, T]], order: Sequence[str] | None) -> dict[T, str]:
+    """The first convolution larger than 1×1, with the reason.
+
+    Args:
+        order: names in the order of their calls; None where that is not known.
+    """
+    by_name: dict[str, Any] = dict(found)
+    in_order = [by_name[name] for name in order or () if name in by_name]
     larger = [conv for conv in in_order or by_name.values() if _taps(conv) > 1]
     return dict.fromkeys(larger[:1], "the first convolution")
 
@@ -396,26 +425,30 @@ def _half_tied(model: nn.Module, plans: Sequence[Plan]) -> list[Plan]:
     ]
 
 
-def _captured(model: nn.Module) -> dict[nn.Module, str]:
-    """The convolutions that an attribute of some module holds inside a function: a bound method
-    such as ``self.op = self.conv.forward``, a partial, or a closure. The function would go on
-    calling the convolution itself."""
+def captured(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d,)
+) -> dict[nn.Module, str]:
+    """The layers of some kinds that an attribute of some module holds inside a function: a bound
+    method such as ``self.op = self.conv.forward``, a partial, or a closure. The function would go
+    on calling the layer itself."""
     reasons: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         for attribute, value in own_attributes(module).items():
             where = f"{name}.{attribute}" if name else attribute
-            for conv in _held(value, in_function=False, seen=set()):
+            for conv in _held(value, kinds, in_function=False, seen=set()):
                 reasons.setdefault(conv, f"{where!r} holds a function that calls it")
     return reasons
 
 
-def _held(value: object, in_function: bool, seen: set[int]) -> Iterator[nn.Conv2d]:
-    """The convolutions that functions in ``value`` refer to."""
+def _held(
+    value: object, kinds: tuple[type[nn.Module], ...], in_function: bool, seen: set[int]
+) -> Iterator[nn.Module]:
+    """The layers that functions in ``value`` refer to."""
     if id(value) in seen:
         return
     seen.add(id(value))
     inner: Iterable[object] = ()
-    if isinstance(value, nn.Conv2d):
+    if isinstance(value, kinds):
         if in_function:
             yield value
     elif isinstance(value, MethodType):
@@ -431,7 +464,7 @@ def _held(value: object, in_function: bool, seen: set[int]) -> Iterator[nn.Conv2
     elif isinstance(value, dict):
         inner = value.values()
     for each in inner:
-        yield from _held(each, in_function, seen)
+        yield from _held(each, kinds, in_function, seen)
 
 
 def _is_set(cell: object) -> bool:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gross_kernels import GroSSConv2d, pack
+from gross_kernels import GroSSConv2d, StructuredConv2d, pack
 
 from ..arguments import check_flag, check_module
 from ..copying import copy_model, plain_name, unwrapped
 from ..devices import Graphed, check_device, check_graphs
+from ..structured.plan import structured_layers
 from ..supernet import check_configuration, decomposed_layers
 from ..supernet import configuration as active_configuration
 from . import graph
@@ -60,7 +61,8 @@ def export(
 
     Args:
         supernet: a network with decomposed layers, from one tensor to whatever it returns; left as
-            it is. A network without any is exported likewise.
+            it is. A network without any is exported likewise; a structured layer as its
+            sum-pooling and its convolution.
         configuration: as :func:`gross.set_configuration` takes it; by default the active one.
         example: an input, of any batch size. The outputs of both networks are compared on it. With
             ``kernels`` it is needed; a network that flattens images larger than 1×1 will take
@@ -112,8 +114,11 @@ def export(
         id(layer): _single(layer, size) if kernels else layer.fold(size)
         for layer, size in zip(layers.values(), configuration, strict=True)
     }
+    for structured in structured_layers(supernet).values():
+        replaced[id(structured)] = _in_parts(structured, kernels)
     plain = copy_model(unwrapped(supernet), replaced, with_attributes=False).eval()
-    vars(plain).pop("decomposition_report", None)
+    for report in ("decomposition_report", "structured_report"):
+        vars(plain).pop(report, None)
     exported = plain.to(place).to(memory_format=torch.channels_last)
     if example is not None:
         expected = _output(supernet, configuration, example)
@@ -283,6 +288,14 @@ def _single(layer: GroSSConv2d, size: int) -> GroSSConv2d:
         if single.bias is not None and layer.bias is not None:
             single.bias.copy_(layer.bias)
     return single.eval()
+
+
+def _in_parts(layer: Any, kernels: bool) -> nn.Module:
+    """A structured layer as its sum-pooling and its convolution, which then runs as any other; in
+    PyTorch alone, where that has no such pooling, as the dense layer that it equals."""
+    if isinstance(layer, StructuredConv2d) and layer.foldable:
+        return layer.fold(kernels).eval()
+    return layer if kernels else layer.to_dense().eval()
 
 
 def _compare(expected: object, exported: nn.Module, example: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from gross_kernels.pooling import SumPool2d
 from gross_kernels.program import Quantised, Step
 
 from .graph import Operation, read, shape_of, type_of
@@ -112,6 +113,13 @@ class _Fusing:
         #: Norms that the convolution after them takes in.
         self.before: dict[fx.Node, Operation] = {}
 
+    def _why_unknown(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            module = self.traced.get_submodule(str(node.target))
+            if isinstance(module, SumPool2d) and module.kernels:
+                return "a sum-pooling, which is an operator of its own between programs"
+        return "no program knows it"
+
     def take(self, node: fx.Node) -> None:
         """Read one node; those before it have been read."""
         if node.op in ("placeholder", "get_attr", "output"):
@@ -119,7 +127,7 @@ class _Fusing:
         operation = read(self.traced, node)
         if operation is None:
             if shape_of(node) is not None:
-                self.left[_name(node)] = "no program knows it"
+                self.left[_name(node)] = self._why_unknown(node)
             return
         kind = operation.kind
         if kind in ("identity", "same_size"):

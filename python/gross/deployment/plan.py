@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from gross_kernels.bottleneck import Weights, merged_kernel
 from gross_kernels.program import Quantised, Step, Steps, run
 
 from ..report import size, text
@@ -197,18 +198,11 @@ def _between() -> None:
 
 
 def _merged(made: Fused) -> Fused:
-    """The layer as the dense convolution that it is: Q · R · P, exactly, for P has no bias that
-    padding would cut off."""
+    """The layer as the dense convolution that it is."""
     operation = made.operation
-    first, middle, last = (weight.double() for weight in operation.weights)
-    groups = operation.groups
-    inner = torch.einsum(
-        "gosyx,gsc->gocyx",
-        middle.view(groups, -1, *middle.shape[1:]),
-        first.view(groups, -1, first.shape[1]),
-    ).flatten(0, 1)
-    kernel = torch.einsum("po,ocyx->pcyx", last[:, :, 0, 0], inner)
-    kernel = kernel.to(operation.weights[0].dtype)
+    p, r, q = ([weight.double()] for weight in operation.weights)
+    one = torch.tensor(1, dtype=torch.int64, device="cpu")
+    kernel = merged_kernel(Weights(p, r, q, None, one, None)).to(operation.weights[0].dtype)
     return replace(
         made,
         operation=replace(operation, kind="convolution", weights=(kernel,), groups=1),

@@ -29,7 +29,7 @@ from ..supernet import (
 from . import distributed
 from .beginning import in_pieces
 from .checkpoint import Checkpoints, Position
-from .losses import Loss, Metric, accuracy, cross_entropy, distillation
+from .losses import Loss, Metric, Penalty, accuracy, cross_entropy, distillation
 from .progress import draws, shown
 from .recipes import Recipe
 from .reconstruct import ResponseLoss
@@ -70,6 +70,7 @@ def train(
     *,
     loss: Loss = cross_entropy,
     metric: Metric | None = None,
+    regularizer: Penalty | None = None,
     directory: str | os.PathLike[str] | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -90,6 +91,8 @@ def train(
         loss: ``loss(model, batch)`` gives a scalar to minimise; by default cross-entropy.
         metric: ``metric(model)`` gives a number after each epoch; by default the accuracy on the
             validation images in percent.
+        regularizer: ``regularizer()`` gives a scalar that is added to the loss at each step, such
+            as :func:`gross.structured.regularizer`'s.
         directory: where metrics and checkpoints go; by default nothing is written.
         resume: go on with the run in ``directory``, if there is one.
         seed: of data order, augmentation and dropout.
@@ -112,7 +115,7 @@ def train(
         raise ValueError(f"objective: got {chosen.objective!r}, accepted is 'task': see finetune")
     metrics = _metrics(data, metric, None)
     placed(model, device)
-    run = _Run(model, data, chosen, loss, metrics, seed=seed, quiet=quiet)
+    run = _Run(model, data, chosen, loss, metrics, regularizer, seed=seed, quiet=quiet)
     return run(directory, resume)
 
 
@@ -191,7 +194,7 @@ def finetune(
         elif loss is None:
             loss = cross_entropy if teacher is None else distillation(teacher)
         metrics = _metrics(data, metric, extremes)
-        run = _Run(supernet, data, chosen, loss, metrics, sampler, configuration, seed, quiet)
+        run = _Run(supernet, data, chosen, loss, metrics, None, sampler, configuration, seed, quiet)
         return run(directory, resume)
 
 
@@ -244,6 +247,7 @@ class _Run:
     recipe: Recipe
     loss: Loss
     metrics: dict[str, _Probe]
+    regularizer: Penalty | None = None
     sampler: Sampler | None = None
     configuration: Configuration | None = None
     seed: int = 0
@@ -254,6 +258,9 @@ class _Run:
 
     def __call__(self, directory: str | os.PathLike[str] | None, resume: bool) -> History:
         check_callable("loss", self.loss, "a function of model and batch")
+        if self.regularizer is not None:
+            accepted = "a function without arguments, or None"
+            check_callable("regularizer", self.regularizer, accepted)
         for probe in self.metrics.values():
             check_callable("metric", probe.metric, "a function of the model")
         check_int("seed", self.seed)
@@ -355,7 +362,11 @@ class _Run:
             },
             "configuration": self.configuration,
             "loss": getattr(self.loss, "__qualname__", type(self.loss).__name__),
+            "regularizer": None,
         }
+        if self.regularizer is not None:
+            named = getattr(self.regularizer, "__qualname__", repr(self.regularizer))
+            identity["regularizer"] = named
         if self.shard.index == 0:
             self.run = RunDirectory.open(folder, identity, resume=resume)
             stack.callback(self.run.close)
@@ -489,6 +500,8 @@ class _Run:
         for _ in (None,) if self.sampler is None else self.sampler.step():
             with self._autocast():
                 loss = self.loss(model, batch)
+            if self.regularizer is not None:
+                loss = loss + self.regularizer()
             losses.append(loss.detach().double())
             # Also where it is not finite: the other processes wait for the gradients.
             loss.backward()

@@ -18,6 +18,8 @@ from ..devices import moved
 Loss = Callable[[nn.Module, Any], Tensor]
 #: A number from the model in evaluation mode; the more the better.
 Metric = Callable[[nn.Module], float]
+#: A scalar that is added to a loss.
+Penalty = Callable[[], Tensor]
 #: How far an output is from the teacher's: a scalar.
 Distance = Callable[[Tensor, Tensor], Tensor]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 #: What must be equal for a run to go on.
-IDENTITY = ("recipe", "seed", "data", "model", "configuration", "loss")
+IDENTITY = ("recipe", "seed", "data", "model", "configuration", "loss", "regularizer")
 
 
 @dataclass

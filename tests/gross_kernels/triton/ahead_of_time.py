@@ -33,9 +33,12 @@ POINTERS = {
 class Compiled:
     """What the compiler made: resources, and counts of the instructions that matter.
 
-    ``stack`` is in bytes of a thread, ``spilled_in_loops`` in reads and writes of it where numbers
-    are computed again and again (:func:`spills_in_loops`)."""
+    ``wide_terms`` are loads of several terms' numbers at once, ``orders`` the order of dimensions,
+    fastest first, in which tensors of three are loaded one number at a time. ``stack`` is in bytes
+    of a thread, ``spilled_in_loops`` in reads and writes of it where numbers are computed again and
+    again (:func:`spills_in_loops`)."""
 
+    name: str
     registers: int
     stack: int
     spilled_in_loops: int
@@ -43,6 +46,8 @@ class Compiled:
     matrix: int
     wide_loads: int
     wide_stores: int
+    wide_terms: int
+    orders: set[tuple[int, ...]]
     assembly: str
 
 
@@ -86,6 +91,7 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
 
         stack = number("private_segment_fixed_size")
         return Compiled(
+            kernel.function.__name__,
             number("vgpr_count"),
             stack,
             stack,  # Where it is used is not read: none is wanted.
@@ -93,11 +99,14 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
             text.count("v_mfma"),
             len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
             len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+            0,  # Not told apart from other loads.
+            load_orders(compiled.asm["ttgir"]),
             text,
         )
     text = compiled.asm["ptx"]
     usage = cuobjdump("-res-usage", compiled.asm["cubin"])
     return Compiled(
+        kernel.function.__name__,
         int(re.search(r"REG:(\d+)", usage)[1]),
         int(re.search(r"STACK:(\d+)", usage)[1]),
         spills_in_loops(cuobjdump("-sass", compiled.asm["cubin"])),
@@ -111,8 +120,22 @@ def compile_for(architecture: str, kernel: Any, tensors: tuple) -> Compiled:
             )
         ),
         len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", text)),
+        # Everything else is copied asynchronously.
+        len(re.findall(r"ld\.global[.\w:]*\.v[24]\.", text)),
+        load_orders(compiled.asm["ttgir"]),
         text,
     )
+
+
+def load_orders(ttgir: str) -> set[tuple[int, ...]]:
+    """Of every load of a tensor of three dimensions, a number for each thread."""
+    layouts = dict(re.findall(r"^(#blocked\d*) = (#ttg\.blocked<.*>)", ttgir, re.MULTILINE))
+    loaded = re.findall(r"= tt\.load .*: tensor<\d+x\d+x\d+x!tt\.ptr<\w+>, (#blocked\d*)>", ttgir)
+    return {
+        tuple(map(int, re.search(r"order = \[([\d, ]+)\]", layouts[name])[1].split(",")))
+        for name in loaded
+        if "sizePerThread = [1, 1, 1]" in layouts[name]
+    }
 
 
 def spills_in_loops(sass: str) -> int:

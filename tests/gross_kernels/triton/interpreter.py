@@ -2,10 +2,11 @@
 ``TRITON_INTERPRET=1``.
 
 What it lacks (Triton 3.5 to 3.9): bfloat16 is computed on the integers that hold its bits; TF32
-products are exact; a truth value that is spread over a tensor becomes an integer, which loads
-refuse; and nobody checks addresses. Here every launch may touch its own tensors alone, and every
-tensor allocated without a value is filled with NaN."""
+products are exact where the matrix unit cuts their factors off; a truth value that is spread over a
+tensor becomes an integer, which loads refuse; and nobody checks addresses. Here every launch may
+touch its own tensors alone, and every tensor allocated without a value is filled with NaN."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,9 +63,15 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def cut_to_tf32(values: np.ndarray) -> np.ndarray:
+    """float32 with 10 bits of mantissa, the others cut off: what the matrix unit does to numbers
+    that nobody rounded."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return np.where(np.isfinite(values), (bits & np.uint32(0xFFFFE000)).view(np.float32), values)
+
+
 def to_tf32(values: np.ndarray) -> np.ndarray:
-    """float32 with 10 bits of mantissa, rounded to the nearest, ties away from zero, as
-    ``cvt.rna.tf32.f32`` does."""
+    """The same rounded to the nearest, ties away from zero, as ``cvt.rna.tf32.f32`` does."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
     return np.where(np.isfinite(values), rounded, values)
@@ -93,12 +100,13 @@ def binary(builder: Any, left: Any, right: Any, operation: Callable) -> Any:
 
 
 def dot(builder: Any, left: Any, right: Any, total: Any, precision: Any, *_: Any) -> Any:
-    """A product of matrices as the matrix unit forms it: exact products of rounded numbers, summed
-    in float32."""
+    """A product of matrices as the matrix unit forms it: exact products of numbers of its own
+    precision, summed in float32."""
+    counts["products"] += left.data.size * right.data.shape[-1]
     factors = [widened(left).astype(np.float32), widened(right).astype(np.float32)]
     name = str(precision).rsplit(".", 1)[-1]
     if left.dtype.scalar == tl.float32 and name == "TF32":
-        factors = [to_tf32(factor) for factor in factors]
+        factors = [cut_to_tf32(factor) for factor in factors]
     if left.dtype.scalar == tl.float32 and name == "TF32x3":
         (a, b), (large_a, large_b) = factors, map(to_tf32, factors)
         with np.errstate(invalid="ignore"):
@@ -108,6 +116,18 @@ def dot(builder: Any, left: Any, right: Any, total: Any, precision: Any, *_: Any
     else:
         result = np.matmul(*factors)
     return Handle(result + total.data, total.dtype.scalar)
+
+
+#: What kernels have done since :func:`counted` began: multiply–accumulates of the matrix unit,
+#: elements loaded and stored.
+counts: Counter[str] = Counter()
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Counts while the context lasts."""
+    counts.clear()
+    yield counts
 
 
 def splat(builder: Any, kind: Any, scalar: Any) -> Any:
@@ -130,12 +150,15 @@ def patch_tensor(tensor: Any, *scope: Any) -> None:
     tensor.__index__ = lambda self: int(self.handle.data.item())
 
 
-def checked(original: Callable) -> Callable:
+def checked(original: Callable, what: str) -> Callable:
     """A load or store that refuses to touch an address outside ``bounds``."""
 
     def access(builder: Any, pointers: Any, *rest: Any) -> Any:
-        # Masked forms have the mask last of what is not a cache hint: a handle of truth values.
+        # Masked forms, to which the others come down, have the mask last of what is not a cache
+        # hint: a handle of truth values.
         masks = [h.data for h in rest if isinstance(h, Handle) and h.data.dtype == np.bool_]
+        if masks:
+            counts[what] += int(np.broadcast_to(masks[0], pointers.data.shape).sum())
         check(pointers, masks[0] if masks else np.ones(1, bool))
         return original(builder, pointers, *rest)
 
@@ -165,7 +188,9 @@ Builder.create_dot = dot
 Builder.create_splat = splat
 Builder.get_bf16 = bfloat16_constant
 for name in ("create_load", "create_masked_load", "create_store", "create_masked_store"):
-    setattr(Builder, name, checked(getattr(Builder, name)))
+    setattr(
+        Builder, name, checked(getattr(Builder, name), "loaded" if "load" in name else "stored")
+    )
 
 launch = Kernel.__call__
 

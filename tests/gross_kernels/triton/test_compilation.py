@@ -2,21 +2,27 @@
 within limits, the matrix unit used, 128-bit loads and stores where channels-last allows them."""
 
 import importlib
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from ahead_of_time import SHARED, TARGETS, Compiled, compile_for
 from case import Case
+from packing import CASES as PACKING
+from packing import WARP_GROUP_CASES
 
 from gross_kernels.backends.triton import tiles
 from gross_kernels.backends.triton.launch import Kernel, layout
+from gross_kernels.epilogue import Epilogue
+from gross_kernels.geometry import Geometry
 
 # The package's names are the functions.
 PACKAGE = "gross_kernels.backends.triton"
-forward, weight_grad, sums = (
+forward, weight_grad, sums, pairs, pools = (
     importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("forward", "weight_grad", "series_sum")
+    for name in ("forward", "weight_grad", "series_sum", "grouped_pointwise", "sum_pool")
 )
 
 
@@ -110,7 +116,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Kernel, tuple], 
     """Compile for an architecture; plans ask it of the device, which is not here."""
 
     def build(arch: str, make: Callable[[], tuple[Kernel, tuple]]) -> Compiled:
-        for module in (forward, weight_grad):
+        for module in (forward, weight_grad, pairs):
             monkeypatch.setattr(module, "architecture", lambda device: arch)
         return compile_for(arch, *make())
 
@@ -151,8 +157,9 @@ def gradient(
 
 
 #: Bytes of a thread's stack. What lies there is read and written once for a tile of many rows, by
-#: some versions of Triton: three to five numbers of the weight gradient's addresses.
-MOST_STACK = 48
+#: some versions of Triton: three to five numbers of the weight gradient's addresses, and weights
+#: while ``march`` assembles them, 216 loads of each thread together.
+MOST_STACK, MOST_STACK_OF_MARCH = 48, 768
 
 
 @pytest.mark.parametrize(("arch", "dtype", "kernel", "case"), list(every()))
@@ -169,7 +176,7 @@ def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Call
 
     result = compiled(arch, make)
     assert result.spilled_in_loops == 0
-    assert result.stack <= MOST_STACK
+    assert result.stack <= (MOST_STACK_OF_MARCH if result.name == "march" else MOST_STACK)
     assert result.shared <= SHARED[arch]
     assert bool(result.matrix) == (dtype != "ieee" or arch.startswith("gfx"))
     if case not in ("18", "one of 8"):
@@ -186,6 +193,104 @@ def test_resources(arch: str, dtype: str, kernel: str, case: str, compiled: Call
         and case == "32"
     ):
         assert "wgmma.mma_async" in result.assembly
+
+
+#: By name: channels everywhere, largest group, output channels, and what follows.
+PAIRS = {
+    "256": (256, 4, 256, Epilogue(torch.empty(256), torch.empty(0), "relu")),
+    "512 of 64": (512, 64, 512, Epilogue(torch.empty(512), None, "silu")),
+    "64 of 32": (
+        64, 32, 64, Epilogue(torch.empty(64), torch.empty(0), "prelu", torch.empty(64), True),
+    ),
+}  # fmt: skip
+#: Compiled in every run, and with ``-m build``: all architectures and dtypes of the largest tile.
+DEFAULT_PAIR = ("sm_90", "bfloat16", "256")
+BUILT_PAIRS = {
+    *((arch, dtype, "256") for arch in TARGETS for dtype in ("bfloat16", "tf32")),
+    *(("sm_90", "bfloat16", name) for name in PAIRS),
+    *(("sm_90", dtype, "64 of 32") for dtype in ("tf32x3", "ieee")),
+}
+
+
+def every_pair() -> Iterator[object]:
+    for arch in TARGETS:
+        for dtype in DTYPES:
+            for name in PAIRS:
+                key = (arch, dtype, name)
+                if not (arch.startswith("gfx") and dtype == "tf32x3"):
+                    mark = pytest.mark.build if key in BUILT_PAIRS else pytest.mark.sweep
+                    yield pytest.param(*key, marks=() if key == DEFAULT_PAIR else mark)
+
+
+def pair_of(name: str, dtype: torch.dtype, precision: str) -> tuple[Kernel, tuple]:
+    """The kernel of grouped and last convolution, and its tensors."""
+    channels, size, out_channels, epilogue = PAIRS[name]
+    input = torch.empty(8, channels, 56, 56, dtype=dtype).to(memory_format=torch.channels_last)
+    output = torch.empty(8, out_channels, 56, 56, dtype=dtype).to(memory_format=torch.channels_last)
+    residual = None if epilogue.residual is None else output
+    terms = (torch.empty(channels, 1, 3, 3), torch.empty(channels, size, 3, 3))
+    last = (torch.empty(out_channels, channels, 1, 1),) * 2
+    optional = (epilogue.bias, residual, epilogue.slopes)
+    call = pairs.Layout(
+        layout(input), tuple(map(layout, terms)), tuple(map(layout, last)), None,
+        *(None if each is None else layout(each) for each in optional),
+        epilogue.activation, epilogue.residual_last, Geometry((1, 1), (1, 1), (1, 1)), precision,
+        None,
+    )  # fmt: skip
+    scratch = torch.empty(16, dtype=dtype)
+    tensors = (input, output, scratch, scratch, epilogue.bias, epilogue.slopes, residual)
+    return pairs.plan(call).product, tensors
+
+
+@pytest.mark.parametrize(("arch", "dtype", "name"), list(every_pair()))
+def test_resources_of_pairs(arch: str, dtype: str, name: str, compiled: Callable) -> None:
+    """Catches sums or weights that do not fit the registers, too much shared memory, and products
+    without the matrix unit, of grouped and last convolution in one kernel."""
+    result = compiled(arch, lambda: pair_of(name, *DTYPES[dtype]))
+    assert result.spilled_in_loops == 0
+    assert result.stack <= MOST_STACK
+    assert result.shared <= SHARED[arch]
+    assert bool(result.matrix) == (dtype != "ieee" or arch.startswith("gfx"))
+    assert result.wide_loads > 0
+    assert result.wide_stores > 0
+
+
+@pytest.mark.parametrize("taps", ["3×3", "2×2"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "input gradient"])
+def test_weights_are_read_in_their_order(transposed: bool, taps: str, compiled: Callable) -> None:
+    """Catches weights read across the terms' rows, every one from a line of its own, weights that
+    the loop fetches from shared memory by single numbers, and numbers read four at a time where the
+    kernel's taps lie between them."""
+    height, width = map(int, taps.split("×"))
+    case = powers(16, kernel=(height, width))
+    result = compiled("sm_90", lambda: correlation(case, torch.bfloat16, "ieee", transposed))
+    assert result.name == "march"
+    assert result.orders == {(1, 2, 0) if transposed else (2, 1, 0)}
+    assert result.wide_terms == 0
+    assert not re.search(r"ld\.shared[.\w:]*\.[bu]16", result.assembly)
+    # 16×16 weights of a tap are one instruction; what comes beside is the source's.
+    assert result.assembly.count("ldmatrix") >= height * width
+
+
+def warp_groups(name: str, arch: str, compiled: Callable) -> set[str]:
+    """Which of the kernels of a case of packing.py use the instructions of warp groups."""
+    case = replace(PACKING[name], gated=True)
+    made: dict[str, Callable[[], tuple[Kernel, tuple]]] = {
+        "forward": lambda: correlation(case, torch.bfloat16, "ieee", False),
+        "input gradient": lambda: correlation(case, torch.bfloat16, "ieee", True),
+        "weight gradient": lambda: (
+            (found := gradient(case, torch.bfloat16, "ieee"))[0].accumulate, found[1]
+        ),
+    }  # fmt: skip
+    return {kernel for kernel, make in made.items() if "wgmma.mma" in compiled(arch, make).assembly}
+
+
+@pytest.mark.build
+def test_first_are_the_cases_of_warp_groups(compiled: Callable) -> None:
+    """Catches a list of what is to be checked first on a card that leaves out a kernel with the
+    instructions of warp groups."""
+    found = {name for name in PACKING if warp_groups(name, "sm_90", compiled)}
+    assert found <= set(list(PACKING)[: len(WARP_GROUP_CASES)]) == set(WARP_GROUP_CASES)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +318,22 @@ def test_small_kernels(arch: str, compiled: Callable) -> None:
     result = compiled(arch, add)
     assert result.stack == 0
     assert result.wide_loads >= 16
+    assert result.wide_stores >= 1
+
+
+def test_sums_over_windows(compiled: Callable) -> None:
+    """Catches sums over windows that spill, or read channels-last images in small pieces."""
+    shapes = (2, 64, 17, 17), (2, 64, 16, 16)
+    target, source = (torch.empty(shape).to(memory_format=torch.channels_last) for shape in shapes)
+    axis = pools.Axis(2, offset=-1)
+    call = pools.Sums(1, pools.Axis(), axis, axis)
+
+    def add() -> tuple[Kernel, tuple]:
+        return pools.plan((target, source, source), call), (target, source, source)
+
+    result = compiled("sm_90", add)
+    assert result.stack == 0
+    assert result.wide_loads >= 1
     assert result.wide_stores >= 1
 
 

@@ -1,7 +1,7 @@
 """The way from a call to Triton's launcher, with a driver that launches nothing: what a GPU would
 be given."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +11,8 @@ from case import Case
 from triton.runtime import driver
 
 from gross_kernels.backends import triton as backend
+from gross_kernels.backends.triton.launch import Kernel
+from gross_kernels.epilogue import Epilogue
 from gross_kernels.series import Series
 
 CASE = Case(
@@ -59,11 +61,14 @@ def test_later_launches_are_the_first(fake: Driver) -> None:
     another stream."""
     input, terms, gates, grad = CASE.tensors(torch.bfloat16, torch.float32)
     series, geometry = Series(terms, 2, gates), CASE.geometry
+    last = Series([torch.randn(48, 64, 1, 1)] * 2, 2, gates)
+    epilogue = Epilogue(torch.randn(48), activation="relu")
     for call, kernels in (
         (lambda: backend.forward(input, series, geometry), 1),
         (lambda: backend.input_grad(grad, input, series, geometry), 1),
         (lambda: backend.weight_grad(grad, input, series, geometry), 2),
         (lambda: backend.series_sum(Series(terms[:1] * 3, 2)), 1),
+        (lambda: backend.grouped_pointwise(input, series, last, geometry, epilogue), 3),
     ):
         seen = []
         for _ in range(2):
@@ -74,6 +79,24 @@ def test_later_launches_are_the_first(fake: Driver) -> None:
             seen.append([(*launch[:6], *map(plain, launch[9:])) for launch in fake.launches])
         assert seen[0] == seen[1]
         assert all(launch[:4] == (launch[0], 1, 1, 77) for launch in seen[0])
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_first_call_in_a_graph(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a driver's "operation not permitted" that does not say what to do, and one that is
+    blamed on a graph where there is none."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    class Function:
+        def __getitem__(self, grid: tuple) -> Callable[..., None]:
+            def refuse(*_: object, **__: object) -> None:
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+            return refuse
+
+    expected = "made once before" if capturing else "operation not permitted"
+    with pytest.raises(RuntimeError, match=expected):
+        Kernel(Function(), 1, (), 4, 2)(SimpleNamespace(is_cuda=True))
 
 
 def plain(value: object) -> object:

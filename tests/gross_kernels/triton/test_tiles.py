@@ -2,16 +2,18 @@
 serves."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from gross_kernels import dispatch
 from gross_kernels.backends import triton as backend
 from gross_kernels.backends.triton import launch, tiles
+from gross_kernels.backends.triton.forward import run_length
 from gross_kernels.geometry import Geometry
 from gross_kernels.series import Series
 
@@ -89,6 +91,104 @@ def test_what_cannot_be_used_is_replaced(timed: list[tiles.Tile], content: str) 
     path.write_text(content)
     assert choose(timed) is TILES[1]
     assert json.loads(path.read_text())["a call"] == list(TILES[1])
+
+
+def test_none_that_runs(timed: list[tiles.Tile], tmp_path: Path) -> None:
+    """Catches a tile that cannot run, kept for every later process."""
+    with pytest.raises(RuntimeError, match="GROSS_KERNELS_AUTOTUNE: got no tile that runs"):
+        tiles.choose("a call", TILES, lambda tile: float("inf"), "NVIDIA H200")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("PassManager::run failed"),
+        triton.runtime.errors.OutOfResources(300000, 232448, "shared memory"),
+        triton.runtime.errors.PTXASError("ptxas"),
+        triton.compiler.CompilationError("kernel", None, "message"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_candidate_that_fails(
+    error: Exception, timed: list[tiles.Tile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches one tile that this Triton cannot compile, and the call fails for it."""
+
+    def time(kernel: Callable[[], None], **_: object) -> float:
+        kernel()
+        return 1.0
+
+    def plan(tile: tiles.Tile) -> Callable[..., None]:
+        def run(*_: object) -> None:
+            timed.append(tile)
+            if tile is not TILES[2]:
+                raise error
+
+        return run
+
+    device = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(launch.triton.testing, "do_bench", time)
+    assert launch.tuned("a call", TILES, plan, (device,)) is TILES[2]
+    assert timed == TILES
+
+
+# Runs of rows -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "programs", "expected"),
+    [
+        # Two runs of 28 rows fill 224 of 264 places once; one would leave the half of them idle.
+        (56, 112, 28),
+        # A third program of two would begin a second wave.
+        (56, 264, 56),
+        # So many programs that there are waves anyhow.
+        (56, 5000, 56),
+        (1, 3, 1),
+    ],
+)
+def test_run_length_by_hand(rows: int, programs: int, expected: int) -> None:
+    """Catches weights that are assembled oftener than it takes to fill the machine, and a last wave
+    of few programs."""
+    assert run_length(rows, programs, 264, 2) == expected
+
+
+# Shared memory ----------------------------------------------------------------------------------
+
+
+def shape(architecture: str, itemsize: int = 2, source: int = 16) -> tiles.Shape:
+    return tiles.Shape(
+        source, source, 8, 2, 9, 3, False, True, itemsize, "tf32" if itemsize == 4 else "ieee",
+        architecture,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stages"),
+    [("sm_80", 2), ("sm_86", 2), ("sm_90", 3), ("sm_100", 3), ("sm_120", 2), ("gfx942", 2)],
+)
+def test_stages(architecture: str, stages: int) -> None:
+    """Catches a third buffer where there is no room for it, and none where there is."""
+    assert tiles.correlation(shape(architecture))[0].stages == stages
+    assert tiles.weight_gradient(shape(architecture))[0].stages == stages
+
+
+@pytest.mark.parametrize("source", [16, 32, 64])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    ("architecture", "room"),
+    [("sm_80", 163), ("sm_86", 99), ("sm_90", 227), ("sm_120", 99), ("gfx942", 64)],
+)
+def test_loads_of_pairs_fit(architecture: str, room: int, itemsize: int, source: int) -> None:
+    """Catches a tile whose loads alone are more than a program may have of shared memory."""
+    tile = tiles.pair(shape(architecture, itemsize, source), 256)
+    loads = (tile.pixels * source * 9 + 16 * tile.out) * itemsize
+    assert (tile.stages - 1) * loads < room * 1024
+    assert tile.out <= 256
+    assert tile.pixels * tile.out <= 128 * 256
 
 
 # float32 ----------------------------------------------------------------------------------------
