@@ -148,7 +148,7 @@ class Steps:
             number for i, step in enumerate(self.steps) for number in step.numbers(self.inputs + i)
         ]
         # A scale of 0 stands for numbers.
-        held = [of or Quantised(0.0) for of in self.quantised]
+        held = [self.held(i) or Quantised(0.0) for i in range(self.inputs + len(self.steps))]
         return torch.ops.gross.program_pack(
             like,
             list(weights),

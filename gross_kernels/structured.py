@@ -327,8 +327,9 @@ class StructuredConv2d(_StructuredConv):
     sum-pooling over ``(C − c + 1) × (N − n + 1)²`` and then a ``c × n × n`` convolution.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-        padding_mode, device, dtype: as ``torch.nn.Conv2d``'s.
+        in_channels, out_channels, kernel_size: as ``torch.nn.Conv2d``'s.
+        stride, padding, dilation, groups, bias, padding_mode: likewise.
+        device, dtype: likewise.
         structure: ``(c, n)``: channels (of a group) and kernel of the small convolution; c = None
             for all channels, n may be a pair.
 
@@ -400,8 +401,9 @@ class StructuredConv3d(_StructuredConv):
     """Drop-in for ``torch.nn.Conv3d`` with a structured kernel; see :class:`StructuredConv2d`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-        padding_mode, device, dtype: as ``torch.nn.Conv3d``'s.
+        in_channels, out_channels, kernel_size: as ``torch.nn.Conv3d``'s.
+        stride, padding, dilation, groups, bias, padding_mode: likewise.
+        device, dtype: likewise.
         structure: ``(c, n)``, where n may be a triple.
 
     Shape:

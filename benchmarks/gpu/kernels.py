@@ -131,12 +131,14 @@ def calls(
 def without_search() -> Iterator[None]:
     """Within, cuDNN takes its first algorithm: of float32 and grouped convolutions it would try all
     for seconds."""
-    before = torch.backends.cudnn.benchmark
+    if not torch.backends.cudnn.benchmark:
+        yield
+        return
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch.backends.cudnn.benchmark = True
 
 
 def measure(

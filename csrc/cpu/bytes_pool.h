@@ -78,28 +78,29 @@ void pool_bytes_row(const Pooling& call, const Source& reads, const ByteEnding& 
 // The largest bytes of windows, of a value that stays in its form.
 inline void pool_largest_bytes(const Pooling& call, int64_t image, int64_t y) {
   const Image &source = call.source, &target = call.target;
-  using All __attribute__((vector_size(GROSS_VECTOR_BYTES))) = uint8_t;
-  constexpr int64_t size = sizeof(All);
+  using Most __attribute__((vector_size(GROSS_VECTOR_BYTES))) = uint8_t;
+  using Some __attribute__((vector_size(16))) = uint8_t;
   const uint8_t* const data = static_cast<const uint8_t*>(source.data) + image * source.stride_n;
   uint8_t* to = static_cast<uint8_t*>(target.data) + image * target.stride_n + y * target.stride_h;
   const WindowTaps rows = window_rows(call, y);
   for (int64_t x = 0; x < target.width; x++, to += target.channels) {
     int64_t c = 0;
-    for (; c + size <= target.channels; c += size) {
-      All found{};
-      each_of_window(call, rows, x, [&](int64_t offset) {
-        All next;
-        __builtin_memcpy(&next, data + offset + c, size);
-        found = next > found ? next : found;
-      });
-      __builtin_memcpy(to + c, &found, size);
-    }
-    for (; c < target.channels; c++) {
-      uint8_t found = 0;
-      each_of_window(call, rows, x,
-                     [&](int64_t offset) { found = std::max(found, data[offset + c]); });
-      to[c] = found;
-    }
+    // As many channels at a time as `found` has bytes, while there are as many.
+    const auto pool_while = [&](auto found) {
+      constexpr int64_t size = sizeof found;
+      for (; c + size <= target.channels; c += size) {
+        found = decltype(found){};
+        each_of_window(call, rows, x, [&](int64_t offset) {
+          decltype(found) next;
+          __builtin_memcpy(&next, data + offset + c, size);
+          found = next > found ? next : found;
+        });
+        __builtin_memcpy(to + c, &found, size);
+      }
+    };
+    pool_while(Most{});
+    pool_while(Some{});
+    pool_while(uint8_t{});
   }
 }
 

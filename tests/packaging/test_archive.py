@@ -47,7 +47,7 @@ def test_archive(tmp_path: Path) -> None:
     ("folder", "extras"),
     [
         ("gross_kernels", ()),
-        ("python/gross", ("train", "search", "onnx")),
+        ("python/gross", ("train", "search", "onnx-int8")),
         ("examples", ("demo", "super-resolution")),
         ("benchmarks", ("bench",)),
         ("tests", ("test",)),
