@@ -408,7 +408,7 @@ void faults() {
   const std::vector<int> to16{1, 2, 4, 8, 16}, to32{4, 32};
   check_all({bf16, bf16, 1, 64, 64, 9, 56, 1, to16, false}, Wanted{1, 7, 4, 2, 1});
   check_all({bf16, f32, 5, 64, 64, 9, 14, 1, to32, false}, Wanted{2, 4, 4, 2, 2});
-  check_all({bf16, bf16, 1, 96, 96, 4, 61, 1, {3, 6}, false, {90, 8, 227 * 1024}}, any_plan);
+  check_all({bf16, bf16, 1, 96, 96, 4, 61, 1, {3, 6}, false}, Wanted{2, 4, 4, 0, 0});
   check_all({bf16, bf16, 9, 64, 64, 17, 7, 2, to16, false}, Wanted{1, 4, 4, 0, 0});
   check_all({bf16, bf16, 1, 64, 64, 13, 30, 2, to16, false}, Wanted{1, 4, 4, 2, 1});
 }
@@ -440,9 +440,12 @@ void traffic() {
                  (static_cast<double>(result.counted.of[emulator::global_write].bytes) / 2));
     };
     const bool transposed = s % 2 == 0;
+    // Of groups of 20 three slabs of 32 of the 80 channels read some groups twice; two of 64, whose
+    // second is three quarters empty, take a quarter longer by the model of a whole GPU.
+    const double most = s == 20 ? 1.5 : 1.3;
     within({Type::bfloat16, Type::bfloat16, 2, channels, channels, 56, 56, 1, sizes, transposed,
             device},
-           1.3);
+           most);
     within({Type::bfloat16, Type::bfloat16, 8, channels, channels, 14, 14, 1, sizes, !transposed,
             device},
            1.6);
