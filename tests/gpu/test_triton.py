@@ -108,14 +108,14 @@ def test_sums_over_windows(channels_last: bool, dtype: torch.dtype) -> None:
         ((2, 96, 14, 14), ((17, 2, 3), 2, (1, 2), (1, 0), (2, 1))),
     ):
         input = torch.randn(shape).to(dtype).contiguous(memory_format=format)
-        wide, here = (x.requires_grad_() for x in (input.double(), input.cuda().detach()))
+        wide, here = (x.requires_grad_() for x in (input.double(), input.to(DEVICE).detach().clone()))
         expected = windows.sum_pool(wide, windows.Windows(*numbers))
         output = torch.ops.gross.sum_pool(here, *numbers)
         grad = torch.randn(expected.shape).to(dtype)
         pairs = [
             (output, expected),
             (
-                torch.autograd.grad(output, here, grad.cuda())[0],
+                torch.autograd.grad(output, here, grad.to(DEVICE))[0],
                 torch.autograd.grad(expected, wide, grad.double())[0],
             ),
         ]
