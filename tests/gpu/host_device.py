@@ -201,7 +201,7 @@ def play() -> None:
     import interpreter  # noqa: F401  makes Triton's as exact as a GPU
     from gross import devices
 
-    from gross_kernels import dispatch, ops
+    from gross_kernels import dispatch, ops, pooling
     from gross_kernels.backends import cuda, triton
     from gross_kernels.call import Call
 
@@ -226,9 +226,11 @@ def play() -> None:
     # Layers run as they do on a GPU, by the functions that ask dispatch.
     for_good.enter_context(dispatch.use_fused(False))
     devices.ASYNCHRONOUS.add("cpu")
-    for name, function in {
-        "series_conv2d": ops._cuda_forward,
-        "series_conv2d_backward": ops._cuda_backward,
-        "series_sum": ops._cuda_sum,
-    }.items():
-        ops._library.impl(name, function, "CPU", allow_override=True)
+    for library, name, function in (
+        (ops._library, "series_conv2d", ops._cuda_forward),
+        (ops._library, "series_conv2d_backward", ops._cuda_backward),
+        (ops._library, "series_sum", ops._cuda_sum),
+        (pooling._library, "sum_pool", pooling._cuda_forward),
+        (pooling._library, "sum_pool_backward", pooling._cuda_backward),
+    ):
+        library.impl(name, function, "CPU", allow_override=True)
