@@ -49,7 +49,7 @@ constexpr int64_t step_numbers = sizeof(Step) / sizeof(int64_t);
 
 struct ProgramHeader {
   char magic[8] = {'G', 'r', 'o', 'S', 'S', 'p', 'r', 'g'};
-  int32_t version = 2;  // of everything that follows; every change of it counts
+  int32_t version = 3;  // of everything that follows; every change of it counts
   int32_t vector_bytes = 0;
   int32_t type = 0;  // of the activations
   int32_t inputs = 0, values = 0, steps = 0, outputs = 0;
@@ -188,6 +188,22 @@ inline void check_step(const Step& step, const Forms& forms, int64_t inputs) {
                   " products of 8 bits, accepted are ", most_terms, ", which 32 bits hold");
 }
 
+// What becomes whole numbers of 16 bits: R and the scales before and after it.
+inline void check_words(const Step& step, const Layer& layer) {
+  const Geometry& g = layer.geometry;
+  STD_TORCH_CHECK(layer.grouped.type == Type::float32, "weights[", step.weights + 1,
+                  "]: accepted is float32, for a layer that reads 8 bits");
+  const float* const middle = static_cast<const float*>(layer.grouped.terms[0]);
+  const auto finite = [](float number) { return std::isfinite(number); };
+  const auto usable = [](float scale) { return std::isfinite(scale) && scale > 0; };
+  STD_TORCH_CHECK(
+      std::all_of(middle, middle + g.out_channels * g.group_size * g.taps(), finite) &&
+          std::all_of(layer.scales[0], layer.scales[0] + g.in_channels, usable) &&
+          std::all_of(layer.scales[1], layer.scales[1] + g.out_channels, usable),
+      "weights: got R of a layer of 8 bits, or scales of p or r, with numbers that are not finite, "
+      "or scales that are not positive");
+}
+
 inline void pack_step(Type type, const Step& step, const Held& source, ProgramWeights& weights,
                       char* to) {
   Geometry g = step.geometry(1);
@@ -214,6 +230,7 @@ inline void pack_step(Type type, const Step& step, const Held& source, ProgramWe
     layer.scales[1] = scales(1, step.width_out);
     layer.scales[2] = scales(2, step.out_channels);
     layer.source = source;
+    if (type == Type::int8) check_words(step, layer);
     kernels().pack(type, layer, to, threads);
   } else {
     kernels().pack_kernel(type,

@@ -14,6 +14,7 @@ beside its arithmetic.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
@@ -60,9 +61,9 @@ class Step:
             output channel of its weights: of P ``[width_in]``, of r ``[width_out]`` and of Q
             ``[out_channels]`` of a layer, else ``[out_channels]``.
 
-    Weights of a step that reads 8 bits are int8, but for R, which is float32: p is never rounded,
-    r once per channel, to −127 … 127 steps of its scale. Q's columns hold r's scales already: they
-    were multiplied in before Q was quantised.
+    Weights of a step that reads 8 bits are int8, but for R, which is float32 and is packed in 16
+    bits (:class:`Words`). r is rounded once per channel, to −127 … 127 steps of its scale. Q's
+    columns hold r's scales already: they were multiplied in before Q was quantised.
     """
 
     kind: str
@@ -263,13 +264,69 @@ def _sum_of_integers(
         total = _sum(step, whole, weights).float()
         return total * _per_channel(held.scale * scales[0], total)
     first, middle, last = weights[step.weights : step.weights + 3]
-    p = F.conv2d(whole, first.double()).float()
-    p = p * _per_channel(held.scale * scales[0], p)
+    words = Words.of(held, first, middle, scales)
+    p = words.p(F.conv2d(whole, first.double()))
     groups = step.width[0] // step.group_size
-    r = F.conv2d(p, middle, None, step.stride, step.padding, step.dilation, groups)
-    r = (r / _per_channel(scales[1], r)).round().nan_to_num(-127).clamp(-127, 127)
+    r = F.conv2d(p, words.middle, None, step.stride, step.padding, step.dilation, groups).float()
+    r = (r * _per_channel(words.steps, r)).round().clamp(-127, 127)
     total = F.conv2d(r.double(), last.double()).float()
     return total * _per_channel(scales[2], total)
+
+
+@dataclass(frozen=True)
+class Words:
+    """p and R of a layer of 8 bits as whole numbers of 16 bits.
+
+    P's sums of integers are divided by a power of two, each channel by the smallest for which the
+    largest sum that any input gives is at most 32767, or 2¹⁸/√n where an output of R adds more
+    than n = 64 products: p = ⌊sum / divisor + ½⌋. R becomes w = ⌊R · t · (what p's steps are in
+    r's) + ½⌋, t the largest for which neither w passes 32767 nor Σ |w p| passes 2³¹ − 1, whatever
+    the input. Nothing saturates, every sum is exact, and r = Σ w p / t steps.
+
+    Attributes:
+        divisors: float64, ``[width_in]``.
+        middle: w, whole numbers in float64, like R.
+        steps: 1/t, float32, ``[width_out]``.
+    """
+
+    divisors: Tensor
+    middle: Tensor
+    steps: Tensor
+
+    @staticmethod
+    def of(held: Quantised, first: Tensor, middle: Tensor, scales: Sequence[Tensor]) -> Words:
+        """Those of the int8 weights P and float32 weights R of a layer whose input is ``held`` so;
+        ``scales`` of P's outputs and of r."""
+        weights = first.double().flatten(1)
+        low, high = weights * -held.zero, weights * (255 - held.zero)
+        reach = torch.stack((torch.maximum(low, high).sum(1), -torch.minimum(low, high).sum(1)))
+        reach = reach.amax(0)
+        terms = middle[0].numel()
+        most = min(32767, math.floor(2**18 / math.sqrt(terms)))
+        # The smallest power of two for which reach / divisor + ½ is below most + 1.
+        divisors = torch.frexp(reach / (most + 0.5)).exponent.clamp_min(0).double().exp2()
+        bounds = (reach / divisors + 0.5 * (divisors > 1)).floor()
+        scale = float(torch.tensor(held.scale, dtype=torch.float32))
+        # Of each output the inputs that it reads.
+        groups = len(reach) // middle.shape[1]
+        outputs = len(middle) // groups
+        unit, bounds = (
+            numbers.view(groups, 1, -1, 1, 1).expand(-1, outputs, -1, *middle.shape[2:])
+            .reshape(middle.shape)
+            for numbers in (scale * scales[0].double() * divisors, bounds)
+        )  # fmt: skip
+        rows = middle.double() * (unit / scales[1].double().view(-1, 1, 1, 1))
+        size, rounded = (rows.abs() * bounds).flatten(1).sum(1), bounds.flatten(1).sum(1) / 2
+        times = torch.minimum(
+            32767 / rows.abs().flatten(1).amax(1), (2**31 - 1 - rounded) / size
+        ).where(size > 0, 1)
+        whole = (rows * times.view(-1, 1, 1, 1)).round()
+        return Words(divisors, whole, (1 / times).float())
+
+    def p(self, sums: Tensor) -> Tensor:
+        """p of P's sums, float64 both."""
+        divisors = _per_channel(self.divisors, sums)
+        return (sums / divisors + 0.5 * (divisors > 1)).floor()
 
 
 class Program(nn.Module):

@@ -8,7 +8,7 @@
 // pointwise convolutions are one kernel: 14 pixels × 32 channels, 28 multiply–adds for 16 loads.
 #pragma once
 
-#include "bytes.h"
+#include "bytes_layer.h"
 #include "correlate.h"
 #include "pointwise.h"
 #include "weights.h"
@@ -18,10 +18,6 @@ namespace gross::cpu::GROSS_ISA {
 // Bytes of input, inner and output pixels that a strip may take in a 1 MB second-level cache,
 // beside weights.
 constexpr int64_t strip_budget = 640 << 10;
-
-inline Geometry pointwise_geometry(int64_t from, int64_t to) {
-  return {1, from, to, from, 1, 1, 1, 1, 0, 0, 1, 1};
-}
 
 // How a layer's weights are packed: P by vectors of the grouped convolution's sources, R by its
 // blocks, Q by vectors of outputs, the bias, PReLU's slopes.
@@ -56,6 +52,10 @@ struct Packing {
     return {packed + at_last + vector * output_size, output_size, vectors};
   }
 
+  const T* block_weights(const T* packed, int64_t block) const {
+    return packed + at_grouped + block * grouped.packed;
+  }
+
   static int64_t count(const std::vector<LaneBlock>& blocks) {
     return static_cast<int64_t>(blocks.size());
   }
@@ -87,101 +87,6 @@ void pack_layer(const Layer& layer, T* to, const Threads& threads) {
         store_outputs(layer.bias, block.output, block.outputs, to + packing.at_bias + v * lanes<T>);
         store_outputs(layer.slopes, block.output, block.outputs,
                       to + packing.at_slopes + v * lanes<T>);
-      }
-    }
-  };
-  run(threads, inner + blocks + outputs, work);
-}
-
-// The same of a layer of 8 bits: P and Q by vectors of outputs, in 32-bit numbers, R as above, in
-// steps of r's scales per whole number of p's sums.
-struct ByteLayerPacking {
-  Channels<float> grouped;
-  Geometry first, last;
-  std::vector<LaneBlock> inner, outputs;
-  ByteRows first_rows, last_rows;
-  int64_t at_starts, at_grouped, at_last, at_last_starts, at_scales, at_bias, at_slopes, at_fits,
-      size;
-
-  explicit ByteLayerPacking(const Layer& layer)
-      : grouped(layer.geometry, Pass::forward),
-        first(pointwise_geometry(layer.in_channels, layer.geometry.in_channels)),
-        last(pointwise_geometry(layer.geometry.out_channels, layer.out_channels)),
-        inner(vectors_of<float>(layer.geometry.in_channels, grouped.together * grouped.sources)),
-        outputs(vectors_of<float>(layer.out_channels, layer.out_channels)),
-        first_rows(first),
-        last_rows(last) {
-    const int64_t vectors = outputs.size(), numbers = vectors * lanes<float>;
-    at_starts = inner.size() * first_rows.packed();
-    at_grouped = at_starts + inner.size() * lanes<float>;
-    at_last = at_grouped + grouped.blocks.size() * grouped.packed;
-    at_last_starts = at_last + vectors * last_rows.packed();
-    at_scales = at_last_starts + numbers;
-    at_bias = at_scales + numbers;
-    at_slopes = at_bias + numbers;
-    at_fits = at_slopes + numbers;
-    size = at_fits + inner.size() + vectors;
-  }
-
-  ByteWeights first_weights(const float* packed, int64_t vector, int64_t vectors) const {
-    const int32_t* const at = reinterpret_cast<const int32_t*>(packed);
-    return ByteWeights{at, at + at_starts, first_rows.packed(), vector + vectors}.from(vector);
-  }
-  ByteWeights last_weights(const float* packed, int64_t vector, int64_t vectors) const {
-    const int32_t* const at = reinterpret_cast<const int32_t*>(packed);
-    return ByteWeights{at + at_last, at + at_last_starts, last_rows.packed(), vector + vectors}
-        .from(vector);
-  }
-  bool fits(const float* packed) const {
-    return std::all_of(packed + at_fits, packed + size, [](float fits) { return fits != 0; });
-  }
-};
-
-// r in the cache: whole numbers of −127 … 127 as bytes above this.
-constexpr int32_t byte_zero = 128;
-
-inline void pack_byte_layer(const Layer& layer, float* to, const Threads& threads) {
-  const ByteLayerPacking packing(layer);
-  const Geometry& g = layer.geometry;
-  const ByteKernel first(layer.pointwise_in, packing.first, layer.source.zero),
-      last(layer.pointwise_out, packing.last, byte_zero);
-  // R with the scale of p in its columns, and that of r's steps in its rows.
-  std::vector<float> middle(g.out_channels * g.group_size * g.taps());
-  const float* const from = static_cast<const float*>(layer.grouped.terms[0]);
-  for (int64_t o = 0, i = 0; o < g.out_channels; o++)
-    for (int64_t j = 0; j < g.group_size; j++) {
-      const int64_t input = o / g.outputs_per_group() * g.group_size + j;
-      const float scale = layer.source.scale * layer.scales[0][input] / layer.scales[1][o];
-      for (int64_t tap = 0; tap < g.taps(); tap++, i++) middle[i] = from[i] * scale;
-    }
-  Series scaled = layer.grouped;
-  scaled.terms[0] = middle.data();
-  const int64_t inner = packing.inner.size(), blocks = packing.grouped.blocks.size(),
-                outputs = packing.outputs.size();
-  int32_t* const at = reinterpret_cast<int32_t*>(to);
-  auto work = [&](int64_t begin, int64_t end) {
-    float* const sum = scratch<float>(packing.grouped.summed);
-    for (int64_t i = begin; i < end; i++) {
-      if (i < inner) {
-        to[packing.at_fits + i] =
-            pack_bytes(first, packing.inner[i], at + i * packing.first_rows.packed(),
-                       at + packing.at_starts + i * lanes<float>);
-      } else if (i < inner + blocks) {
-        const int64_t b = i - inner;
-        pack_weights<float, float>({scaled, g, packing.grouped}, packing.grouped.blocks[b], sum,
-                                   to + packing.at_grouped + b * packing.grouped.packed);
-      } else {
-        const int64_t v = i - inner - blocks;
-        const LaneBlock& block = packing.outputs[v];
-        to[packing.at_fits + inner + v] =
-            pack_bytes(last, block, at + packing.at_last + v * packing.last_rows.packed(),
-                       at + packing.at_last_starts + v * lanes<float>);
-        const auto numbers = [&](const void* given, int64_t where) {
-          store_outputs<float>(given, block.output, block.lanes(), to + where + v * lanes<float>);
-        };
-        numbers(layer.scales[2], packing.at_scales);
-        numbers(layer.bias, packing.at_bias);
-        numbers(layer.slopes, packing.at_slopes);
       }
     }
   };
@@ -257,9 +162,8 @@ void segments_between(const Planes& planes, const Target& target, int64_t rows, 
 }
 
 // A layer's forward pass. Where the call keeps `inner`, the first pointwise convolution is computed
-// into it beforehand, and read from there. Of 8 bits (S is uint8_t) the pointwise convolutions are
-// sums of integers, and what the grouped one writes becomes bytes, [pixel][channel], block by
-// block.
+// into it beforehand, and read from there. Of 8 bits (S is uint8_t, T int32_t) all sums are of
+// integers, and what the grouped convolution writes becomes bytes, [pixel][channel], block by block.
 template <class T, class S, Dot dot = Dot::exact>
 class LayerWalk {
  public:
@@ -270,7 +174,7 @@ class LayerWalk {
         packing_(call.layer),
         plan_(forward_plan(call.layer.geometry, call.input.height, call.input.width,
                            call.output.height, call.output.width)),
-        tile_(tile_for<T>(packing_.grouped.fetch, call.output.width)),
+        tile_(tile_for<T, product>(packing_.grouped.fetch, call.output.width)),
         inner_vectors_(packing_.inner.size()),
         blocks_(packing_.grouped.blocks.size()),
         outputs_(packing_.outputs.size()),
@@ -293,6 +197,7 @@ class LayerWalk {
 
  private:
   static constexpr bool in_bytes = std::is_same_v<S, uint8_t>;
+  static constexpr Product product = in_bytes ? words_product<dot> : Product::numbers;
   using Weights = std::conditional_t<in_bytes, ByteLayerPacking, Packing<T>>;
   static constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
 
@@ -494,8 +399,11 @@ class LayerWalk {
         {nullptr, input.channels, &none, 1, packing_.first_rows.quads()}, runs,
         packing_.first_weights(packed_, vectors.first, vectors.last - vectors.first),
         [&](int64_t first, int64_t vector) {
-          return ToPlanes{to + vector * planes.vector_stride, places.data() + first,
-                          planes.vector_stride};
+          return ToPlanes{to + vector * planes.vector_stride,
+                          places.data() + first,
+                          planes.vector_stride,
+                          packed_ + packing_.at_shifts + (vectors.first + vector) * lanes<T>,
+                          {}};
         },
         [](int64_t, int64_t, int64_t, int64_t) {});
   }
@@ -510,19 +418,21 @@ class LayerWalk {
                    plan_, target, {0, planes.strip.images, 0, planes.strip.rows}, tile_.columns,
                    segments);
     for (int64_t b = blocks.first; b < blocks.last; b++) {
-      const Stencil<T> stencil{
+      Stencil<T> stencil{
           at.planes + channels.plane_of(b, 0) * planes.vector_stride + channels.first_lane(b),
           planes.vector_stride,
           channels.sources,
           runs,
-          packed_ + packing_.at_grouped + b * channels.packed,
+          packing_.block_weights(packed_, b),
           call_.layer.geometry.taps() * lanes<T>,
           channels.permutation_of(b)};
       if constexpr (in_bytes) {
         const LaneBlock& block = channels.blocks[b];
         uint8_t* const to = at.bytes + block.first(channels);
+        const Vector<float> step = load<float>(packing_.numbers(packed_, packing_.at_steps, b));
+        stencil.together = packing_.together;
         correlate_through(stencil, tile_, segments, at.grouped, [&](int64_t segment, const T* r) {
-          round_to_bytes(r, tile_.columns, to + segments[segment].to, pitch, block.lanes());
+          round_to_bytes({r, tile_.columns, step}, to + segments[segment].to, pitch, block.lanes());
         });
       } else {
         correlate_tiles<T>(stencil, tile_, segments, {at.grouped + b * stride_, lanes<T>});
@@ -530,11 +440,18 @@ class LayerWalk {
     }
   }
 
-  // `count` pixels of a block of r, in its steps, as bytes of `channels` of them.
-  GROSS_INLINE static void round_to_bytes(const T* r, int64_t count, uint8_t* to, int64_t pitch,
+  // Sums of a block of r, pixel after pixel, in so many of its steps each, as bytes.
+  struct Sums {
+    const T* at;
+    int64_t pixels;
+    Vector<float> step;
+  };
+  GROSS_INLINE static void round_to_bytes(const Sums& sums, uint8_t* to, int64_t pitch,
                                           int64_t channels) {
-    for (int64_t k = 0; k < count; k++, to += pitch) {
-      const Bytes q = nearest_bytes(load<T>(r + k * lanes<T>), -127, byte_zero);
+    for (int64_t k = 0; k < sums.pixels; k++, to += pitch) {
+      const Vector<float> r =
+          __builtin_convertvector(load<T>(sums.at + k * lanes<T>), Vector<float>) * sums.step;
+      const Bytes q = nearest_bytes(r, -127, byte_zero);
       channels == lanes<T> ? store_bytes(to, q) : store_bytes(to, q, channels);
     }
   }
@@ -545,9 +462,9 @@ class LayerWalk {
     const int64_t width = call_.output.width;
     if constexpr (in_bytes) {
       const int64_t none = 0;
-      const ByteEnding ending{packed_ + packing_.at_scales,
-                              packed_ + packing_.at_bias,
-                              packed_ + packing_.at_slopes,
+      const ByteEnding ending{packing_.numbers(packed_, packing_.at_scales),
+                              packing_.numbers(packed_, packing_.at_bias),
+                              packing_.numbers(packed_, packing_.at_slopes),
                               call_.finish,
                               call_.output,
                               packing_.outputs};
@@ -555,7 +472,7 @@ class LayerWalk {
                            {{at.bytes, (strip.image * call_.output.height + strip.row) * width,
                              strip.images * strip.rows * width, 0, 1}},
                            packing_.last_weights(packed_, first, last - first), ending, first,
-                           spare);
+                           reinterpret_cast<float*>(spare));
     } else {
       const auto& [activation, residual, residual_last, forms] = call_.finish;
       const Epilogue<T> epilogue{packed_ + packing_.at_bias + first * lanes<T>,

@@ -48,17 +48,20 @@ struct ByteWeights {
   }
 };
 
-// Where the sums of a tile go. As numbers into planes, each pixel to its place:
+// Where the sums of a tile go. Divided by powers of two into planes, each pixel to its place; a
+// lane's high half is the next lane's number:
 struct ToPlanes {
-  float* at;
+  int32_t* at;
   const int64_t* places;
   int64_t vector_stride;
+  const int32_t* shifts;  // of the lanes of the vectors
+  Vector<int32_t> shift;
 
   static constexpr bool all_tiles = true;
   GROSS_INLINE void next(int64_t pixels) { places += pixels; }
-  GROSS_INLINE void begin(int) {}
+  GROSS_INLINE void begin(int v) { shift = load<int32_t>(shifts + v * lanes<int32_t>); }
   GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
-    store<float>(at + places[k] + v * vector_stride, __builtin_convertvector(sum, Vector<float>));
+    store<int32_t>(at + places[k] + v * vector_stride, words_of_lanes(sum >> shift));
   }
 };
 // As numbers, [vector][pixel][lane]:

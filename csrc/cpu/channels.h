@@ -43,6 +43,10 @@ inline bool is_pointwise(const Geometry& g) {
   return reads_pixels(g) && g.stride_h == 1 && g.stride_w == 1;
 }
 
+inline Geometry pointwise_geometry(int64_t from, int64_t to) {
+  return {1, from, to, from, 1, 1, 1, 1, 0, 0, 1, 1};
+}
+
 // The outputs of one vector of lanes: `outputs` of each of `groups` groups, from `output` on.
 struct LaneBlock {
   int64_t group, groups, output, outputs;

@@ -67,8 +67,9 @@ struct Stencil {
   int64_t sources;        // channels per output
   const Runs& runs;
   const T* weights;
-  int64_t weight_stride;  // from one source channel to the next
+  int64_t weight_stride;  // from one source channel, or pair of them, to the next
   const Index<T>* permutation;
+  int64_t together = 1;  // source channels that a lane holds: itself and those of its next ones
 };
 
 template <class T, Fetch fetch>
@@ -116,7 +117,7 @@ __attribute__((noinline)) void correlate(const Stencil<T>& stencil, const T* con
   for (int64_t first = 0, plane = 0; first < stencil.sources;
        first += lanes<T>, plane += stencil.vector_stride)
     for (int64_t j = 0; j < std::min<int64_t>(lanes<T>, stencil.sources - first);
-         j++, weights += stencil.weight_stride) {
+         j += stencil.together, weights += stencil.weight_stride) {
       Vector<Index<T>> index{};
       if constexpr (is_permuted(fetch))
         __builtin_memcpy(&index, stencil.permutation + j * lanes<T>, sizeof index);

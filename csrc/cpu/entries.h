@@ -76,7 +76,7 @@ inline int64_t packed_size_entry(Type type, const Layer& layer) {
 }
 
 inline void pack_entry(Type type, const Layer& layer, void* packed, const Threads& threads) {
-  if (type == Type::int8) return pack_byte_layer(layer, static_cast<float*>(packed), threads);
+  if (type == Type::int8) return pack_byte_layer(layer, static_cast<int32_t*>(packed), threads);
   with_type(type, [&](auto s) {
     using S = decltype(s);
     pack_layer<Sum<S>, S>(layer, static_cast<Sum<S>*>(packed), threads);
@@ -86,8 +86,8 @@ inline void pack_entry(Type type, const Layer& layer, void* packed, const Thread
 template <Dot best>
 void layer_entry(Type type, const LayerForward& call) {
   if (type == Type::int8)
-    return with_dot<best>(ByteLayerPacking(call.layer).fits(static_cast<const float*>(call.packed)),
-                          [&](auto dot) { LayerWalk<float, uint8_t, dot>(call).run(); });
+    return with_dot<best>(ByteLayerPacking(call.layer).fits(static_cast<const int32_t*>(call.packed)),
+                          [&](auto dot) { LayerWalk<int32_t, uint8_t, dot>(call).run(); });
   with_type(type, [&](auto s) {
     using S = decltype(s);
     LayerWalk<Sum<S>, S>(call).run();

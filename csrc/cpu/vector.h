@@ -145,15 +145,32 @@ GROSS_INLINE void keep_in_register([[maybe_unused]] V& v) {
 #endif
 }
 
+// The low 16 bits of each lane, with their sign.
+GROSS_INLINE Vector<int32_t> low_word(Vector<int32_t> v) {
+  return __builtin_bit_cast(Vector<int32_t>, __builtin_bit_cast(Words, v) << 16) >> 16;
+}
+// The low 16 bits of every two lanes, as the first of them: low half and high half.
+GROSS_INLINE Vector<int32_t> words_of_lanes(Vector<int32_t> v) {
+  using Twice __attribute__((vector_size(GROSS_VECTOR_BYTES))) = uint64_t;
+  const Twice both = __builtin_bit_cast(Twice, v), next = both >> 16;
+#if defined(GROSS_AVX2)
+  return (Vector<int32_t>)_mm256_blend_epi16((__m256i)both, (__m256i)next, 0xaa);
+#else
+  constexpr uint64_t low = 0x0000ffff0000ffffu;
+  return __builtin_bit_cast(Vector<int32_t>, (both & low) | (next & ~low));
+#endif
+}
+
 // What a multiply–add does with a lane: numbers of the lanes' type, or with 32-bit lanes two
-// bfloat16 numbers each, whose products are both added.
-enum class Product { numbers, pairs };
+// numbers each, whose products are both added: of bfloat16, or whole numbers of 16 bits, by two
+// instructions or by one.
+enum class Product { numbers, pairs, words, words_by_instruction };
 
 template <Product product, class T>
 GROSS_INLINE void multiply_add(Vector<T>& sum, Vector<T> value, Vector<T> weight) {
   if constexpr (product == Product::numbers) {
     sum += value * weight;
-  } else {
+  } else if constexpr (product == Product::pairs) {
 #if defined(GROSS_AVX512)
     // By its name: as an intrinsic it would need this whole unit to be compiled for processors that
     // have it.
@@ -166,6 +183,21 @@ GROSS_INLINE void multiply_add(Vector<T>& sum, Vector<T> value, Vector<T> weight
                 weights = __builtin_bit_cast(Words, weight);
     sum += half(values & 0xffff0000u) * half(weights & 0xffff0000u);
     sum += half(values << 16) * half(weights << 16);
+#endif
+  } else {
+#if defined(GROSS_AVX512)
+    if constexpr (product == Product::words_by_instruction)
+      asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(value), "v"(weight));
+    else
+      sum += (Vector<T>)_mm512_madd_epi16((__m512i)value, (__m512i)weight);
+#elif defined(GROSS_AVX2)
+    if constexpr (product == Product::words_by_instruction)
+      asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(value), "x"(weight));
+    else
+      sum += (Vector<T>)_mm256_madd_epi16((__m256i)value, (__m256i)weight);
+#else
+    sum += (value >> 16) * (weight >> 16);
+    sum += low_word(value) * low_word(weight);
 #endif
   }
 }
@@ -207,9 +239,7 @@ GROSS_INLINE void add_dot(Vector<int32_t>& sum, Vector<int32_t> x, Vector<int32_
   const Vector<int16_t> weights = pieces(w);
   const auto add = [&](Vector<int16_t> products) __attribute__((always_inline)) {
     const Vector<int32_t> both = __builtin_bit_cast(Vector<int32_t>, products);
-    const Vector<int32_t> low =
-        __builtin_bit_cast(Vector<int32_t>, __builtin_bit_cast(Words, both) << 16) >> 16;
-    sum += (both >> 16) + low;
+    sum += (both >> 16) + low_word(both);
   };
   add(pieces(bytes & 0x00ff00ffu) *
       (__builtin_bit_cast(Vector<int16_t>, __builtin_bit_cast(Vector<uint16_t>, weights) << 8) >>
@@ -341,9 +371,11 @@ GROSS_INLINE Vector<T> permute(Vector<T> v, Vector<Index<T>> index) {
 template <class T>
 GROSS_INLINE Vector<T> permute_within_quads(Vector<T> v, Vector<Index<T>> index) {
 #if defined(GROSS_AVX512)
-  if constexpr (sizeof(T) == 4) return _mm512_permutevar_ps(v, reinterpret_cast<__m512i>(index));
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm512_permutevar_ps((__m512)v, (__m512i)index);
 #elif defined(GROSS_AVX2)
-  if constexpr (sizeof(T) == 4) return _mm256_permutevar_ps(v, reinterpret_cast<__m256i>(index));
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm256_permutevar_ps((__m256)v, (__m256i)index);
 #endif
   return permute<T>(v, index);
 }

@@ -709,7 +709,50 @@ void byte_convolution_case() {
         }
 }
 
-// A layer of 8 bits, in which R's sums are exact too.
+// R of a layer of 8 bits in whole numbers of 16 bits, as its definition says.
+struct Words {
+  std::vector<int64_t> halves, divisors;  // of each input: p = ⌊(sum + half) / divisor⌋
+  std::vector<int64_t> middle;
+  std::vector<float> steps;  // of each output
+
+  Words(const Layer& layer, const std::vector<int8_t>& first, const std::vector<float>& weights) {
+    const Geometry& g = layer.geometry;
+    const int64_t terms = g.group_size * g.taps();
+    const double most = std::min(32767.0, std::floor(std::pow(2, 18) / std::sqrt(terms)));
+    std::vector<double> bounds;
+    for (int64_t c = 0; c < g.in_channels; c++) {
+      double up = 0, down = 0;
+      for (int64_t j = 0; j < layer.in_channels; j++) {
+        const double w = first[c * layer.in_channels + j], low = -layer.source.zero * w,
+                     high = (255 - layer.source.zero) * w;
+        up += std::max(low, high), down += std::min(low, high);
+      }
+      const double reach = std::max(up, -down);
+      int64_t divisor = 1;
+      while (std::floor((reach + divisor / 2) / divisor) > most) divisor *= 2;
+      divisors.push_back(divisor), halves.push_back(divisor / 2);
+      bounds.push_back(std::floor((reach + divisor / 2) / divisor));
+    }
+    for (int64_t o = 0; o < g.out_channels; o++) {
+      double largest = 0, sum = 0, rounded = 0;
+      std::vector<double> row;
+      for (int64_t i = 0; i < terms; i++) {
+        const int64_t c = o / g.outputs_per_group() * g.group_size + i / g.taps();
+        row.push_back(weights[o * terms + i] * (layer.source.scale * layer.scales[0][c] *
+                                                divisors[c] / layer.scales[1][o]));
+        largest = std::max(largest, std::abs(row[i]));
+        sum += std::abs(row[i]) * bounds[c], rounded += bounds[c] / 2;
+      }
+      const double times =
+          sum > 0 ? std::min(32767 / largest, (std::pow(2, 31) - 1 - rounded) / sum) : 1;
+      for (double number : row)
+        middle.push_back(static_cast<int64_t>(std::nearbyint(number * times)));
+      steps.push_back(static_cast<float>(1 / times));
+    }
+  }
+};
+
+// A layer of 8 bits. Often p and R's sums are the largest that there are.
 void byte_layer_case() {
   Case c;
   if (!draw(c)) return;
@@ -720,14 +763,19 @@ void byte_layer_case() {
   layer.in_channels = pick(1, widest), layer.out_channels = pick(1, widest);
   const std::string where = std::to_string(layer.in_channels) + "→(" + c.where + ")→" +
                             std::to_string(layer.out_channels);
-  const int64_t most = pick(0, 1) ? 63 : 127;
-  const std::vector<int8_t> first = drawn_bytes(g.in_channels * layer.in_channels, 3, false),
-                            last = drawn_bytes(layer.out_channels * g.out_channels, most, false);
-  std::vector<float> middle(g.out_channels * g.group_size * g.taps());
-  for (float& number : middle) number = static_cast<float>(pick(-2, 2)) / 2;
+  const bool largest = !pick(0, 2);
+  const int64_t most = pick(0, 1) ? 63 : 127, terms = g.group_size * g.taps();
+  std::vector<int8_t> first = drawn_bytes(g.in_channels * layer.in_channels, most, largest);
+  const std::vector<int8_t> last = drawn_bytes(layer.out_channels * g.out_channels, most, false);
+  if (largest && pick(0, 1)) std::fill(first.begin(), first.end(), static_cast<int8_t>(most));
+  std::vector<float> middle(g.out_channels * terms);
+  for (float& number : middle) number = largest ? 1 : static_cast<float>(pick(-20, 20)) / 16;
   ByteEnd end(layer.out_channels, 40 * std::sqrt(static_cast<float>(g.out_channels)) * most / 4);
-  const float step = std::exp2(std::round(std::log2(
-      0.5f * std::sqrt(static_cast<float>(layer.in_channels * g.group_size * g.taps())))));
+  if (largest) end.source.zero = pick(0, 1) ? 0 : 255;
+  const float typical =
+      largest ? 2 * static_cast<float>(layer.in_channels * terms)
+              : std::sqrt(static_cast<float>(layer.in_channels * terms));
+  const float step = std::exp2(std::round(std::log2(typical * most / 8)));
   const std::vector<float> first_scales(g.in_channels, 0.5f), steps(g.out_channels, step),
       last_scales(layer.out_channels, 0.25f);
   layer.pointwise_in = series_of(first.data(), Type::int8, layer.in_channels);
@@ -739,32 +787,39 @@ void byte_layer_case() {
   Value source(g.images, layer.in_channels, c.h, c.w, end.source),
       target(g.images, layer.out_channels, c.out_h, c.out_w, end.target),
       residual(g.images, layer.out_channels, c.out_h, c.out_w, end.other);
-  source.draw(!pick(0, 3)), residual.draw(false);
+  source.draw(largest || !pick(0, 3)), residual.draw(false);
+  if (largest && end.source.zero) std::fill(source.memory.begin(), source.memory.end(), 0);
   std::vector<float> packed(tested().packed_size(Type::int8, layer));
   tested().pack(Type::int8, layer, packed.data(), two_threads);
   const Image other = residual.image();
   tested().layer(Type::int8, {source.image(), layer, packed.data(), Image{}, target.image(),
                               end.finish(&other), two_threads});
+  const Words words(layer, first, middle);
   Value inner(g.images, g.in_channels, c.h, c.w, {}),
       between(g.images, g.out_channels, c.out_h, c.out_w, {});
-  std::vector<double> p(g.images * c.h * c.w * g.in_channels),
-      r(g.images * c.out_h * c.out_w * g.out_channels);
-  for (int64_t i = 0; i < static_cast<int64_t>(p.size()); i++)
+  std::vector<int64_t> p(g.images * c.h * c.w * g.in_channels);
+  std::vector<double> r(g.images * c.out_h * c.out_w * g.out_channels);
+  for (int64_t i = 0; i < static_cast<int64_t>(p.size()); i++) {
+    const int64_t pixel = i / g.in_channels, channel = i % g.in_channels;
+    int64_t sum = words.halves[channel];
     for (int64_t j = 0; j < layer.in_channels; j++)
-      p[i] += 0.5 * first[i % g.in_channels * layer.in_channels + j] *
-              source.at(i / g.in_channels * layer.in_channels + j);
+      sum += first[channel * layer.in_channels + j] *
+             (static_cast<uint8_t>(source.memory[pixel * layer.in_channels + j]) -
+              end.source.zero);
+    p[i] = static_cast<int64_t>(std::floor(static_cast<double>(sum) / words.divisors[channel]));
+  }
   for (int64_t n = 0; n < g.images; n++)
     for (int64_t y = 0; y < c.out_h; y++)
       for (int64_t x = 0; x < c.out_w; x++) {
         for (int64_t o = 0; o < g.out_channels; o++) {
-          double sum = 0;
+          int64_t sum = 0;
           each_tap(g, source, y, x, [&](int64_t iy, int64_t ix, int64_t tap) {
             for (int64_t j = 0; j < g.group_size; j++)
-              sum += middle[(o * g.group_size + j) * g.taps() + tap] *
+              sum += words.middle[(o * g.group_size + j) * g.taps() + tap] *
                      p[inner.index(n, o / g.outputs_per_group() * g.group_size + j, iy, ix)];
           });
-          r[between.index(n, o, y, x)] =
-              std::min(std::max(std::nearbyint(sum / step), -127.0), 127.0);
+          r[between.index(n, o, y, x)] = std::min(
+              std::max(std::nearbyint(static_cast<float>(sum) * words.steps[o]), -127.0f), 127.0f);
         }
         for (int64_t o = 0; o < layer.out_channels; o++) {
           double sum = end.bias[o];
