@@ -278,8 +278,8 @@ class Words:
     """p and R of a layer of 8 bits as whole numbers of 16 bits.
 
     P's sums of integers are divided by a power of two, each channel by the smallest for which the
-    largest sum that any input gives is at most 32767, or 2¹⁸/√n where an output of R adds more
-    than n = 64 products: p = ⌊sum / divisor + ½⌋. R becomes w = ⌊R · t · (what p's steps are in
+    largest sum that any input gives is at most 32767, or 2¹⁹/√n where an output of R adds more
+    than n = 256 products: p = ⌊sum / divisor + ½⌋. R becomes w = ⌊R · t · (what p's steps are in
     r's) + ½⌋, t the largest for which neither w passes 32767 nor Σ |w p| passes 2³¹ − 1, whatever
     the input. Nothing saturates, every sum is exact, and r = Σ w p / t steps.
 
@@ -302,7 +302,7 @@ class Words:
         reach = torch.stack((torch.maximum(low, high).sum(1), -torch.minimum(low, high).sum(1)))
         reach = reach.amax(0)
         terms = middle[0].numel()
-        most = min(32767, math.floor(2**18 / math.sqrt(terms)))
+        most = min(32767, math.floor(2**19 / math.sqrt(terms)))
         # The smallest power of two for which reach / divisor + ½ is below most + 1.
         divisors = torch.frexp(reach / (most + 0.5)).exponent.clamp_min(0).double().exp2()
         bounds = (reach / divisors + 0.5 * (divisors > 1)).floor()

@@ -163,7 +163,8 @@ void segments_between(const Planes& planes, const Target& target, int64_t rows, 
 
 // A layer's forward pass. Where the call keeps `inner`, the first pointwise convolution is computed
 // into it beforehand, and read from there. Of 8 bits (S is uint8_t, T int32_t) all sums are of
-// integers, and what the grouped convolution writes becomes bytes, [pixel][channel], block by block.
+// integers, and what the grouped convolution writes becomes bytes, [pixel][channel], block by
+// block.
 template <class T, class S, Dot dot = Dot::exact>
 class LayerWalk {
  public:
@@ -174,7 +175,7 @@ class LayerWalk {
         packing_(call.layer),
         plan_(forward_plan(call.layer.geometry, call.input.height, call.input.width,
                            call.output.height, call.output.width)),
-        tile_(tile_for<T, product>(packing_.grouped.fetch, call.output.width)),
+        tile_(tile_of_grouped()),
         inner_vectors_(packing_.inner.size()),
         blocks_(packing_.grouped.blocks.size()),
         outputs_(packing_.outputs.size()),
@@ -197,7 +198,6 @@ class LayerWalk {
 
  private:
   static constexpr bool in_bytes = std::is_same_v<S, uint8_t>;
-  static constexpr Product product = in_bytes ? words_product<dot> : Product::numbers;
   using Weights = std::conditional_t<in_bytes, ByteLayerPacking, Packing<T>>;
   static constexpr int64_t spare_size = 2 * max_pixels * lanes<T>;
 
@@ -209,6 +209,13 @@ class LayerWalk {
   };
 
   // Plan ----------------------------------------------------------------------------------------
+
+  Tile<T> tile_of_grouped() const {
+    if constexpr (in_bytes)
+      return word_tile_for<words_product<dot>>(packing_.grouped, call_.output.width);
+    else
+      return tile_for<T>(packing_.grouped.fetch, call_.output.width);
+  }
 
   void cut() {
     const Geometry& g = call_.layer.geometry;
@@ -448,12 +455,14 @@ class LayerWalk {
   };
   GROSS_INLINE static void round_to_bytes(const Sums& sums, uint8_t* to, int64_t pitch,
                                           int64_t channels) {
-    for (int64_t k = 0; k < sums.pixels; k++, to += pitch) {
-      const Vector<float> r =
-          __builtin_convertvector(load<T>(sums.at + k * lanes<T>), Vector<float>) * sums.step;
-      const Bytes q = nearest_bytes(r, -127, byte_zero);
-      channels == lanes<T> ? store_bytes(to, q) : store_bytes(to, q, channels);
-    }
+    const auto r = [&](int64_t k) __attribute__((always_inline)) {
+      return __builtin_convertvector(load<T>(sums.at + k * lanes<T>), Vector<float>) * sums.step;
+    };
+    int64_t k = 0;
+    for (; channels == lanes<T> && k + 4 <= sums.pixels; k += 4)
+      store_nearest({r(k), r(k + 1), r(k + 2), r(k + 3)}, to + k * pitch, pitch);
+    for (; k < sums.pixels; k++)
+      store_bytes(to + k * pitch, nearest_bytes(r(k), -127, byte_zero), channels);
   }
 
   // Vectors [first, last) of a strip's outputs.

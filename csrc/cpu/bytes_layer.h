@@ -8,13 +8,14 @@
 #pragma once
 
 #include "bytes.h"
+#include "correlate.h"
 #include "weights.h"
 
 namespace gross::cpu::GROSS_ISA {
 
 template <Dot dot>
-constexpr Product words_product = dot == Dot::instruction ? Product::words_by_instruction
-                                                          : Product::words;
+constexpr Product words_product =
+    dot == Dot::instruction ? Product::words_by_instruction : Product::words;
 
 // P and Q by vectors of outputs, R by the grouped convolution's blocks, in 32-bit numbers; what
 // divides P's sums, steps of r for each of R's.
@@ -84,13 +85,14 @@ struct LayerWords {
   std::vector<float> steps;     // of each output of R
 
   explicit LayerWords(const Layer& layer)
-      : shifts(layer.geometry.in_channels), middle(layer.geometry.out_channels * terms_of(layer)),
+      : shifts(layer.geometry.in_channels),
+        middle(layer.geometry.out_channels * terms_of(layer)),
         steps(layer.geometry.out_channels) {
     const Geometry& g = layer.geometry;
     const int64_t terms = terms_of(layer), taps = g.taps();
     // Where sums have many terms, p and R share what is left of 32 bits.
     const int64_t largest = std::min<int64_t>(
-        32767, static_cast<int64_t>((1 << 18) / std::sqrt(static_cast<double>(terms))));
+        32767, static_cast<int64_t>((1 << 19) / std::sqrt(static_cast<double>(terms))));
     std::vector<double> bounds(g.in_channels);
     for (int64_t c = 0; c < g.in_channels; c++) {
       const int64_t reach = reach_of(layer, c);
@@ -139,6 +141,58 @@ struct LayerWords {
   }
 };
 
+// correlate() of groups of 2 or 4 channels in whole numbers, of which two lanes or all four read a
+// pair: with the runs outside and the pairs by name a shuffle needs no index, and the loop a third
+// of the time less.
+template <int Quad, int J, int... L>
+constexpr Vector<int32_t> lane_of_quad(std::integer_sequence<int, L...>) {
+  return Vector<int32_t>{(L / Quad * Quad + J)...};
+}
+template <Product product, int Quad, int Columns, int Segments>
+__attribute__((noinline)) void correlate_quads(const Stencil<int32_t>& stencil,
+                                               const int32_t* const* from, int32_t* const* to,
+                                               int64_t col_stride) {
+  using T = int32_t;
+  constexpr auto all = std::make_integer_sequence<int, lanes<T>>{};
+  Vector<T> sum[Segments][Columns]{};
+  const auto add = [&](const Run& run, auto length) __attribute__((always_inline)) {
+    constexpr int n = decltype(length)::value;
+    add_run<T, Fetch::permuted, product, Columns, Segments, n>(
+        from, run.offset, stencil.weights, run, lane_of_quad<Quad, 0>(all), sum);
+    if constexpr (Quad == 4)
+      add_run<T, Fetch::permuted, product, Columns, Segments, n>(
+          from, run.offset, stencil.weights + stencil.weight_stride, run,
+          lane_of_quad<Quad, 2>(all), sum);
+  };
+  const Run* run = stencil.runs.all.data();
+  for (const Run* end = run + stencil.runs.longest; run != end; run++)
+    add(*run, std::integral_constant<int, 3>{});
+  for (const Run* end = run + stencil.runs.middle; run != end; run++)
+    add(*run, std::integral_constant<int, 2>{});
+  for (const Run* end = stencil.runs.all.data() + stencil.runs.all.size(); run != end; run++)
+    add(*run, std::integral_constant<int, 1>{});
+#pragma GCC unroll 8
+  for (int segment = 0; segment < Segments; segment++)
+#pragma GCC unroll 16
+    for (int k = 0; k < Columns; k++) store<T>(to[segment] + k * col_stride, sum[segment][k]);
+}
+template <Product product>
+Tile<int32_t> word_tile_for(const Channels<int32_t>& channels, int64_t width) {
+  const auto quads = [&](auto quad) {
+    return narrowest_tile<Tile<int32_t>>(
+        width, std::integer_sequence<int, 16, 14, 8, 7, 4, 2, 1>{}, [](auto columns) {
+          constexpr int c = columns, segments = std::min(max_segments, max_sums / c);
+          return Tile<int32_t>{c, segments,
+                               correlate_quads<product, decltype(quad)::value, c, segments>};
+        });
+  };
+  if (channels.fetch == Fetch::within_quads && channels.sources == 4)
+    return quads(std::integral_constant<int, 4>{});
+  if (channels.fetch == Fetch::within_quads && channels.sources == 2)
+    return quads(std::integral_constant<int, 2>{});
+  return tile_for<int32_t, product>(channels.fetch, width);
+}
+
 // The weights of a block of R, [source channel or pair of them][tap][lane]; `sum` and `separate`
 // hold them as numbers, one by one, meanwhile.
 inline void pack_words(const SummedWeights& of, const LaneBlock& block, float* sum, float* separate,
@@ -171,10 +225,13 @@ inline void pack_byte_layer(const Layer& layer, int32_t* to, const Threads& thre
     float* const sum = scratch<float>(packing.grouped.summed + packing.grouped.packed);
     for (int64_t i = begin; i < end; i++) {
       if (i < inner) {
-        int32_t *const starts = to + packing.at_starts + i * lanes<float>,
-                       *const shifts = to + packing.at_shifts + i * lanes<float>;
+        int32_t *const starts = to + packing.at_starts + i * lanes<float>, *const shifts =
+                                                                               to +
+                                                                               packing.at_shifts +
+                                                                               i * lanes<float>;
         const LaneBlock& block = packing.inner[i];
-        to[packing.at_fits + i] = pack_bytes(first, block, to + i * packing.first_rows.packed(), starts);
+        to[packing.at_fits + i] =
+            pack_bytes(first, block, to + i * packing.first_rows.packed(), starts);
         for (int64_t lane = 0; lane < lanes<float>; lane++) {
           const int32_t n = lane < block.lanes() ? words.shifts[block.output + lane] : 0;
           shifts[lane] = n;

@@ -86,8 +86,9 @@ inline void pack_entry(Type type, const Layer& layer, void* packed, const Thread
 template <Dot best>
 void layer_entry(Type type, const LayerForward& call) {
   if (type == Type::int8)
-    return with_dot<best>(ByteLayerPacking(call.layer).fits(static_cast<const int32_t*>(call.packed)),
-                          [&](auto dot) { LayerWalk<int32_t, uint8_t, dot>(call).run(); });
+    return with_dot<best>(
+        ByteLayerPacking(call.layer).fits(static_cast<const int32_t*>(call.packed)),
+        [&](auto dot) { LayerWalk<int32_t, uint8_t, dot>(call).run(); });
   with_type(type, [&](auto s) {
     using S = decltype(s);
     LayerWalk<Sum<S>, S>(call).run();

@@ -195,6 +195,8 @@ GROSS_INLINE void multiply_add(Vector<T>& sum, Vector<T> value, Vector<T> weight
       asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(value), "x"(weight));
     else
       sum += (Vector<T>)_mm256_madd_epi16((__m256i)value, (__m256i)weight);
+    // Sums of integers the compiler would reorder, with more of them at once than registers.
+    keep_in_register(sum);
 #else
     sum += (value >> 16) * (weight >> 16);
     sum += low_word(value) * low_word(weight);
@@ -296,6 +298,30 @@ GROSS_INLINE Bytes nearest_bytes(Vector<float> value, float least, int32_t zero)
 #endif
 #endif
 }
+// Of four pixels, `pitch` bytes apart, the nearest whole numbers within −127 … 127, above 128.
+GROSS_INLINE void store_nearest(const Vector<float> (&value)[4], uint8_t* to, int64_t pitch) {
+#if defined(GROSS_AVX2)
+  // What is too small saturates while it becomes bytes; what is too large would change its sign.
+  const auto whole = [&](int i) __attribute__((always_inline)) {
+    return _mm256_cvtps_epi32(_mm256_min_ps((__m256)value[i], _mm256_set1_ps(127)));
+  };
+  __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(whole(0), whole(1)),
+                                     _mm256_packs_epi32(whole(2), whole(3)));
+  bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8(-127));
+  bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
+  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+  const __m128i pairs[2] = {_mm_unpacklo_epi32(low, high), _mm_unpackhi_epi32(low, high)};
+  for (int i = 0; i < 2; i++) {
+    _mm_storel_pi((__m64*)(to + 2 * i * pitch), (__m128)pairs[i]);
+    _mm_storeh_pi((__m64*)(to + (2 * i + 1) * pitch), (__m128)pairs[i]);
+  }
+#else
+  for (int i = 0; i < 4; i++) {
+    const Bytes bytes = nearest_bytes(value[i], -127, 128);
+    __builtin_memcpy(to + i * pitch, &bytes, sizeof bytes);
+  }
+#endif
+}
 GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes) {
   __builtin_memcpy(to, &bytes, sizeof bytes);
 }
@@ -371,11 +397,9 @@ GROSS_INLINE Vector<T> permute(Vector<T> v, Vector<Index<T>> index) {
 template <class T>
 GROSS_INLINE Vector<T> permute_within_quads(Vector<T> v, Vector<Index<T>> index) {
 #if defined(GROSS_AVX512)
-  if constexpr (sizeof(T) == 4)
-    return (Vector<T>)_mm512_permutevar_ps((__m512)v, (__m512i)index);
+  if constexpr (sizeof(T) == 4) return (Vector<T>)_mm512_permutevar_ps((__m512)v, (__m512i)index);
 #elif defined(GROSS_AVX2)
-  if constexpr (sizeof(T) == 4)
-    return (Vector<T>)_mm256_permutevar_ps((__m256)v, (__m256i)index);
+  if constexpr (sizeof(T) == 4) return (Vector<T>)_mm256_permutevar_ps((__m256)v, (__m256i)index);
 #endif
   return permute<T>(v, index);
 }

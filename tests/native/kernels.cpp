@@ -718,7 +718,7 @@ struct Words {
   Words(const Layer& layer, const std::vector<int8_t>& first, const std::vector<float>& weights) {
     const Geometry& g = layer.geometry;
     const int64_t terms = g.group_size * g.taps();
-    const double most = std::min(32767.0, std::floor(std::pow(2, 18) / std::sqrt(terms)));
+    const double most = std::min(32767.0, std::floor(std::pow(2, 19) / std::sqrt(terms)));
     std::vector<double> bounds;
     for (int64_t c = 0; c < g.in_channels; c++) {
       double up = 0, down = 0;
@@ -738,8 +738,8 @@ struct Words {
       std::vector<double> row;
       for (int64_t i = 0; i < terms; i++) {
         const int64_t c = o / g.outputs_per_group() * g.group_size + i / g.taps();
-        row.push_back(weights[o * terms + i] * (layer.source.scale * layer.scales[0][c] *
-                                                divisors[c] / layer.scales[1][o]));
+        row.push_back(weights[o * terms + i] *
+                      (layer.source.scale * layer.scales[0][c] * divisors[c] / layer.scales[1][o]));
         largest = std::max(largest, std::abs(row[i]));
         sum += std::abs(row[i]) * bounds[c], rounded += bounds[c] / 2;
       }
@@ -772,9 +772,8 @@ void byte_layer_case() {
   for (float& number : middle) number = largest ? 1 : static_cast<float>(pick(-20, 20)) / 16;
   ByteEnd end(layer.out_channels, 40 * std::sqrt(static_cast<float>(g.out_channels)) * most / 4);
   if (largest) end.source.zero = pick(0, 1) ? 0 : 255;
-  const float typical =
-      largest ? 2 * static_cast<float>(layer.in_channels * terms)
-              : std::sqrt(static_cast<float>(layer.in_channels * terms));
+  const float typical = largest ? 2 * static_cast<float>(layer.in_channels * terms)
+                                : std::sqrt(static_cast<float>(layer.in_channels * terms));
   const float step = std::exp2(std::round(std::log2(typical * most / 8)));
   const std::vector<float> first_scales(g.in_channels, 0.5f), steps(g.out_channels, step),
       last_scales(layer.out_channels, 0.25f);
@@ -804,8 +803,7 @@ void byte_layer_case() {
     int64_t sum = words.halves[channel];
     for (int64_t j = 0; j < layer.in_channels; j++)
       sum += first[channel * layer.in_channels + j] *
-             (static_cast<uint8_t>(source.memory[pixel * layer.in_channels + j]) -
-              end.source.zero);
+             (static_cast<uint8_t>(source.memory[pixel * layer.in_channels + j]) - end.source.zero);
     p[i] = static_cast<int64_t>(std::floor(static_cast<double>(sum) / words.divisors[channel]));
   }
   for (int64_t n = 0; n < g.images; n++)
