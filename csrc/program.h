@@ -195,13 +195,13 @@ inline void check_words(const Step& step, const Layer& layer) {
                   "]: accepted is float32, for a layer that reads 8 bits");
   const float* const middle = static_cast<const float*>(layer.grouped.terms[0]);
   const auto finite = [](float number) { return std::isfinite(number); };
-  const auto usable = [](float scale) { return std::isfinite(scale) && scale > 0; };
+  const auto usable = [](float scale) { return std::isfinite(scale) && scale >= 0; };
   STD_TORCH_CHECK(
       std::all_of(middle, middle + g.out_channels * g.group_size * g.taps(), finite) &&
           std::all_of(layer.scales[0], layer.scales[0] + g.in_channels, usable) &&
           std::all_of(layer.scales[1], layer.scales[1] + g.out_channels, usable),
       "weights: got R of a layer of 8 bits, or scales of p or r, with numbers that are not finite, "
-      "or scales that are not positive");
+      "or scales below 0");
 }
 
 inline void pack_step(Type type, const Step& step, const Held& source, ProgramWeights& weights,

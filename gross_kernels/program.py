@@ -315,7 +315,9 @@ class Words:
             .reshape(middle.shape)
             for numbers in (scale * scales[0].double() * divisors, bounds)
         )  # fmt: skip
-        rows = middle.double() * (unit / scales[1].double().view(-1, 1, 1, 1))
+        step = scales[1].double().view(-1, 1, 1, 1)
+        # Of a channel whose steps are 0 every r is.
+        rows = torch.where(step > 0, middle.double() * (unit / step), 0.0)
         size, rounded = (rows.abs() * bounds).flatten(1).sum(1), bounds.flatten(1).sum(1) / 2
         times = torch.minimum(
             32767 / rows.abs().flatten(1).amax(1), (2**31 - 1 - rounded) / size

@@ -108,7 +108,8 @@ struct LayerWords {
         const int64_t input = o / g.outputs_per_group() * g.group_size + i / taps;
         const double unit = static_cast<double>(layer.source.scale) * layer.scales[0][input] *
                             std::exp2(shifts[input]) / layer.scales[1][o];
-        row[i] = from[o * terms + i] * unit;
+        // Of a channel whose steps are 0 every r is.
+        row[i] = layer.scales[1][o] > 0 ? from[o * terms + i] * unit : 0;
         most = std::max(most, std::abs(row[i]));
         sum += std::abs(row[i]) * bounds[input];
         rounded += 0.5 * bounds[input];
