@@ -537,6 +537,7 @@ REFUSED = {
     "scales": ({"step": {"scales": 4}}, r"weights\[4\]: accepted is \[20\]"),
     "dtype": ({"weight": (0, torch.float32)}, r"weights\[0\]: got float32, accepted is int8"),
     "middle": ({"weight": (1, torch.int8)}, r"weights\[1\]: got int8, accepted is a floating"),
+    "double": ({"weight": (1, torch.float64)}, r"weights\[1\]: accepted is float32"),
     "residual": ({"step": {"residual": 0}}, "got an input as residual of a step of 8 bits"),
 }
 
@@ -555,6 +556,26 @@ def test_what_is_refused(change: dict, message: str) -> None:
     changed = replace(steps, steps=(steps.steps[0], first, *steps.steps[2:]), quantised=tuple(held))
     with pytest.raises(RuntimeError, match=message):
         changed.pack(weights, torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    ("index", "number"), [(1, torch.nan), (1, torch.inf), (3, -1.0), (4, torch.inf)]
+)
+def test_numbers_that_16_bits_have_no_place_for(index: int, number: float) -> None:
+    """Catches R that becomes some whole number though it is none."""
+    steps, weights = block()
+    weights[index].view(-1)[-1] = number
+    with pytest.raises(RuntimeError, match="got R of a layer of 8 bits, or scales of p or r, with"):
+        steps.pack(weights, torch.empty(0))
+
+
+def test_a_channel_without_steps() -> None:
+    """Catches a division by the scale of a channel of r that is always zero."""
+    steps, weights = block()
+    weights[4][5] = 0.0
+    input = torch.randn(1, 24, 9, 9)
+    found = run([input], steps.pack(weights, input), steps.text())
+    assert all(map(torch.equal, found, define([input], weights, steps)))
 
 
 def test_sums_that_32_bits_do_not_hold() -> None:
