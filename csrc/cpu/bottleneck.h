@@ -460,7 +460,7 @@ class LayerWalk {
     };
     int64_t k = 0;
     for (; channels == lanes<T> && k + 4 <= sums.pixels; k += 4)
-      store_nearest({r(k), r(k + 1), r(k + 2), r(k + 3)}, to + k * pitch, pitch);
+      store_nearest({r(k), r(k + 1), r(k + 2), r(k + 3)}, -127, byte_zero, to + k * pitch, pitch);
     for (; k < sums.pixels; k++)
       store_bytes(to + k * pitch, nearest_bytes(r(k), -127, byte_zero), channels);
   }

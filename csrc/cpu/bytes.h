@@ -57,7 +57,7 @@ struct ToPlanes {
   const int32_t* shifts;  // of the lanes of the vectors
   Vector<int32_t> shift;
 
-  static constexpr bool all_tiles = true;
+  static constexpr bool all_tiles = true, takes_four = false;
   GROSS_INLINE void next(int64_t pixels) { places += pixels; }
   GROSS_INLINE void begin(int v) { shift = load<int32_t>(shifts + v * lanes<int32_t>); }
   GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
@@ -68,7 +68,7 @@ struct ToPlanes {
 struct ToTile {
   float* at;
 
-  static constexpr bool all_tiles = false;
+  static constexpr bool all_tiles = false, takes_four = false;
   GROSS_INLINE void next(int64_t) {}
   GROSS_INLINE void begin(int) {}
   GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
@@ -112,8 +112,12 @@ GROSS_INLINE void multiply_tile(const BytePixels& source, const ByteWeights& pac
 #pragma GCC unroll 4
   for (int v = 0; v < Vectors; v++) {
     to.begin(v);
+    constexpr int fours = To::takes_four ? Count / 4 * 4 : 0;
 #pragma GCC unroll 16
-    for (int k = 0; k < Count; k++) to.store_sum(v, k, sum[v][k]);
+    for (int k = 0; k < fours; k += 4)
+      if constexpr (To::takes_four) to.store_four(v, k, sum[v] + k);
+#pragma GCC unroll 16
+    for (int k = fours; k < Count; k++) to.store_sum(v, k, sum[v][k]);
   }
 }
 
@@ -368,7 +372,7 @@ struct ToBytes {
            (!Added || finish.forms.residual.in_bytes());
   }
 
-  static constexpr bool all_tiles = true;
+  static constexpr bool all_tiles = true, takes_four = true;
   GROSS_INLINE void next(int64_t pixels) {
     at += pixels * stride;
     from += Added ? pixels * stride : 0;
@@ -379,11 +383,21 @@ struct ToBytes {
     if constexpr (Sloped) slope = load<float>(slopes + v * lanes<float>);
   }
   GROSS_INLINE void store_sum(int v, int k, Vector<int32_t> sum) const {
+    store_bytes(place(v, k), nearest_bytes(value(v, k, sum), least, zero));
+  }
+  GROSS_INLINE void store_four(int v, int k, const Vector<int32_t>* sum) const {
+    store_nearest({value(v, k, sum[0]), value(v, k + 1, sum[1]), value(v, k + 2, sum[2]),
+                   value(v, k + 3, sum[3])},
+                  least, zero, place(v, k), stride);
+  }
+
+ private:
+  GROSS_INLINE uint8_t* place(int v, int k) const { return at + k * stride + v * lanes<float>; }
+  GROSS_INLINE Vector<float> value(int v, int k, Vector<int32_t> sum) const {
     Vector<float> value = __builtin_convertvector(sum, Vector<float>) * scale + bias;
-    const int64_t to = k * stride + v * lanes<float>;
-    if constexpr (Added) value += load_bytes(from + to) * share;
+    if constexpr (Added) value += load_bytes(from + k * stride + v * lanes<float>) * share;
     if constexpr (Sloped) value = activated<Activation::prelu, float>(value, slope);
-    store_bytes(at + to, nearest_bytes(value, least, zero));
+    return value;
   }
 };
 

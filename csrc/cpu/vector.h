@@ -298,34 +298,37 @@ GROSS_INLINE Bytes nearest_bytes(Vector<float> value, float least, int32_t zero)
 #endif
 #endif
 }
-// Of four pixels, `pitch` bytes apart, the nearest whole numbers within −127 … 127, above 128.
-GROSS_INLINE void store_nearest(const Vector<float> (&value)[4], uint8_t* to, int64_t pitch) {
+GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes) {
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes, int64_t n) { std::memcpy(to, &bytes, n); }
+// nearest_bytes() of four pixels to bytes `pitch` apart.
+GROSS_INLINE void store_nearest(const Vector<float> (&value)[4], float least, int32_t zero,
+                                uint8_t* to, int64_t pitch) {
 #if defined(GROSS_AVX2)
-  // What is too small saturates while it becomes bytes; what is too large would change its sign.
+  // What is too small, or no number, becomes −2³¹, and saturates at every narrowing; what is too
+  // large would change its sign.
+  const __m256 high = _mm256_set1_ps(static_cast<float>(255 - zero));
   const auto whole = [&](int i) __attribute__((always_inline)) {
-    return _mm256_cvtps_epi32(_mm256_min_ps((__m256)value[i], _mm256_set1_ps(127)));
+    return _mm256_cvtps_epi32(_mm256_min_ps(high, (__m256)value[i]));
   };
-  __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(whole(0), whole(1)),
-                                     _mm256_packs_epi32(whole(2), whole(3)));
-  bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8(-127));
-  bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
-  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
-  const __m128i pairs[2] = {_mm_unpacklo_epi32(low, high), _mm_unpackhi_epi32(low, high)};
+  const __m256i above = _mm256_set1_epi16(static_cast<short>(zero));
+  __m256i bytes =
+      _mm256_packus_epi16(_mm256_adds_epi16(_mm256_packs_epi32(whole(0), whole(1)), above),
+                          _mm256_adds_epi16(_mm256_packs_epi32(whole(2), whole(3)), above));
+  bytes = _mm256_max_epu8(bytes, _mm256_set1_epi8(static_cast<char>(zero + (int32_t)least)));
+  const __m128i low = _mm256_castsi256_si128(bytes), upper = _mm256_extracti128_si256(bytes, 1);
+  const __m128i pairs[2] = {_mm_unpacklo_epi32(low, upper), _mm_unpackhi_epi32(low, upper)};
+#pragma GCC unroll 2
   for (int i = 0; i < 2; i++) {
     _mm_storel_pi((__m64*)(to + 2 * i * pitch), (__m128)pairs[i]);
     _mm_storeh_pi((__m64*)(to + (2 * i + 1) * pitch), (__m128)pairs[i]);
   }
 #else
-  for (int i = 0; i < 4; i++) {
-    const Bytes bytes = nearest_bytes(value[i], -127, 128);
-    __builtin_memcpy(to + i * pitch, &bytes, sizeof bytes);
-  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) store_bytes(to + i * pitch, nearest_bytes(value[i], least, zero));
 #endif
 }
-GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes) {
-  __builtin_memcpy(to, &bytes, sizeof bytes);
-}
-GROSS_INLINE void store_bytes(uint8_t* to, Bytes bytes, int64_t n) { std::memcpy(to, &bytes, n); }
 
 // The first n lanes, zeros in the others; nothing beyond them is touched.
 template <class T, class S>
