@@ -448,6 +448,33 @@ def test_inputs_without_a_number() -> None:
     assert found[0, :8].tolist() == [77.5, -50, -50, 77.5, -50, 77.5, 0, 1]
 
 
+LAYOUTS = {
+    "contiguous": lambda n, c, h, w: torch.randn(n, c, h, w),
+    "channels_last": lambda n, c, h, w: torch.randn(n, h, w, c).permute(0, 3, 1, 2),
+    "some_rows": lambda n, c, h, w: torch.randn(n, c, h + 2, w)[:, :, 1:-1],
+    "some_columns": lambda n, c, h, w: torch.randn(n, c, h, w + 1)[..., 1:],
+    "every_second_column": lambda n, c, h, w: torch.randn(n, c, h, 2 * w)[..., ::2],
+    "some_channels": lambda n, c, h, w: torch.randn(n, h, w, c + 3).permute(0, 3, 1, 2)[:, 3:],
+    "turned": lambda n, c, h, w: torch.randn(n, c, w, h).transpose(2, 3),
+    "one_image_for_all": lambda n, c, h, w: torch.randn(1, c, h, w).expand(n, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_any_strides(layout: str) -> None:
+    """Catches a number that becomes the byte of another channel, pixel, row or image, and one that
+    is written over by its neighbour's: all channels, of whole vectors of pixels and of fewer."""
+    torch.manual_seed(0)
+    held = Quantised(2.0**-5, 100)  # A power of two: no number is rounded on its way to a byte.
+    steps = Steps((Step("quantise", 0), Step("quantise", 1)), 1, (2,), (None, held, None))
+    packed = steps.pack([], torch.empty(0))
+    for channels in (1, 2, 3, 4, 5, 31, 70):
+        for size in ((1, 1), (1, 3), (3, 5), (7, 7), (4, 64), (2, 1000 // channels)):
+            input = LAYOUTS[layout](2, channels, *size)
+            found = run([input], packed, steps.text())[0]
+            assert torch.equal(found, define([input], [], steps)[0]), (channels, size)
+
+
 def test_text_module_and_state(tmp_path: Path) -> None:
     """Catches forms that are lost in the text, and a module that packs for int8 activations."""
     steps, weights = block()
