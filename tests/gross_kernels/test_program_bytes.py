@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gross_kernels.environment import instruction_set
 from gross_kernels.program import (
     ACTIVATIONS,
     KINDS,
@@ -331,6 +332,8 @@ CAPABILITY = torch.backends.cpu.get_cpu_capability()
 ISAS = ["portable", *["avx2"] * (CAPABILITY in ("AVX2", "AVX512"))]
 ISAS += ["avxvnni"] * ("avx_vnni" in FLAGS)
 ISAS += ["avx512"] * (CAPABILITY == "AVX512") + ["avx512vnni"] * ("avx512_vnni" in FLAGS)
+#: Without that of this process; with AVX512_BF16, 8 bits have the same code as without.
+OTHERS = [isa for isa in ISAS if isa != instruction_set().replace("bf16", "vnni")]
 
 DIGESTS = """
 import hashlib, sys, torch
@@ -360,7 +363,7 @@ def test_every_instruction_set_has_the_same_sums() -> None:
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", OTHERS)
 def test_programs_for_other_processors(isa: str, pytestconfig: pytest.Config) -> None:
     """Catches a fault in kernels that a lesser processor than this one would run."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
