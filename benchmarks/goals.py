@@ -49,6 +49,16 @@ LAYER = {
     ("inference", 1, "fold"): {4: Goal(1.6)},
     ("training", 16, "η"): {4: Goal(0.8)},
 }
+#: Layers in 8 bits against PyTorch's in 8 bits, and against our own in float32: by batch, figure
+#: and group size.
+LAYER_IN_8_BITS = {
+    (16, "dense"): {4: Goal(2.0)},
+    (16, "fold"): {4: Goal(1.3)},
+    (16, "float32"): {4: Goal(1.5)},
+    (1, "fold"): {4: Goal(1.3)},
+}
+#: A dense convolution in 8 bits: not slower than PyTorch's, and worth its 8 bits.
+CONVOLUTION_IN_8_BITS = {"library": Goal(1.0, LEAST), "float32": Goal(2.0)}
 #: Times as fast as the dense network in inference, batch 16, every group size 4.
 NETWORK = {
     "vgg16": Goal(3.0),
@@ -82,6 +92,10 @@ def goal(figure: str, entry: Mapping[str, Any]) -> Goal | None:
         return Goal(means[OPERATIONS.index(entry["operation"])] if means else 1.0, LEAST)
     if entry["suite"] == "GroSSConv2d" and main and not entry["narrow"]:
         return LAYER.get((entry["operation"], entry["batch"], figure), {}).get(entry["setting"])
+    if entry["suite"] == "int8 layer" and not entry["narrow"]:
+        return LAYER_IN_8_BITS.get((entry["batch"], figure), {}).get(entry["setting"])
+    if entry["suite"] == "int8 convolution":
+        return CONVOLUTION_IN_8_BITS.get(figure)
     uniform = set(entry["setting"].split()) == {"4"} if entry["suite"] == "networks" else False
     if (
         uniform

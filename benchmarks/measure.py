@@ -249,6 +249,8 @@ def best_product(dtype: torch.dtype) -> dict[str, Any]:
 def _products(dtype: torch.dtype) -> dict[str, tuple[int, Call]]:
     """By name, the MACs and a call, warm; the tensors fill the device."""
     n, batch = (1024, 16) if DEVICE.type == "cpu" else (8192, 256)
+    if dtype == torch.int8:
+        return _products_in_8_bits(batch)
     made: Any = {"device": DEVICE, "dtype": dtype}
     matrices = torch.randn(2, n, n, **made)
     calls: dict[str, tuple[int, Call]] = {"torch.mm": (n**3, partial(torch.mm, *matrices))}
@@ -259,6 +261,27 @@ def _products(dtype: torch.dtype) -> dict[str, tuple[int, Call]]:
         )
         macs = batch * convolution_macs(channels, channels, (k, k), (28, 28))
         calls[f"{k}×{k} convolution"] = (macs, partial(F.conv2d, input, weight, padding=k // 2))
+    for _, call in calls.values():
+        _warm(call)
+    return calls
+
+
+def _products_in_8_bits(batch: int) -> dict[str, tuple[int, Call]]:
+    """Convolutions of uint8 by int8, by oneDNN's operator."""
+    calls: dict[str, tuple[int, Call]] = {}
+    for channels, k in ((256, 1), (128, 3)):
+        input = torch.randint(0, 256, (batch, channels, 28, 28), dtype=torch.uint8)
+        input = input.contiguous(memory_format=torch.channels_last)
+        weight = torch.randint(-63, 64, (channels, channels, k, k), dtype=torch.int8)
+        scales, zeros = torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
+        geometry = ([1, 1], [k // 2, k // 2], [1, 1], 1)
+        packed = torch.ops.onednn.qconv_prepack(weight, scales, 1.0, 0, *geometry)
+        arguments = (input, 1.0, 0, packed, scales, zeros, None, *geometry)
+        call = partial(
+            torch.ops.onednn.qconv2d_pointwise, *arguments, 1e4, 0, torch.uint8, "none", [], ""
+        )
+        macs = batch * convolution_macs(channels, channels, (k, k), (28, 28))
+        calls[f"{k}×{k} convolution"] = (macs, call)
     for _, call in calls.values():
         _warm(call)
     return calls

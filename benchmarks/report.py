@@ -41,6 +41,8 @@ def summary(entries: Sequence[Entry]) -> str:
     suites = {
         "grouped convolution": (_core_table, _of("dtype", "memory_format")),
         "GroSSConv2d": (_layer_table, _of("narrow", "dtype", "memory_format", "batch")),
+        "int8 layer": (_int8_layer_table, _of("narrow", "batch")),
+        "int8 convolution": (_int8_convolution_table, _of("suite")),
         "structured": (_structured_table, _of("dtype", "memory_format", "operation")),
         "networks": (_network_table, _of("dtype", "memory_format", "batch")),
     }
@@ -251,6 +253,44 @@ def _layer_table(entries: Sequence[Entry], best: Best) -> str:
         "vs fold",
         SHARE,
     ]
+    return _markdown(title, header, rows)
+
+
+def _int8_layer_table(entries: Sequence[Entry], best: Best) -> str:
+    columns = ("dense", "fold", "float32")
+    rows = [
+        [
+            str(group[0]["setting"]),
+            str(len(group)),
+            f"{statistics.geometric_mean([e['dense_macs'] / e['macs'] for e in group]):.2f}",
+            *(_figure(group, name) for name in columns),
+            _share(group, best),
+        ]
+        for group in _groups(entries, _of("setting"))
+    ]
+    what = "Layers with a narrow bottleneck" if entries[0]["narrow"] else "Layers"
+    title = (
+        f"{what} in 8 bits, batch {entries[0]['batch']}: times as fast, "
+        "geometric mean / minimum over layers"
+    )
+    header = ["group size", "layers", "MAC ratio", "vs dense", "vs fold", "vs our float32", SHARE]
+    return _markdown(title, header, rows)
+
+
+def _int8_convolution_table(entries: Sequence[Entry], best: Best) -> str:
+    rows = [
+        [
+            str(group[0]["batch"]),
+            str(len(group)),
+            *(_figure(group, name) for name in ("library", "float32")),
+            _share(group, best),
+        ]
+        for group in _groups(entries, _of("batch"))
+    ]
+    title = (
+        "Dense convolutions in 8 bits: times as fast, geometric mean / minimum over convolutions"
+    )
+    header = ["batch", "convolutions", "vs library", "vs our float32", SHARE]
     return _markdown(title, header, rows)
 
 

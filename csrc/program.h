@@ -594,7 +594,8 @@ class ProgramRun {
       const int64_t products = pixels * step.out_channels * step.group_size * g.taps();
       kernels().convolve_packed(type, {source, packed, target, g, finish, torch_threads(products)});
     } else {
-      const int64_t products = pixels * target.channels * g.taps();
+      const int64_t taps = step.kind == StepKind::quantise ? per_number / 2 : g.taps(),
+                    products = pixels * target.channels * taps;
       kernels().pool(type,
                      {source, target, g, averages(step.kind), finish, torch_threads(products)});
     }

@@ -16,6 +16,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What compiles, or checks whole networks, begins: else one process ends with the longest while
+    the other has nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("build") is None)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -253,47 +253,62 @@ GROSS_INLINE void add_dot(Vector<int32_t>& sum, Vector<int32_t> x, Vector<int32_
 // other lanes.
 using Bytes __attribute__((vector_size(GROSS_VECTOR_BYTES / 4))) = uint8_t;
 
-GROSS_INLINE Vector<float> widen_bytes(Bytes bytes) {
+GROSS_INLINE Vector<int32_t> whole_bytes(Bytes bytes) {
 #if defined(GROSS_AVX512)
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)bytes));
+  return (Vector<int32_t>)_mm512_cvtepu8_epi32((__m128i)bytes);
 #elif defined(GROSS_AVX2)
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+  return (Vector<int32_t>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes));
 #else
-  return __builtin_convertvector(__builtin_convertvector(bytes, Vector<int32_t>), Vector<float>);
+  return __builtin_convertvector(bytes, Vector<int32_t>);
 #endif
 }
-GROSS_INLINE Vector<float> load_bytes(const uint8_t* from) {
+GROSS_INLINE Vector<int32_t> load_whole_bytes(const uint8_t* from) {
   Bytes bytes;
   __builtin_memcpy(&bytes, from, sizeof bytes);
-  return widen_bytes(bytes);
+  return whole_bytes(bytes);
 }
-GROSS_INLINE Vector<float> load_bytes(const uint8_t* from, int64_t n) {
+GROSS_INLINE Vector<int32_t> load_whole_bytes(const uint8_t* from, int64_t n) {
   uint8_t part[sizeof(Bytes)] = {};
   std::memcpy(part, from, n);
-  return load_bytes(part);
+  return load_whole_bytes(part);
 }
-// The nearest whole numbers, ties to even, of `value` within `least` … 255 − zero, above `zero`; of
-// what is not a number, `least`.
-GROSS_INLINE Bytes nearest_bytes(Vector<float> value, float least, int32_t zero) {
-  const Vector<float> low = Vector<float>{} + least;
+GROSS_INLINE Vector<float> load_bytes(const uint8_t* from) {
+  return __builtin_convertvector(load_whole_bytes(from), Vector<float>);
+}
+GROSS_INLINE Vector<float> load_bytes(const uint8_t* from, int64_t n) {
+  return __builtin_convertvector(load_whole_bytes(from, n), Vector<float>);
+}
+// The nearest whole numbers, ties to even, of `value` within `least` … `most`, both of less than 22
+// bits; of what is not a number, `least`.
+GROSS_INLINE Vector<int32_t> nearest_whole(Vector<float> value, float least, float most) {
+  const Vector<float> low = Vector<float>{} + least, high = Vector<float>{} + most;
   value = value > low ? value : low;
+  value = value < high ? value : high;
+#if defined(GROSS_AVX512)
+  return (Vector<int32_t>)_mm512_cvtps_epi32(value);
+#elif defined(GROSS_AVX2)
+  return (Vector<int32_t>)_mm256_cvtps_epi32(value);
+#else
+  // Adding 1.5 · 2²³ rounds to whole numbers, which are then the lowest bits.
+  return __builtin_bit_cast(Vector<int32_t>, value + 12582912.0f) - 0x4b400000;
+#endif
+}
+// The same within `least` … 255 − zero, above `zero`.
+GROSS_INLINE Bytes nearest_bytes(Vector<float> value, float least, int32_t zero) {
 #if defined(GROSS_AVX512)
   // What is too large for the first becomes 2³¹, and the second bounds it as an unsigned number.
-  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(value), _mm512_set1_epi32(zero));
+  const Vector<float> low = Vector<float>{} + least;
+  const __m512i whole =
+      _mm512_add_epi32(_mm512_cvtps_epi32(value > low ? value : low), _mm512_set1_epi32(zero));
   return (Bytes)_mm512_cvtusepi32_epi8(whole);
 #else
-  const Vector<float> high = Vector<float>{} + static_cast<float>(255 - zero);
-  value = value < high ? value : high;
+  const Vector<int32_t> whole = nearest_whole(value, least, static_cast<float>(255 - zero)) + zero;
 #if defined(GROSS_AVX2)
-  const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(value), _mm256_set1_epi32(zero));
-  const __m256i halves = _mm256_packs_epi32(whole, whole);
+  const __m256i halves = _mm256_packs_epi32((__m256i)whole, (__m256i)whole);
   const __m256i bytes = _mm256_packus_epi16(halves, halves);
   return (Bytes)_mm_cvtsi128_si64(
       _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 #else
-  // Adding 1.5 · 2²³ rounds to whole numbers, which are then the lowest bits.
-  const Vector<int32_t> whole =
-      __builtin_bit_cast(Vector<int32_t>, value + 12582912.0f) - 0x4b400000 + zero;
   return __builtin_convertvector(whole, Bytes);
 #endif
 #endif

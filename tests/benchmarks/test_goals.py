@@ -135,6 +135,30 @@ def test_network(figure: str, entry: dict[str, Any], goal: Goal | None) -> None:
     assert goals.goal(figure, entry) == goal
 
 
+def in_8_bits(suite: str, setting: Any, batch: int, **more: Any) -> dict[str, Any]:
+    entry = {"suite": suite, "setting": setting, "batch": batch, "operation": "inference"}
+    return {**MAIN, "dtype": "int8", "narrow": False, **entry, **more}
+
+
+@pytest.mark.parametrize(
+    ("figure", "entry", "goal"),
+    [
+        ("dense", in_8_bits("int8 layer", 4, 16), Goal(2.0)),
+        ("fold", in_8_bits("int8 layer", 4, 16), Goal(1.3)),
+        ("float32", in_8_bits("int8 layer", 4, 16), Goal(1.5)),
+        ("fold", in_8_bits("int8 layer", 4, 1), Goal(1.3)),
+        ("float32", in_8_bits("int8 layer", 4, 1), None),
+        ("fold", in_8_bits("int8 layer", 16, 16), None),
+        ("fold", in_8_bits("int8 layer", 4, 16, narrow=True), None),
+        ("library", in_8_bits("int8 convolution", "dense", 16), Goal(1.0, 0.85)),
+        ("float32", in_8_bits("int8 convolution", "dense", 1), Goal(2.0)),
+    ],
+)
+def test_in_8_bits(figure: str, entry: dict[str, Any], goal: Goal | None) -> None:
+    """Catches float32's goals beside figures of 8 bits, and a goal beside another batch or size."""
+    assert goals.goal(figure, entry) == goal
+
+
 def test_networks_with_goals_are_measured() -> None:
     """Catches a goal that no table shows because its network has another name."""
     assert goals.NETWORK.keys() <= NETWORKS.keys()

@@ -147,6 +147,34 @@ def test_narrow_layers_have_a_table_of_their_own() -> None:
     ]
 
 
+def test_8_bits_have_tables_of_their_own() -> None:
+    """Catches figures of 8 bits under another baseline's heading, or in float32's tables; and two
+    batches in one mean."""
+    ratios = {"dense": 3.0, "fold": 1.5, "float32": 1.25}
+    eight = {"dtype": "int8"}
+    entries = [
+        *ENTRIES,
+        entry("int8 layer", "inference", "64@56", 4, ratios, **eight),
+        entry("int8 layer", "inference", "64@56", 4, dict.fromkeys(ratios, 9.0), batch=1, **eight),
+        *(
+            entry(
+                "int8 convolution", "inference", "64@56", "dense",
+                {"library": library, "float32": 4.0}, **eight,
+            )
+            for library in (0.5, 2.0)
+        ),
+    ]  # fmt: skip
+    summary = report.summary(entries)
+    assert cells(table(summary, "Layers in 8 bits, batch 16"), "4") == [
+        "4", "1", "4.00", "3.00 / 3.00 (≥ 2.00 reached)", "1.50 / 1.50 (≥ 1.30 reached)",
+        "1.25 / 1.25 (≥ 1.50 missed)", "0.50",
+    ]  # fmt: skip
+    assert cells(table(summary, "Dense convolutions in 8 bits"), "16") == [
+        "16", "2", "1.00 / 0.50 (≥ 1.00 / 0.85 missed)", "4.00 / 4.00 (≥ 2.00 reached)", "0.50"
+    ]  # fmt: skip
+    assert table(summary, "GroSSConv2d, ") == table(report.summary(ENTRIES), "GroSSConv2d, ")
+
+
 def test_networks_show_time_beside_macs() -> None:
     """Catches a network's ratio without its spread, or the MAC ratio in its place."""
     networks = table(report.summary(ENTRIES), "Networks")

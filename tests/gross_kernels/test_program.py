@@ -20,6 +20,7 @@ from layouts import LAYOUTS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from gross_kernels.environment import instruction_set
 from gross_kernels.program import ACTIVATIONS, KINDS, Program, Step, Steps, define, from_text, run
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -329,6 +330,8 @@ def test_every_kind_with_every_end(kind: str, dtype: torch.dtype) -> None:
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 ISAS = ["portable", *["avx2"] * (CAPABILITY in ("AVX2", "AVX512"))]
 ISAS += ["avx512"] * (CAPABILITY == "AVX512")
+#: Without that of this process, of which those with more products have the same code for programs.
+OTHERS = [isa for isa in ISAS if not instruction_set().startswith(isa)]
 
 
 def again(isa: str, tests: str, root: object) -> str:
@@ -345,7 +348,7 @@ def again(isa: str, tests: str, root: object) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", OTHERS)
 def test_programs_for_other_processors(isa: str, pytestconfig: pytest.Config) -> None:
     """Catches a fault in kernels that a lesser processor than this one would run."""
     output = again(isa, "test_random_programs or every_kind", pytestconfig.rootpath)

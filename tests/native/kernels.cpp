@@ -709,6 +709,51 @@ void byte_convolution_case() {
         }
 }
 
+// Numbers in rows and channels of any strides: what a program is given. Into 8 bits as they are, or
+// the largest or the mean of windows of them.
+void byte_form_case() {
+  const bool windows = !pick(0, 3), mean = windows && pick(0, 1);
+  const int64_t n = pick(1, 3), c = pick(1, pick(0, 2) ? 9 : 150), h = pick(1, 9),
+                w = pick(1, pick(0, 2) ? 20 : 300 / c + 1), stride = windows ? pick(1, 2) : 1;
+  Geometry g{n, c, c, c, 1, 1, stride, stride, 0, 0, 1, 1};
+  if (windows) g.kernel_h = std::min(h, int64_t{1} << pick(0, 1));
+  if (windows) g.kernel_w = std::min(w, int64_t{1} << pick(0, 1));
+  // Some channels, columns and rows are beside what is read.
+  const int64_t beside = pick(0, 1), right = pick(0, 1), below = pick(0, 1),
+                step = pick(0, 3) ? 1 : 2;
+  const Tensor whole(n, c + beside, h + below, w * step + right, pick(0, 1), Type::float32, 4096);
+  Image from = whole.image();
+  from.data = static_cast<float*>(from.data) + beside * from.stride_c;
+  from.channels = c, from.height = h, from.width = w, from.stride_w *= step;
+  // Some lie in the middle of two steps, and some are out of range.
+  const Held held{1.0f / 256, static_cast<int32_t>(pick(0, 1) ? pick(0, 255) : 0)};
+  Value target(n, c, (h - g.kernel_h) / stride + 1, (w - g.kernel_w) / stride + 1, held);
+  const Image to = target.image();
+  const Finish finish{Activation::none, nullptr, false, {{}, {}, held}};
+  tested().pool(Type::int8, {from, to, g, mean, finish, two_threads});
+  for (size_t i = 1; i <= 3; i++)  // What is past the end.
+    compare_exactly("end", target.memory[target.memory.size() - i], 0x55, "a form");
+  const std::string where = std::to_string(n) + "×" + std::to_string(c) + "×" + std::to_string(h) +
+                            "×" + std::to_string(w) + " of strides " +
+                            std::to_string(from.stride_c) + ", " + std::to_string(from.stride_h) +
+                            ", " + std::to_string(from.stride_w);
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t y = 0; y < target.h; y++)
+      for (int64_t x = 0; x < target.w; x++)
+        for (int64_t j = 0; j < c; j++) {
+          double total = 0, highest = -INFINITY;
+          for (int64_t ky = 0; ky < g.kernel_h; ky++)
+            for (int64_t kx = 0; kx < g.kernel_w; kx++) {
+              const double value =
+                  whole.at(whole.index(i, j + beside, y * stride + ky, (x * stride + kx) * step));
+              total += value, highest = std::max(highest, value);
+            }
+          const int64_t at = target.index(i, j, y, x);
+          compare_exactly("form", target.at(at), target.of(mean ? total / g.taps() : highest),
+                          where);
+        }
+}
+
 // R of a layer of 8 bits in whole numbers of 16 bits, as its definition says.
 struct Words {
   std::vector<int64_t> halves, divisors;  // of each input: p = ⌊(sum + half) / divisor⌋
@@ -886,6 +931,7 @@ int main(int count, char** named) {
       layer_case();
       sum_pool_case();
       byte_convolution_case();
+      byte_form_case();
       byte_layer_case();
     }
     std::printf(
