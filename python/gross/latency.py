@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from dataclasses import replace as replace_fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +32,14 @@ from gross_kernels.environment import processor
 from .arguments import check_flag, check_module, check_number, check_tensor, check_type
 from .copying import copy_model, unwrapped
 from .deployment import Int8, export
+from .deployment.mixed import in_8_bits, inputs_of
 from .deployment.precision import read
 from .report import text
 from .supernet import (
     Configuration,
     check_supernet,
+    configuration,
+    covering,
     decomposed_layers,
     dense_network,
     set_configuration,
@@ -116,10 +118,9 @@ class LatencyTable:
         check_flag("kernels", kernels)
         sizes = [layer.group_sizes for layer in layers.values()]
         example = _ready(example, seconds)
-        # In the i-th configuration every layer is at its i-th size; layers with fewer start over.
-        covering = [tuple(s[i % len(s)] for s in sizes) for i in range(max(map(len, sizes)))]
-        whole = [export(supernet, c, kernels=kernels, example=example) for c in covering]
-        apart = [_apart(supernet, c, kernels) for c in covering]
+        every = covering(supernet)
+        whole = [export(supernet, c, kernels=kernels, example=example) for c in every]
+        apart = [_apart(supernet, c, kernels) for c in every]
         clocks = [_LayerClock(network, list(layers), example.device) for network in apart]
         dense = dense_network(supernet)
         calls = [*clocks, *(partial(_time, network) for network in (*whole, dense))]
@@ -135,7 +136,7 @@ class LatencyTable:
             max(share, 0) * total for share, total in zip(shares, exported, strict=True)
         )
         scaled: dict[tuple[int, int], list[float]] = {}
-        for c, total, own in zip(covering, exported, parts, strict=True):
+        for c, total, own in zip(every, exported, parts, strict=True):
             factor = max(total - rest, 0) / sum(own)
             for key, part in zip(enumerate(c), own, strict=True):
                 scaled.setdefault(key, []).append(factor * part)
@@ -147,7 +148,7 @@ class LatencyTable:
         int8_layers: dict[str, dict[int, float]] = {}
         if calibration is not None:
             batches = read(calibration, example)
-            int8_rest, int8_layers = _in_8_bits(supernet, covering, example, batches, seconds)
+            int8_rest, int8_layers = _in_8_bits(supernet, example, batches, seconds)
         return cls(
             device_name(example.device),
             torch.get_num_threads(),
@@ -160,18 +161,6 @@ class LatencyTable:
             int8_rest,
             int8_layers,
         )
-
-    def in_8_bits(self) -> LatencyTable:
-        """The table of the network in 8 bits, as a budget for sizes that shall run so.
-
-        Raises:
-            ValueError: if it was not measured.
-        """
-        if not self.int8_layers:
-            raise ValueError(
-                "latency: got a table of float32 alone, accepted is one measured with calibration="
-            )
-        return replace_fields(self, rest=self.int8_rest, layers=self.int8_layers)
 
     def milliseconds(self, configuration: Sequence[int], int8: Collection[str] = ()) -> float:
         """Predicted latency of a configuration: the layers' and the rest's, added up.
@@ -327,35 +316,23 @@ def _apart(supernet: nn.Module, configuration: Configuration, kernels: bool) -> 
 
 def _in_8_bits(
     supernet: nn.Module,
-    covering: Sequence[Configuration],
     example: Tensor,
     batches: Sequence[Tensor],
     seconds: float,
 ) -> tuple[float, dict[str, dict[int, float]]]:
     """Milliseconds in 8 bits of the rest and of each layer at each size."""
     network = copy_model(unwrapped(supernet), with_attributes=False).eval()
-    inputs: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(partial(_keep_input, inputs, name))
-        for name, layer in decomposed_layers(network).items()
-    ]
-    with torch.inference_mode():
-        network(example)
-    for hook in hooks:
-        hook.remove()
     settings = Int8(most_error=sys.float_info.max, ranges="largest")
-    names = list(decomposed_layers(network))
+    layers, active = decomposed_layers(network), configuration(network)
+    names, every = list(layers), covering(network)
+    inputs = {name: inputs_of(network, name, [(active, example)])[0] for name in names}
     alone = {
-        (name, size): export(
-            network.get_submodule(name), size, example=inputs[name], precision=settings,
-            calibration=inputs[name],
-        )
-        for c in covering
-        for name, size in zip(names, c, strict=True)
-    }  # fmt: skip
+        (name, size): lowered
+        for name, layer in layers.items()
+        for size, lowered in in_8_bits(layer, [inputs[name]], settings).items()
+    }
     whole = [
-        export(network, c, example=example, precision=settings, calibration=batches)
-        for c in covering
+        export(network, c, example=example, precision=settings, calibration=batches) for c in every
     ]
     calls = [partial(_time, each) for each in whole]
     examples = [example] * len(whole) + [inputs[name] for name, _ in alone]
@@ -365,16 +342,12 @@ def _in_8_bits(
         samples[i].append(calls[i](examples[i]))
     typical = list(map(_typical, samples))
     total, own = typical[: len(whole)], dict(zip(alone, typical[len(whole) :], strict=True))
-    sums = [sum(own[key] for key in zip(names, c, strict=True)) for c in covering]
+    sums = [sum(own[key] for key in zip(names, c, strict=True)) for c in every]
     factor, rest = _line(sums, total)
     times: dict[str, dict[int, float]] = {name: {} for name in names}
     for (name, size), each in own.items():
         times[name][size] = factor * each
     return rest, times
-
-
-def _keep_input(inputs: dict[str, Tensor], name: str, layer: nn.Module, args: Any) -> None:
-    inputs[name] = args[0].detach().clone()
 
 
 def _line(sums: Sequence[float], totals: Sequence[float]) -> tuple[float, float]:

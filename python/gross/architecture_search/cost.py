@@ -1,7 +1,7 @@
 """What a configuration costs: multiply–accumulates, parameters or milliseconds, and budgets in
 them.
 
-Every cost is a sum over the layers, ``fixed + Σ_i per_layer[i][size]``, so that thousands of
+Every cost is a sum over the layers, ``fixed + Σ_i per_layer[i][choice]``, so that thousands of
 configurations are counted in milliseconds and the smallest is known without looking for it."""
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
-from ..arguments import check_type
+from ..arguments import check_number, check_type
 from ..copying import unwrapped
 from ..macs import macs
 from ..supernet import Configuration, check_configuration, check_supernet, dense_network
+from .choices import of_sizes
 
 if TYPE_CHECKING:
     from ..latency import LatencyTable
@@ -37,29 +38,50 @@ class Cost:
     Attributes:
         name: "macs", "parameters" or "milliseconds".
         fixed: what the rest of the network costs.
-        per_layer: what each decomposed layer costs at each of its group sizes.
+        per_layer: what each decomposed layer costs at each of its choices.
         dense: what the network costs with plain convolutions in place of the decomposed layers.
+        fixed_int8: what the rest costs where any decomposed layer is in 8 bits; None for the same.
     """
 
     name: str
     fixed: float
     per_layer: tuple[Mapping[int, float], ...]
     dense: float
+    fixed_int8: float | None = None
 
-    def __call__(self, configuration: Sequence[int]) -> float:
-        return self.fixed + sum(
-            costs[size] for costs, size in zip(self.per_layer, configuration, strict=True)
+    def __call__(self, chosen: Sequence[int]) -> float:
+        return self._rest(min(chosen) < 0) + sum(
+            costs[choice] for costs, choice in zip(self.per_layer, chosen, strict=True)
         )
+
+    def _rest(self, int8: bool) -> float:
+        return self.fixed_int8 if int8 and self.fixed_int8 is not None else self.fixed
 
     def checked(self, configuration: Sequence[int]) -> float:
         """The cost of a configuration; ValueError if it is not one of the supernet's."""
         sizes = [tuple(costs) for costs in self.per_layer]
         return self(check_configuration(configuration, sizes, tuple(s[0] for s in sizes)))
 
+    def least(self, choices: Sequence[Sequence[int]]) -> float:
+        """A bound on what combinations of these choices cost; if some are in 8 bits, of those with
+        any layer so."""
+        return self._rest(any(min(own) < 0 for own in choices)) + sum(
+            min(costs[choice] for choice in own)
+            for costs, own in zip(self.per_layer, choices, strict=True)
+        )
+
     @property
     def smallest(self) -> float:
         """The least that a configuration costs."""
-        return self.fixed + sum(min(costs.values()) for costs in self.per_layer)
+        floats = [[choice for choice in costs if choice > 0] for costs in self.per_layer]
+        found = [self.least(floats)] if all(floats) else []
+        for i, costs in enumerate(self.per_layer):
+            lowered = [choice for choice in costs if choice < 0]
+            if lowered:
+                every: list[Sequence[int]] = [tuple(own) for own in self.per_layer]
+                every[i] = lowered
+                found.append(self.least(every))
+        return min(found)
 
 
 @dataclass(frozen=True)
@@ -82,12 +104,16 @@ class Budget:
             network such as "50%", or a base configuration whose cost is the limit.
         milliseconds: predicted by ``latency``, likewise.
         latency: needed for milliseconds.
+        least_score: of the metric. Of the configurations that have it the cheapest is wanted, by
+            the first of milliseconds, MACs and parameters that is known; by default the one with
+            the best score.
     """
 
     macs: Amount | None = None
     parameters: Amount | None = None
     milliseconds: Amount | None = None
     latency: LatencyTable | None = None
+    least_score: float | None = None
 
     def __post_init__(self) -> None:
         for name in COSTS:
@@ -97,6 +123,9 @@ class Budget:
                 raise TypeError(
                     f"budget: got {name} {amount!r} of type {type(amount).__name__}, {ACCEPTED}"
                 )
+
+        if self.least_score is not None:
+            check_number("least_score", self.least_score, "a number", -math.inf)
 
     @classmethod
     def of(cls, value: Budget | Amount | None) -> Budget:
@@ -142,15 +171,18 @@ def costs_of(
     supernet: nn.Module,
     input_size: Sequence[int] | None = None,
     latency: LatencyTable | None = None,
+    precision: str = "float32",
 ) -> dict[str, Cost]:
     """The costs that are known of a supernet, by name.
 
     Args:
         input_size: shape of one input without the batch dimension; needed for MACs.
         latency: needed for milliseconds.
+        precision: as :func:`gross.search`'s.
 
     Raises:
-        ValueError: if the latency table is of other layers.
+        ValueError: if the latency table is of other layers, or has no column for 8 bits that is
+            needed.
     """
     # Not above: a latency table prices configurations by what is in this file.
     from ..latency import LatencyTable
@@ -167,15 +199,18 @@ def costs_of(
         costs["macs"] = Cost(
             "macs",
             report.fixed,
-            tuple({size: slope * size for size in sizes} for slope, sizes in slopes),
+            tuple(
+                {choice: slope * abs(choice) for choice in of_sizes(sizes, precision)}
+                for slope, sizes in slopes
+            ),
             macs(plain, input_size).total,
         )
     per_layer = tuple(
         {
-            size: layer.width[0] * layer.in_channels
-            + layer.width[1] * size * math.prod(layer.kernel_size)
+            choice: layer.width[0] * layer.in_channels
+            + layer.width[1] * abs(choice) * math.prod(layer.kernel_size)
             + layer.out_channels * layer.width[1]
-            for size in layer.group_sizes
+            for choice in of_sizes(layer.group_sizes, precision)
         }
         for layer in layers.values()
     )
@@ -188,10 +223,27 @@ def costs_of(
     )
     if latency is not None:
         latency.check_layers(supernet)
-        costs["milliseconds"] = Cost(
-            "milliseconds", latency.rest, tuple(latency.layers.values()), latency.dense
-        )
+        costs["milliseconds"] = _milliseconds(latency, precision)
     return costs
+
+
+def _milliseconds(latency: LatencyTable, precision: str) -> Cost:
+    if precision != "float32" and not latency.int8_layers:
+        raise ValueError(
+            f"latency: got a table of float32 alone for precision {precision!r}, accepted is one "
+            "measured with calibration data"
+        )
+    per_layer = tuple(
+        {
+            choice: layer[choice] if choice > 0 else latency.int8_layers[name][-choice]
+            for choice in of_sizes(tuple(layer), precision)
+        }
+        for name, layer in latency.layers.items()
+    )
+    if precision == "int8":
+        return Cost("milliseconds", latency.int8_rest, per_layer, latency.dense)
+    rest = None if precision == "float32" else latency.int8_rest
+    return Cost("milliseconds", latency.rest, per_layer, latency.dense, rest)
 
 
 def _number(name: str, amount: Amount, cost: Cost) -> float:
