@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -40,22 +41,25 @@ class Cost:
         fixed: what the rest of the network costs.
         per_layer: what each decomposed layer costs at each of its choices.
         dense: what the network costs with plain convolutions in place of the decomposed layers.
-        fixed_int8: what the rest costs where any decomposed layer is in 8 bits; None for the same.
+        mixed: the cost of configurations with any layer in 8 bits, where it is another; then
+            ``fixed`` and ``per_layer`` are for the others.
     """
 
     name: str
     fixed: float
     per_layer: tuple[Mapping[int, float], ...]
     dense: float
-    fixed_int8: float | None = None
+    mixed: Cost | None = None
 
     def __call__(self, chosen: Sequence[int]) -> float:
-        return self._rest(min(chosen) < 0) + sum(
-            costs[choice] for costs, choice in zip(self.per_layer, chosen, strict=True)
+        cost = self.of([chosen])
+        return cost.fixed + sum(
+            costs[choice] for costs, choice in zip(cost.per_layer, chosen, strict=True)
         )
 
-    def _rest(self, int8: bool) -> float:
-        return self.fixed_int8 if int8 and self.fixed_int8 is not None else self.fixed
+    def of(self, choices: Sequence[Sequence[int]]) -> Cost:
+        """The cost that holds if any layer is in 8 bits that may be, by these choices."""
+        return self if self.mixed is None or min(map(min, choices)) > 0 else self.mixed
 
     def checked(self, configuration: Sequence[int]) -> float:
         """The cost of a configuration; ValueError if it is not one of the supernet's."""
@@ -65,22 +69,21 @@ class Cost:
     def least(self, choices: Sequence[Sequence[int]]) -> float:
         """A bound on what combinations of these choices cost; if some are in 8 bits, of those with
         any layer so."""
-        return self._rest(any(min(own) < 0 for own in choices)) + sum(
+        cost = self.of(choices)
+        return cost.fixed + sum(
             min(costs[choice] for choice in own)
-            for costs, own in zip(self.per_layer, choices, strict=True)
+            for costs, own in zip(cost.per_layer, choices, strict=True)
         )
 
     @property
     def smallest(self) -> float:
         """The least that a configuration costs."""
-        floats = [[choice for choice in costs if choice > 0] for costs in self.per_layer]
-        found = [self.least(floats)] if all(floats) else []
-        for i, costs in enumerate(self.per_layer):
-            lowered = [choice for choice in costs if choice < 0]
-            if lowered:
-                every: list[Sequence[int]] = [tuple(own) for own in self.per_layer]
-                every[i] = lowered
-                found.append(self.least(every))
+        found = [self.least([tuple(costs) for costs in self.per_layer])]
+        if self.mixed is not None:
+            every = [tuple(costs) for costs in self.mixed.per_layer]
+            for i, own in enumerate(every):
+                lowered = tuple(choice for choice in own if choice < 0)
+                found.append(self.least([*every[:i], lowered, *every[i + 1 :]]))
         return min(found)
 
 
@@ -233,17 +236,21 @@ def _milliseconds(latency: LatencyTable, precision: str) -> Cost:
             f"latency: got a table of float32 alone for precision {precision!r}, accepted is one "
             "measured with calibration data"
         )
-    per_layer = tuple(
-        {
-            choice: layer[choice] if choice > 0 else latency.int8_layers[name][-choice]
-            for choice in of_sizes(tuple(layer), precision)
-        }
-        for name, layer in latency.layers.items()
+    made = partial(Cost, "milliseconds", dense=latency.dense)
+    floats = made(fixed=latency.rest, per_layer=tuple(latency.layers.values()))
+    if precision == "float32":
+        return floats
+    lowered = tuple(
+        {-size: time for size, time in latency.int8_layers[name].items()} for name in latency.layers
     )
+    int8 = made(fixed=latency.int8_rest, per_layer=lowered)
     if precision == "int8":
-        return Cost("milliseconds", latency.int8_rest, per_layer, latency.dense)
-    rest = None if precision == "float32" else latency.int8_rest
-    return Cost("milliseconds", latency.rest, per_layer, latency.dense, rest)
+        return int8
+    both = tuple(
+        {size: time + latency.conversions.get(name, 0.0) for size, time in layer.items()} | own
+        for (name, layer), own in zip(latency.layers.items(), lowered, strict=True)
+    )
+    return replace(floats, mixed=replace(int8, per_layer=both))
 
 
 def _number(name: str, amount: Amount, cost: Cost) -> float:

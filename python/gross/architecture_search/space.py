@@ -74,7 +74,7 @@ class Space:
     def _steered(self, generator: random.Random) -> Choices:
         choices = self.choices
         floats = tuple(tuple(choice for choice in own if choice > 0) for own in choices)
-        # What is no decomposed layer costs something else with none in 8 bits.
+        # Costs may be others with none in 8 bits.
         if floats != choices and all(floats) and generator.random() < 0.5:
             choices = floats
         chosen = [0] * len(choices)
@@ -82,7 +82,7 @@ class Space:
         for i in generator.sample(range(len(chosen)), len(chosen)):
             extra = [
                 {choice: layer[choice] - min(layer[c] for c in choices[i]) for choice in choices[i]}
-                for layer in (limit.cost.per_layer[i] for limit in self.limits)
+                for layer in (limit.cost.of(choices).per_layer[i] for limit in self.limits)
             ]
             fitting = [
                 choice
