@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import time
@@ -31,7 +30,7 @@ from ..supernet import check_supernet
 from ..training.distributed import shard
 from ..training.run import provenance
 from .breadth_first import BreadthFirst
-from .choices import PRECISIONS, choices_of, in_8_bits, of_sizes, sizes
+from .choices import PRECISIONS, Choices, choices_of, in_8_bits, of_sizes, sizes
 from .cost import COSTS, Amount, Budget, Cost, costs_of
 from .evaluations import Evaluation, Evaluations, Goal, Metric
 from .evolution import Evolution
@@ -136,12 +135,11 @@ def search(
     goal = Goal() if budget.least_score is None else Goal(budget.least_score, _first(costs, space))
     run = _method(method, costs, space, smaller)
     identity = {"supernet": fingerprint(supernet), "metric": metric_fingerprint(metric)}
-    evaluated: nn.Module | MixedSupernet = supernet
-    if precision != "float32":
-        images = read(calibration)
+    images = [] if precision == "float32" else read(calibration)
+    if images:
         identity["calibration"] = calibration_fingerprint(images)
-        evaluated = MixedSupernet(supernet, images)
     book = None if journal is None or shard().index else Journal(journal, identity)
+    evaluated = MixedSupernet(supernet, images) if images else supernet
     with shown(run.name, quiet or shard().index > 0) as show:
         evaluations = Evaluations(evaluated, metric, book, show, goal)
         began = time.perf_counter()
@@ -160,7 +158,7 @@ def search(
         errors = [e.error for e in asked.values() if e.error]
         raise ValueError(f"metric: every evaluation failed; the first one: {errors[0]}")
 
-    if best.score < (budget.least_score or -math.inf):
+    if budget.least_score is not None and best.score < budget.least_score:
         warnings.warn(
             f"budget: no configuration has a score of {budget.least_score}, the best {best.score}",
             stacklevel=2,
@@ -242,7 +240,7 @@ def _checked_metric(metric: object) -> Metric:
 def _method(
     method: str | Method, costs: Mapping[str, Cost], space: Space, smaller: SearchResult | None
 ) -> Method:
-    starts = ()
+    starts: tuple[Choices, ...] = ()
     if smaller is not None:
         starts = tuple(choices_of(e, smaller.layers) for e in smaller.best(STARTS))
     accepted = f"{', '.join(map(repr, METHODS))}, or one of gross.architecture_search with settings"

@@ -417,7 +417,7 @@ def test_the_export_has_what_was_found(net, images, result):
             ValueError,
             "got a table of float32 alone for precision 'mixed'",
         ),
-        ({"budget": Budget(milliseconds=2.0, latency=TABLE)}, ValueError, "at least 3.5"),
+        ({"budget": Budget(milliseconds=2.0, latency=TABLE)}, ValueError, "at least 3.4"),
         ({"precision": "int8", "budget": (8, 8)}, ValueError, r"got the configuration \(8, 8\)"),
         ({"precision": "float32", "calibration": torch.ones(9, 3, 8, 8)}, ValueError, "got data"),
         ({"calibration": [torch.ones(9, 3, 8, 8), 3]}, TypeError, "calibration"),
