@@ -33,11 +33,14 @@ from gross_kernels.environment import processor
 from .arguments import check_flag, check_module, check_number, check_tensor, check_type
 from .copying import copy_model, unwrapped
 from .deployment import Int8, export
+from .deployment.mixed import in_8_bits, inputs_of
 from .deployment.precision import read
 from .report import text
 from .supernet import (
     Configuration,
     check_supernet,
+    configuration,
+    covering,
     decomposed_layers,
     dense_network,
     set_configuration,
@@ -69,6 +72,8 @@ class LatencyTable:
         dense: milliseconds of the network with plain convolutions in place of those layers.
         int8_rest, int8_layers: the same as ``rest`` and ``layers``, exported in 8 bits; 0 and
             empty where they were not measured.
+        conversions: milliseconds that a layer in float32 takes longer where the others are in
+            8 bits: what it reads and writes is then brought from one to the other.
     """
 
     device: str
@@ -81,6 +86,7 @@ class LatencyTable:
     dense: float
     int8_rest: float = 0.0
     int8_layers: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    conversions: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def measure(
@@ -99,7 +105,8 @@ class LatencyTable:
         them; lower quartiles count. The layers' times at their i-th sizes are then scaled, all by
         one factor, to what the exported network of these sizes takes. In 8 bits, where nothing
         runs apart, each layer is timed alone, and one factor and one rest are fitted to the
-        exported networks.
+        exported networks. Networks with one layer in float32 and all else in 8 bits say what the
+        conversions around it take.
 
         Args:
             supernet: a network with decomposed layers; left as it is.
@@ -116,10 +123,9 @@ class LatencyTable:
         check_flag("kernels", kernels)
         sizes = [layer.group_sizes for layer in layers.values()]
         example = _ready(example, seconds)
-        # In the i-th configuration every layer is at its i-th size; layers with fewer start over.
-        covering = [tuple(s[i % len(s)] for s in sizes) for i in range(max(map(len, sizes)))]
-        whole = [export(supernet, c, kernels=kernels, example=example) for c in covering]
-        apart = [_apart(supernet, c, kernels) for c in covering]
+        every = covering(supernet)
+        whole = [export(supernet, c, kernels=kernels, example=example) for c in every]
+        apart = [_apart(supernet, c, kernels) for c in every]
         clocks = [_LayerClock(network, list(layers), example.device) for network in apart]
         dense = dense_network(supernet)
         calls = [*clocks, *(partial(_time, network) for network in (*whole, dense))]
@@ -135,7 +141,7 @@ class LatencyTable:
             max(share, 0) * total for share, total in zip(shares, exported, strict=True)
         )
         scaled: dict[tuple[int, int], list[float]] = {}
-        for c, total, own in zip(covering, exported, parts, strict=True):
+        for c, total, own in zip(every, exported, parts, strict=True):
             factor = max(total - rest, 0) / sum(own)
             for key, part in zip(enumerate(c), own, strict=True):
                 scaled.setdefault(key, []).append(factor * part)
@@ -143,12 +149,7 @@ class LatencyTable:
             name: {size: statistics.median(scaled[i, size]) for size in sizes[i]}
             for i, name in enumerate(layers)
         }
-        int8_rest = 0.0
-        int8_layers: dict[str, dict[int, float]] = {}
-        if calibration is not None:
-            batches = read(calibration, example)
-            int8_rest, int8_layers = _in_8_bits(supernet, covering, example, batches, seconds)
-        return cls(
+        table = cls(
             device_name(example.device),
             torch.get_num_threads(),
             tuple(example.shape),
@@ -157,35 +158,29 @@ class LatencyTable:
             rest,
             times,
             dense_time,
-            int8_rest,
-            int8_layers,
         )
-
-    def in_8_bits(self) -> LatencyTable:
-        """The table of the network in 8 bits, as a budget for sizes that shall run so.
-
-        Raises:
-            ValueError: if it was not measured.
-        """
-        if not self.int8_layers:
-            raise ValueError(
-                "latency: got a table of float32 alone, accepted is one measured with calibration="
-            )
-        return replace_fields(self, rest=self.int8_rest, layers=self.int8_layers)
+        if calibration is None:
+            return table
+        return _with_8_bits(table, supernet, example, read(calibration, example), seconds)
 
     def milliseconds(self, configuration: Sequence[int], int8: Collection[str] = ()) -> float:
         """Predicted latency of a configuration: the layers' and the rest's, added up.
 
         Args:
-            int8: the layers that run in 8 bits, by name; with any, the rest does too.
+            int8: the layers that run in 8 bits, by name; with any, the rest does too. Each of the
+                others then counts with its conversions, as if its neighbours were in 8 bits: of
+                neighbours in float32 the conversions between them are too many.
         """
-        layers = {
-            name: self.int8_layers[name] if name in int8 else layer
-            for name, layer in self.layers.items()
-        }
-        return (self.int8_rest if int8 else self.rest) + sum(
-            layer[size] for layer, size in zip(layers.values(), configuration, strict=True)
-        )
+        if not int8:
+            sizes = zip(self.layers.values(), configuration, strict=True)
+            return self.rest + sum(layer[size] for layer, size in sizes)
+        total = self.int8_rest
+        for name, size in zip(self.layers, configuration, strict=True):
+            if name in int8:
+                total += self.int8_layers[name][size]
+            else:
+                total += self.layers[name][size] + self.conversions.get(name, 0.0)
+        return total
 
     def check(
         self,
@@ -266,6 +261,9 @@ class LatencyTable:
             cells = [f"{of[name][s]:.3f}" if s in of[name] else "" for of, s, _ in columns]
             table.add_row(name, *cells)
         table.add_section()
+        if self.conversions:
+            times = ", ".join(f"{time:.3f}" for time in self.conversions.values())
+            table.caption = f"in float32 among 8 bits the layers take longer by {times}"
         table.add_row("the rest", f"{self.rest:.3f}")
         if self.int8_layers:
             table.add_row("the rest, int8", f"{self.int8_rest:.3f}")
@@ -325,56 +323,58 @@ def _apart(supernet: nn.Module, configuration: Configuration, kernels: bool) -> 
     return pack(network.to(memory_format=torch.channels_last))
 
 
-def _in_8_bits(
+def _with_8_bits(
+    table: LatencyTable,
     supernet: nn.Module,
-    covering: Sequence[Configuration],
     example: Tensor,
     batches: Sequence[Tensor],
     seconds: float,
-) -> tuple[float, dict[str, dict[int, float]]]:
-    """Milliseconds in 8 bits of the rest and of each layer at each size."""
+) -> LatencyTable:
+    """The table with milliseconds in 8 bits of the rest and of each layer at each size."""
     network = copy_model(unwrapped(supernet), with_attributes=False).eval()
-    inputs: dict[str, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(partial(_keep_input, inputs, name))
-        for name, layer in decomposed_layers(network).items()
-    ]
-    with torch.inference_mode():
-        network(example)
-    for hook in hooks:
-        hook.remove()
     settings = Int8(most_error=sys.float_info.max, ranges="largest")
-    names = list(decomposed_layers(network))
+    layers, active = decomposed_layers(network), configuration(network)
+    names, every = list(layers), covering(network)
+    inputs = {name: inputs_of(network, name, [(active, example)])[0] for name in names}
     alone = {
-        (name, size): export(
-            network.get_submodule(name), size, example=inputs[name], precision=settings,
-            calibration=inputs[name],
-        )
-        for c in covering
-        for name, size in zip(names, c, strict=True)
-    }  # fmt: skip
+        (name, size): lowered
+        for name, layer in layers.items()
+        for size, lowered in in_8_bits(layer, [inputs[name]], settings).items()
+    }
     whole = [
-        export(network, c, example=example, precision=settings, calibration=batches)
-        for c in covering
+        export(network, c, example=example, precision=settings, calibration=batches) for c in every
     ]
-    calls = [partial(_time, each) for each in whole]
+    # Each layer is left in float32 in the network of one of these configurations.
+    spared = {name: i % len(every) for i, name in enumerate(names)}
+    whole += [
+        export(
+            network,
+            every[i],
+            example=example,
+            precision=replace_fields(settings, float32=(name,)),
+            calibration=batches,
+        )
+        for name, i in spared.items()
+    ]
+    calls = [partial(_time, each) for each in (*whole, *alone.values())]
     examples = [example] * len(whole) + [inputs[name] for name, _ in alone]
-    calls += [partial(_time, each) for each in alone.values()]
     samples: list[list[float]] = [[] for _ in calls]
     for i in _turns(len(calls), seconds):
         samples[i].append(calls[i](examples[i]))
     typical = list(map(_typical, samples))
     total, own = typical[: len(whole)], dict(zip(alone, typical[len(whole) :], strict=True))
-    sums = [sum(own[key] for key in zip(names, c, strict=True)) for c in covering]
+    total, mixed = total[: len(every)], dict(zip(names, total[len(every) :], strict=True))
+    sums = [sum(own[key] for key in zip(names, c, strict=True)) for c in every]
     factor, rest = _line(sums, total)
     times: dict[str, dict[int, float]] = {name: {} for name in names}
     for (name, size), each in own.items():
         times[name][size] = factor * each
-    return rest, times
-
-
-def _keep_input(inputs: dict[str, Tensor], name: str, layer: nn.Module, args: Any) -> None:
-    inputs[name] = args[0].detach().clone()
+    conversions = {}
+    for position, (name, i) in enumerate(spared.items()):
+        size = every[i][position]
+        gained = table.layers[name][size] - times[name][size]
+        conversions[name] = mixed[name] - total[i] - gained
+    return replace_fields(table, int8_rest=rest, int8_layers=times, conversions=conversions)
 
 
 def _line(sums: Sequence[float], totals: Sequence[float]) -> tuple[float, float]:

@@ -75,6 +75,13 @@ def set_configuration(
         layer.group_size = group_size
 
 
+def covering(model: nn.Module) -> list[Configuration]:
+    """As few configurations as have every group size of every layer: in the i-th every layer is at
+    its i-th size; layers with fewer start over."""
+    sizes = [layer.group_sizes for layer in decomposed_layers(model).values()]
+    return [tuple(s[i % len(s)] for s in sizes) for i in range(max(map(len, sizes)))]
+
+
 def dense_network(supernet: nn.Module, configuration: Sequence[int] | None = None) -> nn.Module:
     """The supernet with each decomposed layer as the one dense convolution that it stands for at
     a group size (default: the active one): the products, and the time, of the network before its

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..supernet import Configuration
+from .choices import Choices
 from .evaluations import Evaluations
 from .space import Space
 
@@ -22,14 +22,15 @@ class BreadthFirst:
         runs: from so many starts.
         steps: the most moves of a run.
         starts: where the first runs start; the others start at random. The paper takes the ten
-            best configurations of the search under the next smaller budget.
+            best configurations of the search under the next smaller budget. A negative size is one
+            in 8 bits.
     """
 
     name: ClassVar[str] = "breadth-first"
 
     runs: int = 20
     steps: int = 25
-    starts: tuple[Configuration, ...] = ()
+    starts: tuple[Choices, ...] = ()
 
     def __call__(self, space: Space, evaluations: Evaluations, generator: random.Random) -> None:
         starts = [c for c in self.starts if space.allows(c)][: self.runs]
@@ -39,7 +40,7 @@ class BreadthFirst:
             for _ in range(self.steps):
                 neighbours = space.neighbours(current)
                 evaluations(neighbours)
-                best = max(neighbours, key=evaluations.score, default=current)
-                if evaluations.score(best) <= evaluations.score(current):
+                best = max(neighbours, key=evaluations.rank, default=current)
+                if evaluations.rank(best) <= evaluations.rank(current):
                     break
                 current = best

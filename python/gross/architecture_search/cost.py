@@ -1,24 +1,26 @@
 """What a configuration costs: multiply–accumulates, parameters or milliseconds, and budgets in
 them.
 
-Every cost is a sum over the layers, ``fixed + Σ_i per_layer[i][size]``, so that thousands of
+Every cost is a sum over the layers, ``fixed + Σ_i per_layer[i][choice]``, so that thousands of
 configurations are counted in milliseconds and the smallest is known without looking for it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..arguments import check_type
+from ..arguments import check_number, check_type
 from ..copying import unwrapped
 from ..macs import macs
 from ..supernet import Configuration, check_configuration, check_supernet, dense_network
+from .choices import of_sizes
 
 if TYPE_CHECKING:
     from ..latency import LatencyTable
@@ -37,29 +39,52 @@ class Cost:
     Attributes:
         name: "macs", "parameters" or "milliseconds".
         fixed: what the rest of the network costs.
-        per_layer: what each decomposed layer costs at each of its group sizes.
+        per_layer: what each decomposed layer costs at each of its choices.
         dense: what the network costs with plain convolutions in place of the decomposed layers.
+        mixed: the cost of configurations with any layer in 8 bits, where it is another; then
+            ``fixed`` and ``per_layer`` are for the others.
     """
 
     name: str
     fixed: float
     per_layer: tuple[Mapping[int, float], ...]
     dense: float
+    mixed: Cost | None = None
 
-    def __call__(self, configuration: Sequence[int]) -> float:
-        return self.fixed + sum(
-            costs[size] for costs, size in zip(self.per_layer, configuration, strict=True)
+    def __call__(self, chosen: Sequence[int]) -> float:
+        cost = self.of([chosen])
+        return cost.fixed + sum(
+            costs[choice] for costs, choice in zip(cost.per_layer, chosen, strict=True)
         )
+
+    def of(self, choices: Sequence[Sequence[int]]) -> Cost:
+        """The cost that holds if any layer is in 8 bits that may be, by these choices."""
+        return self if self.mixed is None or min(map(min, choices)) > 0 else self.mixed
 
     def checked(self, configuration: Sequence[int]) -> float:
         """The cost of a configuration; ValueError if it is not one of the supernet's."""
         sizes = [tuple(costs) for costs in self.per_layer]
         return self(check_configuration(configuration, sizes, tuple(s[0] for s in sizes)))
 
+    def least(self, choices: Sequence[Sequence[int]]) -> float:
+        """A bound on what combinations of these choices cost; if some are in 8 bits, of those with
+        any layer so."""
+        cost = self.of(choices)
+        return cost.fixed + sum(
+            min(costs[choice] for choice in own)
+            for costs, own in zip(cost.per_layer, choices, strict=True)
+        )
+
     @property
     def smallest(self) -> float:
         """The least that a configuration costs."""
-        return self.fixed + sum(min(costs.values()) for costs in self.per_layer)
+        found = [self.least([tuple(costs) for costs in self.per_layer])]
+        if self.mixed is not None:
+            every = [tuple(costs) for costs in self.mixed.per_layer]
+            for i, own in enumerate(every):
+                lowered = tuple(choice for choice in own if choice < 0)
+                found.append(self.least([*every[:i], lowered, *every[i + 1 :]]))
+        return min(found)
 
 
 @dataclass(frozen=True)
@@ -82,12 +107,16 @@ class Budget:
             network such as "50%", or a base configuration whose cost is the limit.
         milliseconds: predicted by ``latency``, likewise.
         latency: needed for milliseconds.
+        least_score: of the metric. Of the configurations that have it the cheapest is wanted, by
+            the first of milliseconds, MACs and parameters that is known; by default the one with
+            the best score.
     """
 
     macs: Amount | None = None
     parameters: Amount | None = None
     milliseconds: Amount | None = None
     latency: LatencyTable | None = None
+    least_score: float | None = None
 
     def __post_init__(self) -> None:
         for name in COSTS:
@@ -97,6 +126,9 @@ class Budget:
                 raise TypeError(
                     f"budget: got {name} {amount!r} of type {type(amount).__name__}, {ACCEPTED}"
                 )
+
+        if self.least_score is not None:
+            check_number("least_score", self.least_score, "a number", -math.inf)
 
     @classmethod
     def of(cls, value: Budget | Amount | None) -> Budget:
@@ -142,15 +174,18 @@ def costs_of(
     supernet: nn.Module,
     input_size: Sequence[int] | None = None,
     latency: LatencyTable | None = None,
+    precision: str = "float32",
 ) -> dict[str, Cost]:
     """The costs that are known of a supernet, by name.
 
     Args:
         input_size: shape of one input without the batch dimension; needed for MACs.
         latency: needed for milliseconds.
+        precision: as :func:`gross.search`'s.
 
     Raises:
-        ValueError: if the latency table is of other layers.
+        ValueError: if the latency table is of other layers, or has no column for 8 bits that is
+            needed.
     """
     # Not above: a latency table prices configurations by what is in this file.
     from ..latency import LatencyTable
@@ -167,15 +202,18 @@ def costs_of(
         costs["macs"] = Cost(
             "macs",
             report.fixed,
-            tuple({size: slope * size for size in sizes} for slope, sizes in slopes),
+            tuple(
+                {choice: slope * abs(choice) for choice in of_sizes(sizes, precision)}
+                for slope, sizes in slopes
+            ),
             macs(plain, input_size).total,
         )
     per_layer = tuple(
         {
-            size: layer.width[0] * layer.in_channels
-            + layer.width[1] * size * math.prod(layer.kernel_size)
+            choice: layer.width[0] * layer.in_channels
+            + layer.width[1] * abs(choice) * math.prod(layer.kernel_size)
             + layer.out_channels * layer.width[1]
-            for size in layer.group_sizes
+            for choice in of_sizes(layer.group_sizes, precision)
         }
         for layer in layers.values()
     )
@@ -188,10 +226,31 @@ def costs_of(
     )
     if latency is not None:
         latency.check_layers(supernet)
-        costs["milliseconds"] = Cost(
-            "milliseconds", latency.rest, tuple(latency.layers.values()), latency.dense
-        )
+        costs["milliseconds"] = _milliseconds(latency, precision)
     return costs
+
+
+def _milliseconds(latency: LatencyTable, precision: str) -> Cost:
+    if precision != "float32" and not latency.int8_layers:
+        raise ValueError(
+            f"latency: got a table of float32 alone for precision {precision!r}, accepted is one "
+            "measured with calibration data"
+        )
+    made = partial(Cost, "milliseconds", dense=latency.dense)
+    floats = made(fixed=latency.rest, per_layer=tuple(latency.layers.values()))
+    if precision == "float32":
+        return floats
+    lowered = tuple(
+        {-size: time for size, time in latency.int8_layers[name].items()} for name in latency.layers
+    )
+    int8 = made(fixed=latency.int8_rest, per_layer=lowered)
+    if precision == "int8":
+        return int8
+    both = tuple(
+        {size: time + latency.conversions.get(name, 0.0) for size, time in layer.items()} | own
+        for (name, layer), own in zip(latency.layers.items(), lowered, strict=True)
+    )
+    return replace(floats, mixed=replace(int8, per_layer=both))
 
 
 def _number(name: str, amount: Amount, cost: Cost) -> float:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..extras import from_extra
-from ..supernet import Configuration
 from ..training.distributed import shard
+from .choices import Choices
 from .cost import Cost
 from .evaluations import Evaluation, Evaluations
 from .space import Space
@@ -48,10 +48,10 @@ class Evolution:
         remaining = self.evaluations
         while remaining > 0:
             trials = [study.ask() for _ in range(min(self.population, remaining))] if study else []
-            asked = [_configuration(trial, space) for trial in trials]
+            asked = [_chosen(trial, space) for trial in trials]
             if study is not None:
                 _learn(study, space, evaluations)
-            wanted: list[Configuration] = evaluations.broadcast(asked)
+            wanted: list[Choices] = evaluations.broadcast(asked)
             evaluations(c for c in wanted if space.allows(c))
             for trial, c in zip(trials, asked, strict=True):
                 self._tell(study, trial, c, space, evaluations)
@@ -74,28 +74,26 @@ class Evolution:
         self,
         study: Any,
         trial: Trial,
-        configuration: Configuration,
+        chosen: Choices,
         space: Space,
         evaluations: Evaluations,
     ) -> None:
         from optuna.trial import TrialState
 
         for limit in space.limits:
-            trial.set_constraint(limit.cost.name, limit.cost(configuration) - limit.most)
-        cost = self.cost(configuration)
-        if not space.allows(configuration):
+            trial.set_constraint(limit.cost.name, limit.cost(chosen) - limit.most)
+        cost = self.cost(chosen)
+        if not space.allows(chosen):
             # Between two that are infeasible the excess alone decides.
             study.tell(trial, [0.0, cost])
-        elif evaluations.known[configuration].score is None:
+        elif evaluations.known[chosen].score is None:
             study.tell(trial, state=TrialState.FAIL)
         else:
-            study.tell(trial, [evaluations.score(configuration), cost])
+            study.tell(trial, [evaluations.score(chosen), cost])
 
 
-def _configuration(trial: Trial, space: Space) -> Configuration:
-    return tuple(
-        trial.suggest_categorical(f"layer{i}", sizes) for i, sizes in enumerate(space.group_sizes)
-    )
+def _chosen(trial: Trial, space: Space) -> Choices:
+    return tuple(trial.suggest_categorical(f"layer{i}", own) for i, own in enumerate(space.choices))
 
 
 def _learn(study: Study, space: Space, evaluations: Evaluations) -> None:
@@ -103,6 +101,6 @@ def _learn(study: Study, space: Space, evaluations: Evaluations) -> None:
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        c = tuple(trial.params[f"layer{i}"] for i in range(len(space.group_sizes)))
+        c = tuple(trial.params[f"layer{i}"] for i in range(len(space.choices)))
         if space.allows(c):
             evaluations.add(Evaluation(c, trial.values[0]))

@@ -1,19 +1,22 @@
 """Every evaluation of a search, on disk as soon as it is known.
 
 A file of JSON lines: the first says what was evaluated and on what, each of the others is one
-evaluation. A search that was killed reads them back and repeats none."""
+evaluation. A search that was killed reads them back and repeats none. A group size in 8 bits stands
+there as its negative."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gross_kernels.environment import weight_bits
 
 from ..copying import unwrapped
 from ..evaluation import Accuracy
@@ -107,6 +110,16 @@ def metric_fingerprint(metric: Any) -> str:
         digest.update(_bytes(images[:: max(1, len(images) // SAMPLES)]))
     else:
         digest.update(f"{type(data)} {len(getattr(data, 'dataset', ()))}".encode())
+    return digest.hexdigest()
+
+
+def calibration_fingerprint(images: Sequence[Tensor]) -> str:
+    """A hash of what layers are brought into 8 bits by: the images, and the bits of weights that
+    this processor wants."""
+    digest = hashlib.sha256(f"{weight_bits()}".encode())
+    for batch in images:
+        digest.update(f"{tuple(batch.shape)}".encode())
+        digest.update(_bytes(batch))
     return digest.hexdigest()
 
 

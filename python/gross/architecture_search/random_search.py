@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..supernet import Configuration
+from .choices import Choices
 from .evaluations import Evaluations
 from .space import Space
 
@@ -24,7 +24,7 @@ class RandomSearch:
     evaluations: int = 500
 
     def __call__(self, space: Space, evaluations: Evaluations, generator: random.Random) -> None:
-        drawn: dict[Configuration, None] = {}
+        drawn: dict[Choices, None] = {}
         repeats = 0
         # A space that has fewer is known by its repeats.
         while len(drawn) < self.evaluations and repeats < 100 + 10 * len(drawn):

@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..extras import from_extra
 from ..report import short
@@ -28,6 +29,8 @@ class Row:
 
     Attributes:
         kind: "baseline", "found" or "random".
+        shown: the configuration as text; "4i" is group size 4 in 8 bits.
+        milliseconds: predicted, where a latency table was given.
         gross, true: accuracy in the supernet and after individual fine-tuning, in percent.
         gained: of the true accuracies, else of the supernet's, over the baseline.
         macs_cut, grouped_cut: by how many percent fewer MACs than the baseline, in all and in the
@@ -36,7 +39,9 @@ class Row:
 
     kind: str
     configuration: Configuration
+    shown: str
     macs: float
+    milliseconds: float | None
     gross: float | None
     true: float | None
     gained: float | None = None
@@ -60,12 +65,10 @@ def rows(
     for result in searches:
         base = result.base
         if base is not None:
-            table.append(_row("baseline", base, true, None, result.fixed["macs"]))
-        evaluated = {e.configuration: e for e in result.evaluations}
-        found = evaluated[result.configuration]
-        table.append(_row("found", found, true, base, result.fixed["macs"]))
+            table.append(_row("baseline", base, true, result))
+        table.append(_row("found", result.found, true, result))
         if result.random is not None:
-            table.append(_row("random", result.random, true, base, result.fixed["macs"]))
+            table.append(_row("random", result.random, true, result))
     return table
 
 
@@ -73,26 +76,25 @@ def _row(
     kind: str,
     evaluation: Evaluation,
     true: Mapping[Configuration, float],
-    base: Evaluation | None,
-    fixed: float,
+    result: SearchResult,
 ) -> Row:
     c, price, own = evaluation.configuration, evaluation.costs["macs"], evaluation.score
-    row = Row(kind, c, price, own, true.get(c))
-    if base is None:
+    text, time = result.shown(evaluation), evaluation.costs.get("milliseconds")
+    # Individual fine-tuning was in float32.
+    known = {} if evaluation.int8 else true
+    row = Row(kind, c, text, price, time, own, known.get(c))
+    base, fixed = result.base, result.fixed["macs"]
+    if base is None or kind == "baseline":
         return row
     before, after = base.score, own
-    if c in true and base.configuration in true:
-        before, after = true[base.configuration], true[c]
+    if c in known and base.configuration in true:
+        before, after = true[base.configuration], known[c]
     price_before = base.costs["macs"]
-    return Row(
-        kind,
-        c,
-        price,
-        own,
-        true.get(c),
-        None if before is None or after is None else after - before,
-        100 * (1 - price / price_before),
-        100 * (1 - (price - fixed) / (price_before - fixed)),
+    return replace_fields(
+        row,
+        gained=None if before is None or after is None else after - before,
+        macs_cut=100 * (1 - price / price_before),
+        grouped_cut=100 * (1 - (price - fixed) / (price_before - fixed)),
     )
 
 
@@ -144,9 +146,11 @@ def write(
 
 
 def search_table(table: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
-    headings = ("", "configuration", "MACs", "GroSS", "true", "Δ acc.", "Δ MACs", "Δ G.conv")
-    lines = [_cells(headings), _cells(["---", "---", *["---:"] * 6])]
+    """The rows as a Markdown table, with milliseconds if any row has them."""
+    timed = any(row.milliseconds is not None for row in table)
+    headings = ["", "configuration", "MACs", *["ms"] * timed, "GroSS", "true"]
+    headings += ["Δ acc.", "Δ MACs", "Δ G.conv"]
+    lines = [_cells(headings), _cells(["---", "---", *["---:"] * (len(headings) - 2)])]
     for row in table:
         numbers = (row.gross, row.true, row.gained)
         cuts = (row.macs_cut, row.grouped_cut)
@@ -154,8 +158,9 @@ def search_table(table: Sequence[Row]) -> str:
             _cells(
                 [
                     row.kind,
-                    " ".join(map(str, row.configuration)),
+                    row.shown,
                     short(round(row.macs)),
+                    *["" if row.milliseconds is None else f"{row.milliseconds:.3g}"] * timed,
                     *("" if n is None else f"{n:.2f}" for n in numbers[:2]),
                     "" if row.gained is None else _signed(row.gained),
                     *("" if cut is None else f"{_signed(-cut)} %" for cut in cuts),
@@ -208,41 +213,57 @@ def _cells(cells: Sequence[str]) -> str:
 
 
 def draw_searches(axes: Axes, searches: Sequence[SearchResult]) -> None:
-    """Figures 3 and 4: scores in the supernet, in the paper accuracies, against MACs. A
-    configuration has the colour of the first search that evaluated it."""
-    drawn: set[Configuration] = set()
+    """Figures 3 and 4: scores in the supernet, in the paper accuracies, against MACs, or against
+    milliseconds where every search is limited in them. A configuration has the colour of the first
+    search that evaluated it."""
+    cost = "milliseconds" if all("milliseconds" in r.limits for r in searches) else "macs"
+    drawn: set[tuple[Configuration, tuple[str, ...]]] = set()
     for i, result in enumerate(searches):
         colour = f"C{i}"
         scored = [e for e in result.evaluations if e.score is not None]
-        new = [e for e in scored if e.configuration not in drawn]
-        drawn.update(e.configuration for e in new)
-        axes.scatter(*_coordinates(new), s=8, alpha=0.4, color=colour)
-        front = _coordinates(result.front("macs"))
+        new = [e for e in scored if (e.configuration, e.int8) not in drawn]
+        drawn.update((e.configuration, e.int8) for e in new)
+        axes.scatter(*_coordinates(new, cost), s=8, alpha=0.4, color=colour)
+        front = _coordinates(result.front(cost), cost)
         axes.step(*front, where="post", color=colour, linewidth=0.8)
-        limit = f" within {result.limits['macs'] / 1e6:.3g}M" if "macs" in result.limits else ""
-        marks = [(result.base, "o", "baseline")]
-        marks.append(
-            (next(e for e in scored if e.configuration == result.configuration), "*", "found")
-        )
-        for e, marker, name in marks:
+        limit = ""
+        if cost in result.limits:
+            most, unit = result.limits[cost], _UNITS[cost]
+            limit = f" within {most / unit.size:.3g}{unit.symbol}"
+        for e, marker, name in ((result.base, "o", "baseline"), (result.found, "*", "found")):
             if e is not None and e.score is not None:
                 axes.scatter(
-                    *_coordinates([e]),
+                    *_coordinates([e], cost),
                     s=120,
                     marker=marker,
                     color=colour,
                     edgecolors="black",
                     zorder=3,
-                    label=f"{name}{limit}: {' '.join(map(str, e.configuration))}",
+                    label=f"{name}{limit}: {result.shown(e)}",
                 )
-    axes.set_xlabel("MACs (millions)")
+    axes.set_xlabel(_UNITS[cost].label)
     axes.set_ylabel("score in the supernet")
     axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
-def _coordinates(evaluations: Iterable[Evaluation]) -> tuple[list[float], list[float]]:
-    """Millions of MACs, and scores."""
-    scored = [(e.costs["macs"] / 1e6, e.score) for e in evaluations if e.score is not None]
+class _Unit(NamedTuple):
+    """What an axis counts in."""
+
+    size: float
+    symbol: str
+    label: str
+
+
+_UNITS = {
+    "macs": _Unit(1e6, "M", "MACs (millions)"),
+    "milliseconds": _Unit(1.0, " ms", "milliseconds (predicted)"),
+}
+
+
+def _coordinates(evaluations: Iterable[Evaluation], cost: str) -> tuple[list[float], list[float]]:
+    """Costs in their units, and scores."""
+    size = _UNITS[cost].size
+    scored = [(e.costs[cost] / size, e.score) for e in evaluations if e.score is not None]
     return [x for x, _ in scored], [y for _, y in scored]
 
 

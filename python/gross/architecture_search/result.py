@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..deployment.precision import Int8
 from ..report import short, text
 from ..supernet import Configuration
 from ..training.run import replace
+from .choices import choices_of, shown
 from .evaluations import Evaluation
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ class SearchResult:
             exhaustive or random itself.
         seconds: that this search spent on evaluations; those read from a journal cost nothing.
         provenance: time, versions, fingerprints.
+        int8: the decomposed layers that are in 8 bits, by name.
+        layers: all decomposed layers, by name, in network order.
     """
 
     configuration: Configuration
@@ -49,11 +54,36 @@ class SearchResult:
     random: Evaluation | None
     seconds: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    int8: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+    @property
+    def precision(self) -> str | Int8:
+        """What was found, as :func:`gross.export` takes it: in 8 bits exactly these layers, and
+        all that is no decomposed layer if there are any."""
+        if not self.int8:
+            return "float32"
+        floats = tuple(name for name in self.layers if name not in self.int8)
+        return Int8(most_error=sys.float_info.max, float32=floats)
+
+    @property
+    def found(self) -> Evaluation:
+        """The evaluation of what was found."""
+        wanted = (self.configuration, self.int8)
+        return next(e for e in self.evaluations if (e.configuration, e.int8) == wanted)
+
+    def shown(self, evaluation: Evaluation) -> str:
+        """The configuration of one of the evaluations as text; "4i" is group size 4 in 8 bits."""
+        return shown(choices_of(evaluation, self.layers))
+
+    def best(self, count: int) -> tuple[Evaluation, ...]:
+        """The evaluations with the best scores that the search saw, best first."""
+        scored = [e for e in self.evaluations if e.score is not None]
+        return tuple(sorted(scored, key=_score, reverse=True)[:count])
 
     def top(self, count: int) -> tuple[Configuration, ...]:
-        """The best configurations that the search saw, best first."""
-        scored = [e for e in self.evaluations if e.score is not None]
-        return tuple(e.configuration for e in sorted(scored, key=_score, reverse=True)[:count])
+        """The group sizes of :meth:`best`."""
+        return tuple(e.configuration for e in self.best(count))
 
     def front(self, cost: str = "macs") -> tuple[Evaluation, ...]:
         """The evaluations that none is better and cheaper than, cheapest first.
@@ -89,15 +119,15 @@ class SearchResult:
         table = Table(title=title + (f", {failed} failed" if failed else ""), box=SIMPLE_HEAD)
         table.add_column("")
         table.add_column("configuration")
-        found = next(e for e in self.evaluations if e.configuration == self.configuration)
-        for name in found.costs:
+        for name in self.found.costs:
             table.add_column(name, justify="right")
         table.add_column("score", justify="right")
-        for name, e in (("base", self.base), ("found", found), ("random search", self.random)):
+        rows = (("base", self.base), ("found", self.found), ("random search", self.random))
+        for name, e in rows:
             if e is not None:
                 table.add_row(
                     name,
-                    " ".join(map(str, e.configuration)),
+                    self.shown(e),
                     *map(_price, e.costs.values()),
                     "failed" if e.score is None else f"{e.score:.2f}",
                 )
@@ -133,7 +163,8 @@ def _result(content: dict[str, Any]) -> SearchResult:
     for name in ("base", "random"):
         content[name] = None if content[name] is None else _evaluation(content[name])
     content["evaluations"] = tuple(map(_evaluation, content["evaluations"]))
-    content["configuration"] = tuple(content["configuration"])
+    for name in ("configuration", "int8", "layers"):
+        content[name] = tuple(content.get(name, ()))
     return SearchResult(**content)
 
 
@@ -143,7 +174,8 @@ def _score(evaluation: Evaluation) -> float:
 
 
 def _evaluation(content: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(**{**content, "configuration": tuple(content["configuration"])})
+    lists = {name: tuple(content.get(name, ())) for name in ("configuration", "int8")}
+    return Evaluation(**{**content, **lists})
 
 
 def _price(value: float) -> str:

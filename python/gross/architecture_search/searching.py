@@ -5,25 +5,37 @@ from __future__ import annotations
 import os
 import random
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..arguments import check_callable, check_flag, check_int, check_path, check_type
+from ..arguments import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_int,
+    check_path,
+    check_type,
+)
+from ..deployment.mixed import MixedSupernet
+from ..deployment.precision import read
 from ..devices import placed
 from ..evaluation import Accuracy
 from ..supernet import check_supernet
 from ..training.distributed import shard
 from ..training.run import provenance
 from .breadth_first import BreadthFirst
-from .cost import Amount, Budget, Cost, costs_of
-from .evaluations import Evaluation, Evaluations, Metric
+from .choices import PRECISIONS, Choices, choices_of, in_8_bits, of_sizes, sizes
+from .cost import COSTS, Amount, Budget, Cost, costs_of
+from .evaluations import Evaluation, Evaluations, Goal, Metric
 from .evolution import Evolution
 from .exhaustive import Exhaustive
-from .journal import Journal, fingerprint, metric_fingerprint
+from .journal import Journal, calibration_fingerprint, fingerprint, metric_fingerprint
 from .progress import shown
 from .random_search import RandomSearch
 from .result import SearchResult
@@ -55,6 +67,8 @@ def search(
     seed: int = 0,
     journal: str | os.PathLike[str] | None = None,
     smaller: SearchResult | None = None,
+    precision: str = "float32",
+    calibration: Tensor | Iterable[Any] | None = None,
     device: str | int | torch.device | None = None,
     quiet: bool = False,
 ) -> SearchResult:
@@ -72,7 +86,7 @@ def search(
             the accuracy in percent, of many configurations at once by :func:`gross.evaluate`.
         budget: a number of MACs, a share of the dense network's such as "50%", or a base
             configuration whose MACs are the limit; a :class:`gross.Budget` for parameters,
-            milliseconds, and several at once. None is no limit.
+            milliseconds, and several at once, and for a score that is enough. None is no limit.
         method: "exhaustive", "breadth-first", "random" or "evolution"; or one with settings, such
             as ``BreadthFirst(runs=5)`` of :mod:`gross.architecture_search`.
         input_size: shape of one input without the batch dimension, to count MACs; known for
@@ -82,17 +96,27 @@ def search(
             none.
         smaller: the result under the next smaller budget, whose ten best configurations the first
             runs of a breadth-first search start from.
+        precision: "float32"; "int8", every layer in 8 bits; or "mixed", where each decomposed
+            layer has its group size and its precision. A budget in milliseconds then needs a table
+            with columns for 8 bits, and "mixed" needs milliseconds. The metric is called with the
+            layers' inputs and weights rounded as the deployed kernels do it
+            (:mod:`gross.deployment.mixed`). All that is no decomposed layer is in 8 bits as soon as
+            any layer is.
+        calibration: for 8 bits, some dozens of images as :func:`gross.export` takes them.
         device: where to search, such as "cuda"; the supernet is moved there and stays. By default
-            where it is.
+            where it is. 8 bits are for a CPU.
         quiet: show no progress.
 
     Returns:
         The best configuration, its score, and everything that was evaluated.
 
     Raises:
+        TypeError: if calibration data is missing.
         ValueError: before any work, for a budget that no configuration is within (with the
             smallest), a space too large to be searched exhaustively, or a journal of another
-            supernet or metric. After it, if every evaluation failed, with the first reason.
+            supernet, metric or calibration; for 8 bits, of a supernet that is not in float32 on a
+            CPU, or with a latency table without them. After it, if every evaluation failed, with
+            the first reason.
     """
     layers = check_supernet("supernet", supernet)
     metric = _checked_metric(metric)
@@ -104,13 +128,20 @@ def search(
         check_path("journal", journal)
     placed(supernet, device)
     budget = Budget.of(budget)
-    costs = costs_of(supernet, input_size or _input_size(metric), budget.latency)
-    space = Space(tuple(layer.group_sizes for layer in layers.values()), budget.limits(costs))
+    _check_precision(supernet, precision, calibration, budget)
+    costs = costs_of(supernet, input_size or _input_size(metric), budget.latency, precision)
+    choices = tuple(of_sizes(layer.group_sizes, precision) for layer in layers.values())
+    space = Space(choices, budget.limits(costs))
+    goal = Goal() if budget.least_score is None else Goal(budget.least_score, _first(costs, space))
     run = _method(method, costs, space, smaller)
     identity = {"supernet": fingerprint(supernet), "metric": metric_fingerprint(metric)}
+    images = [] if precision == "float32" else read(calibration)
+    if images:
+        identity["calibration"] = calibration_fingerprint(images)
     book = None if journal is None or shard().index else Journal(journal, identity)
+    evaluated = MixedSupernet(supernet, images) if images else supernet
     with shown(run.name, quiet or shard().index > 0) as show:
-        evaluations = Evaluations(supernet, metric, book, show)
+        evaluations = Evaluations(evaluated, metric, book, show, goal)
         began = time.perf_counter()
         run(space, evaluations, random.Random(seed))
         if budget.base is not None:
@@ -118,21 +149,30 @@ def search(
         asked = {c: evaluations.known[c] for c in evaluations.asked}
         baseline = None
         if isinstance(run, BreadthFirst | Evolution):
-            beside = Evaluations(supernet, metric, book, show)
+            beside = Evaluations(evaluated, metric, book, show, goal)
             beside.known = evaluations.known
             RandomSearch(len(asked))(space, beside, random.Random(seed + 1))
-            baseline = _best(beside.known[c] for c in beside.asked)
-    best = _best(e for e in asked.values() if space.allows(e.configuration))
+            baseline = _best((beside.known[c] for c in beside.asked), goal)
+    best = _best((e for e in asked.values() if space.allows(e.configuration)), goal)
     if best is None or best.score is None:
         errors = [e.error for e in asked.values() if e.error]
         raise ValueError(f"metric: every evaluation failed; the first one: {errors[0]}")
 
-    def priced(evaluation: Evaluation) -> Evaluation:
-        prices = {kind: cost(evaluation.configuration) for kind, cost in costs.items()}
-        return replace(evaluation, costs=prices)
+    if budget.least_score is not None and best.score < budget.least_score:
+        warnings.warn(
+            f"budget: no configuration has a score of {budget.least_score}, the best {best.score}",
+            stacklevel=2,
+        )
 
+    def priced(evaluation: Evaluation) -> Evaluation:
+        chosen = evaluation.configuration
+        prices = {kind: cost(chosen) for kind, cost in costs.items()}
+        int8 = tuple(compress(layers, in_8_bits(chosen)))
+        return replace(evaluation, configuration=sizes(chosen), costs=prices, int8=int8)
+
+    found = priced(best)
     return SearchResult(
-        best.configuration,
+        found.configuration,
         best.score,
         run.name,
         seed,
@@ -143,7 +183,45 @@ def search(
         None if baseline is None else priced(baseline),
         time.perf_counter() - began,
         {**provenance(), **identity},
+        int8=found.int8,
+        layers=tuple(layers),
     )
+
+
+def _check_precision(
+    supernet: nn.Module, precision: str, calibration: object, budget: Budget
+) -> None:
+    check_choice("precision", precision, PRECISIONS)
+    if precision == "float32":
+        if calibration is not None:
+            raise ValueError(
+                "calibration: got data for precision 'float32', accepted is None; or 'int8', "
+                "'mixed'"
+            )
+        return
+    first = next(supernet.parameters())
+    if first.dtype != torch.float32 or first.device.type != "cpu":
+        raise ValueError(
+            f"precision: got {precision!r} for a supernet of {first.dtype} on {first.device}, "
+            "accepted for 8 bits is float32 on a CPU"
+        )
+    if precision == "mixed" and budget.milliseconds is None and budget.least_score is None:
+        raise ValueError(
+            "budget: got none in milliseconds for precision 'mixed', accepted is one with "
+            "milliseconds and latency: no other cost knows of 8 bits"
+        )
+    if precision == "mixed" and budget.latency is None:
+        raise ValueError("budget: got no latency table, which precision 'mixed' needs")
+    if precision == "int8" and budget.base is not None:
+        raise ValueError(
+            f"budget: got the configuration {budget.base} for precision 'int8', accepted are "
+            "numbers and shares"
+        )
+    if calibration is None:
+        raise TypeError(
+            f"calibration: got None, accepted for precision {precision!r} is a tensor of inputs, "
+            "or an iterable of them"
+        )
 
 
 def _checked_metric(metric: object) -> Metric:
@@ -162,7 +240,9 @@ def _checked_metric(metric: object) -> Metric:
 def _method(
     method: str | Method, costs: Mapping[str, Cost], space: Space, smaller: SearchResult | None
 ) -> Method:
-    starts = () if smaller is None else smaller.top(STARTS)
+    starts: tuple[Choices, ...] = ()
+    if smaller is not None:
+        starts = tuple(choices_of(e, smaller.layers) for e in smaller.best(STARTS))
     accepted = f"{', '.join(map(repr, METHODS))}, or one of gross.architecture_search with settings"
     if not isinstance(method, str):
         check_callable("method", method, accepted)
@@ -174,9 +254,15 @@ def _method(
     if method == "random":
         return RandomSearch()
     if method == "evolution":
-        first = space.limits[0].cost if space.limits else costs.get("macs", costs["parameters"])
-        return Evolution(first)
+        return Evolution(_first(costs, space))
     raise ValueError(f"method: got {method!r}, accepted are {accepted}")
+
+
+def _first(costs: Mapping[str, Cost], space: Space) -> Cost:
+    """The cost that is to be small: the first that is limited, or known."""
+    if space.limits:
+        return space.limits[0].cost
+    return next(costs[name] for name in ("milliseconds", *COSTS) if name in costs)
 
 
 def _input_size(metric: object) -> tuple[int, ...] | None:
@@ -186,7 +272,7 @@ def _input_size(metric: object) -> tuple[int, ...] | None:
     return tuple(data[0].shape[1:]) if isinstance(data, tuple) else None
 
 
-def _best(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """The highest score; of equal ones the one seen first."""
+def _best(evaluations: Iterable[Evaluation], goal: Goal) -> Evaluation | None:
+    """The highest rank; of equal ones the one seen first."""
     scored = (e for e in evaluations if e.score is not None)
-    return max(scored, key=lambda e: e.score or 0.0, default=None)
+    return max(scored, key=lambda e: goal.rank(e.configuration, e.score), default=None)

@@ -1,4 +1,4 @@
-"""The configurations that a search may choose from."""
+"""What a search may choose from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from ..supernet import Configuration
+from .choices import Choices
 from .cost import Limit
 
 #: Draws from the whole space before the next one is steered into the limits.
@@ -17,49 +17,49 @@ REJECTIONS = 100
 
 @dataclass(frozen=True)
 class Space:
-    """Every combination of group sizes, and the limits of the budget.
+    """Every combination of choices, and the limits of the budget.
 
     Attributes:
-        group_sizes: those of each decomposed layer, in network order.
+        choices: those of each decomposed layer, in network order.
         limits: all must hold.
     """
 
-    group_sizes: tuple[tuple[int, ...], ...]
+    choices: tuple[tuple[int, ...], ...]
     limits: tuple[Limit, ...] = ()
 
     @property
     def size(self) -> int:
         """How many configurations there are, within the limits or not."""
-        return math.prod(map(len, self.group_sizes))
+        return math.prod(map(len, self.choices))
 
-    def allows(self, configuration: Sequence[int]) -> bool:
-        return all(limit.allows(configuration) for limit in self.limits)
+    def allows(self, chosen: Sequence[int]) -> bool:
+        return all(limit.allows(chosen) for limit in self.limits)
 
-    def __iter__(self) -> Iterator[Configuration]:
-        """The configurations within the limits, in lexicographic order."""
-        return filter(self.allows, product(*self.group_sizes))
+    def __iter__(self) -> Iterator[Choices]:
+        """The combinations within the limits, in lexicographic order."""
+        return filter(self.allows, product(*self.choices))
 
-    def neighbours(self, configuration: Configuration) -> list[Configuration]:
-        """The configurations within the limits that differ in one layer (section 3.4)."""
+    def neighbours(self, chosen: Choices) -> list[Choices]:
+        """The combinations within the limits that differ in one layer (section 3.4)."""
         found = [
-            (*configuration[:i], size, *configuration[i + 1 :])
-            for i, sizes in enumerate(self.group_sizes)
-            for size in sizes
-            if size != configuration[i]
+            (*chosen[:i], choice, *chosen[i + 1 :])
+            for i, own in enumerate(self.choices)
+            for choice in own
+            if choice != chosen[i]
         ]
         return [c for c in found if self.allows(c)]
 
-    def draw(self, generator: random.Random) -> Configuration:
-        """A random configuration within the limits.
+    def draw(self, generator: random.Random) -> Choices:
+        """A random combination within the limits.
 
         Uniform over all of them as long as they are not too rare; then layer by layer in random
-        order, each from the sizes that leave room for the others.
+        order, each from the choices that leave room for the others.
 
         Raises:
             ValueError: if none was found, which only several limits at once can cause.
         """
         for _ in range(REJECTIONS):
-            drawn = tuple(map(generator.choice, self.group_sizes))
+            drawn = tuple(map(generator.choice, self.choices))
             if self.allows(drawn):
                 return drawn
         for _ in range(REJECTIONS):
@@ -71,19 +71,24 @@ class Space:
             + ", ".join(f"{limit.most:,.6g} {limit.cost.name}" for limit in self.limits)
         )
 
-    def _steered(self, generator: random.Random) -> Configuration:
-        chosen = [0] * len(self.group_sizes)
-        room = [limit.most - limit.cost.smallest for limit in self.limits]
+    def _steered(self, generator: random.Random) -> Choices:
+        choices = self.choices
+        floats = tuple(tuple(choice for choice in own if choice > 0) for own in choices)
+        # Costs may be others with none in 8 bits.
+        if floats != choices and all(floats) and generator.random() < 0.5:
+            choices = floats
+        chosen = [0] * len(choices)
+        room = [limit.most - limit.cost.least(choices) for limit in self.limits]
         for i in generator.sample(range(len(chosen)), len(chosen)):
             extra = [
-                {size: cost - min(layer.values()) for size, cost in layer.items()}
-                for layer in (limit.cost.per_layer[i] for limit in self.limits)
+                {choice: layer[choice] - min(layer[c] for c in choices[i]) for choice in choices[i]}
+                for layer in (limit.cost.of(choices).per_layer[i] for limit in self.limits)
             ]
             fitting = [
-                size
-                for size in self.group_sizes[i]
-                if all(more[size] <= left for more, left in zip(extra, room, strict=True))
+                choice
+                for choice in choices[i]
+                if all(more[choice] <= left for more, left in zip(extra, room, strict=True))
             ]
-            chosen[i] = generator.choice(fitting or self.group_sizes[i])
+            chosen[i] = generator.choice(fitting or choices[i])
             room = [left - more[chosen[i]] for more, left in zip(extra, room, strict=True)]
         return tuple(chosen)

@@ -29,6 +29,7 @@ from ..architecture_search import (
     study,
 )
 from ..architecture_search import report as evidence
+from ..architecture_search.choices import PRECISIONS
 from ..architecture_search.cost import Amount
 from ..architecture_search.evaluations import Metric
 from ..architecture_search.individual import CONFIGURATIONS, PARTIAL, Point, Study
@@ -105,6 +106,16 @@ Kernels = Annotated[
         "--kernels/--plain", help="Time gross's kernels, or three plain convolutions a layer."
     ),
 ]
+Calibration = Annotated[
+    CalibrationImages | None,
+    typer.Option(
+        parser=CalibrationImages.parse,
+        metavar="DATA[:COUNT]",
+        help="For 8 bits: COUNT training images (256) of digits, cifar10 or folder:PATH to find "
+        "ranges from.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")]
 Graphs = Annotated[
@@ -139,9 +150,22 @@ def search_command(
     latency: Annotated[
         Path | None, typer.Option(help="A table that gross latency wrote.", show_default=False)
     ] = None,
+    least_score: Annotated[
+        float | None,
+        typer.Option(
+            help="A score that is enough: the cheapest configuration that has it is wanted.",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
-        str, typer.Option(help="Of --milliseconds: float32, or int8 if the table has it.")
+        str,
+        typer.Option(
+            help="float32; int8; or mixed, chosen for each layer, by a --latency table that has "
+            "both."
+        ),
     ] = "float32",
+    calibration: Calibration = None,
+    root: Root = None,
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "breadth-first",
     runs: Annotated[int, typer.Option(min=1, help="Breadth-first: from so many starts.")] = 20,
     evaluations: Annotated[int, typer.Option(min=1, help="random, evolution: so many.")] = 500,
@@ -193,6 +217,9 @@ def search_command(
 
     Example: gross search supernet.safetensors --macs 50% --metric my_metrics:psnr
 
+    Example: gross search supernet.safetensors --milliseconds 0.5 --latency latency.json
+    --precision mixed --calibration digits:256 --output found.json
+
     Under torchrun the processes share the work: torchrun --nproc-per-node=2 -m gross search ...
     """
     with failures(), launched(device_named(device)) as place:
@@ -202,13 +229,14 @@ def search_command(
         wanted, size = _metric(metric, supernet, data, images, graphs)
         size = input_size or size or _known_size(supernet)
         table = None if latency is None else LatencyTable.load(latency)
-        if precision != "float32":
-            if precision != "int8" or table is None:
-                raise typer.BadParameter(
-                    f"got {precision!r}, accepted are float32, and int8 with --latency",
-                    param_hint="--precision",
-                )
-            table = table.in_8_bits()
+        if precision not in PRECISIONS:
+            raise typer.BadParameter(
+                f"got {precision!r}, accepted are {', '.join(PRECISIONS)}",
+                param_hint="--precision",
+            )
+        _check_calibration(calibration, precision != "float32")
+        if base and precision != "float32":
+            raise typer.BadParameter(f"got --precision {precision} beside it", param_hint="--base")
         amounts = {
             "macs": _amount("--macs", max_macs),
             "parameters": _amount("--parameters", max_parameters),
@@ -216,13 +244,16 @@ def search_command(
         }
         if base and any(amount is not None for amount in amounts.values()):
             raise typer.BadParameter("got other limits beside it", param_hint="--base")
-        costs = costs_of(net, size, table)
+        costs = costs_of(net, size, table, precision)
         if base and "macs" not in costs:
             raise typer.BadParameter(
                 "needed to count MACs, it is not known for this network", param_hint="--input-size"
             )
         bases = sorted(map(tuple, base or ()), key=lambda c: costs["macs"].checked(c))
-        budgets = [Budget(macs=c) for c in bases] or [Budget(**amounts, latency=table)]
+        budgets = [Budget(macs=c) for c in bases] or [
+            Budget(**amounts, latency=table, least_score=least_score)
+        ]
+        seen = None if calibration is None else calibration.inputs(root, size, seed)
         book = journal or (None if output is None else output.with_suffix(".journal"))
         results: list[SearchResult] = []
         for budget in budgets:
@@ -246,6 +277,8 @@ def search_command(
                 input_size=size,
                 seed=seed,
                 journal=book,
+                precision=precision,
+                calibration=seen,
                 quiet=as_json,
             )
             results.append(result)
@@ -320,15 +353,7 @@ def latency_command(
     batch: Batch = 1,
     kernels: Kernels = True,
     seconds: Annotated[float, typer.Option(help="How long to measure.")] = 10.0,
-    calibration: Annotated[
-        CalibrationImages | None,
-        typer.Option(
-            parser=CalibrationImages.parse,
-            metavar="DATA[:COUNT]",
-            help="Time the layers in 8 bits too, calibrated on COUNT training images.",
-            show_default=False,
-        ),
-    ] = None,
+    calibration: Calibration = None,
     input_size: InputSize = None,
     root: Root = None,
     network: Network = None,
@@ -388,13 +413,12 @@ def export_command(
             "file, by ONNX Runtime's quantiser in an .onnx file."
         ),
     ] = "float32",
-    calibration: Annotated[
-        CalibrationImages | None,
+    calibration: Calibration = None,
+    search_file: Annotated[
+        Path | None,
         typer.Option(
-            parser=CalibrationImages.parse,
-            metavar="DATA[:COUNT]",
-            help="For int8: COUNT training images (256) of digits, cifar10 or folder:PATH to find "
-            "ranges from.",
+            "--search",
+            help="A file that gross search wrote: its configuration, in its precisions.",
             show_default=False,
         ),
     ] = None,
@@ -421,6 +445,9 @@ def export_command(
 
     Example: gross export supernet.safetensors --precision int8 --calibration cifar10:256
     --output network.onnx
+
+    Example: gross export supernet.safetensors --search found.json --calibration cifar10:256
+    --output network.pt2
     """
     with failures():
         check_output("--output", output)
@@ -428,16 +455,20 @@ def export_command(
             raise typer.BadParameter(
                 f"got {precision!r}, accepted are float32 and int8", param_hint="--precision"
             )
-        if (precision == "int8") != (calibration is not None):
-            raise typer.BadParameter(
-                "needed for --precision int8, and for nothing else", param_hint="--calibration"
-            )
+        settings = Int8(most_error=most_error) if precision == "int8" else None
+        if search_file is not None:
+            if configuration is not None or settings is not None:
+                raise typer.BadParameter(
+                    "got --configuration or --precision beside it", param_hint="--search"
+                )
+            configuration, settings = _found(search_file)
+        _check_calibration(calibration, settings is not None)
         if output.suffix not in (".pt2", ".onnx"):
             raise typer.BadParameter(
                 f"got {output}, accepted is a .pt2 or .onnx file", param_hint="--output"
             )
         place, cpu = device_named(device), torch.device("cpu")
-        if precision == "int8" and place != cpu:
+        if settings is not None and place != cpu:
             raise typer.BadParameter(
                 f"got {device!r}, accepted for int8 is cpu", param_hint="--device"
             )
@@ -447,9 +478,14 @@ def export_command(
         folded = export(net, chosen, example=example, kernels=False)
         fast = export(net, chosen, example=example, tune=tune)
         is_plain = plain or output.suffix == ".onnx"
+        if is_plain and settings is not None and settings.float32:
+            raise typer.BadParameter(
+                "got layers in both precisions, accepted for a file without gross's kernels is one",
+                param_hint="--search",
+            )
         report = fast.report
         lowered = {}
-        if calibration is None:
+        if settings is None or calibration is None:
             save_program(folded if is_plain else fast, example, output)
         else:
             images = calibration.inputs(root, tuple(example.shape[1:]), seed)
@@ -461,7 +497,7 @@ def export_command(
                     chosen,
                     example=example,
                     tune=tune,
-                    precision=Int8(most_error=most_error),
+                    precision=settings,
                     calibration=images,
                 )
                 save_program(ours, example, output)
@@ -597,6 +633,25 @@ def _data(name: str, supernet: Path) -> data_sets.Data:
             soft_wrap=True,
         )
     return data_sets.load(name)
+
+
+def _check_calibration(calibration: CalibrationImages | None, needed: bool) -> None:
+    if needed != (calibration is not None):
+        raise typer.BadParameter(
+            "needed for layers in 8 bits, and for nothing else", param_hint="--calibration"
+        )
+
+
+def _found(path: Path) -> tuple[Ints, Int8 | None]:
+    """The configuration that a search has found, and what 8 bits it has."""
+    results = load(path)
+    if len(results) != 1:
+        raise typer.BadParameter(
+            f"got {path} with {len(results)} searches, accepted is one of a single search",
+            param_hint="--search",
+        )
+    precision = results[0].precision
+    return Ints(results[0].configuration), precision if isinstance(precision, Int8) else None
 
 
 def _base_name(data: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gross_kernels.environment import instruction_set, weight_bits
 
-from ..arguments import check_callable, check_choice, check_int, check_number
+from ..arguments import check_callable, check_choice, check_int, check_number, check_type
 from ..decomposition.calibration import Calibration
 
 RANGES = ("mse", "percentile", "largest")
@@ -36,6 +36,9 @@ class Int8:
         percentile: how much of all values the range holds, for "percentile".
         weight_bits: 8, or 7 for processors that sum pairs of products in 16 bits (AVX2 without
             VNNI), where weights of 8 bits are slower; by default what this processor wants.
+        float32: names of layers, convolutions and linear layers that stay in float32 whatever the
+            bounds allow; what a search has chosen, for example
+            (:attr:`gross.SearchResult.precision`).
     """
 
     most_error: float = 0.05
@@ -44,6 +47,7 @@ class Int8:
     ranges: str = "mse"
     percentile: float = 99.99
     weight_bits: int | None = None
+    float32: Collection[str] = ()
 
     def __post_init__(self) -> None:
         check_number("most_error", self.most_error, "a number above 0", open_below=True)
@@ -59,6 +63,9 @@ class Int8:
             8,
         ):
             raise ValueError(f"weight_bits: got {self.weight_bits}, accepted are 7 and 8")
+        check_type("float32", self.float32, Collection, "names of layers")
+        if isinstance(self.float32, str) or not all(isinstance(n, str) for n in self.float32):
+            raise TypeError(f"float32: got {self.float32!r}, accepted are names of layers")
 
     @property
     def largest_weight(self) -> int:
@@ -79,8 +86,11 @@ def warn_of_slow_weights(kernels: Iterable[Tensor]) -> None:
         )
 
 
-def read(calibration: object, example: Tensor) -> list[Tensor]:
+def read(calibration: object, example: Tensor | None = None) -> list[Tensor]:
     """The calibration data as batches of images.
+
+    Args:
+        example: an input of the network; by default the first batch.
 
     Raises:
         TypeError: if there is none, or it is no data.
@@ -93,10 +103,12 @@ def read(calibration: object, example: Tensor) -> list[Tensor]:
         )
     images: Any = calibration
     batches = []
-    for i, item in enumerate(Calibration(images, example.device)):
+    device = torch.device("cpu") if example is None else example.device
+    for i, item in enumerate(Calibration(images, device)):
         batch = item.args[0] if len(item.args) == 1 and not item.kwargs else None
         if not isinstance(batch, Tensor):
             raise TypeError(f"calibration[{i}]: got several arguments, accepted is one tensor")
+        example = batch if example is None else example
         known = batch.dtype == example.dtype and batch.dim() == example.dim()
         if not known or batch.shape[1:2] != example.shape[1:2] or not len(batch):
             raise ValueError(

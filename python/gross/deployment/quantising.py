@@ -9,6 +9,7 @@ most for what they compute stay in float32 until its error is within the bound."
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -62,8 +63,10 @@ def quantise(
         batches: images to calibrate on.
 
     Raises:
-        ValueError: if a value of the network is not finite on the calibration data.
+        ValueError: if a value of the network is not finite on the calibration data, or what shall
+            stay in float32 is no step of it.
     """
+    _check_names(steps, settings)
     steps = equalise(traced, steps, batches, settings)
     seen = observe(traced, steps, batches)
     held = {node: each.form(settings) for node, each in seen.values.items()}
@@ -72,7 +75,7 @@ def quantise(
     for node, moments in seen.moments.items():
         made, value, channels = steps[node], seen.values[node], seen.channels.get(node)
         dead = 0 if channels is None else int((channels == 0).sum())
-        losses[node] = Loss(value.low, value.high, dead=dead, reason=refusal(made))
+        losses[node] = Loss(value.low, value.high, dead=dead, reason=_refusal(made, settings))
         if not losses[node].reason:
             lowered[node] = with_weights(made, settings, moments, channels)
     few = first(batches, IMAGES)
@@ -91,6 +94,21 @@ def quantise(
         worst = max(chosen, key=lambda node: losses[node].output ** 2 / _products(chosen[node]))
         losses[worst] = replace(losses[worst], reason=reason)
         del chosen[worst]
+
+
+def _check_names(steps: Mapping[fx.Node, Fused], settings: Int8) -> None:
+    names = [made.name for made in steps.values() if made.is_weighted]
+    for name in settings.float32:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3) or names[:3]
+            raise ValueError(
+                f"float32: got {name!r}, accepted are names of layers, convolutions and linear "
+                f"layers, such as {near}"
+            )
+
+
+def _refusal(made: Fused, settings: Int8) -> str:
+    return "as asked for" if made.name in settings.float32 else refusal(made)
 
 
 def _excess(error: float, network: nn.Module, before: nn.Module, settings: Int8) -> str:

@@ -113,9 +113,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_precision_is_a_column(measured, tmp_path):
     """Catches layers of 8 bits whose times are those of float32, a rest that is another's, and a
     column that a file loses."""
-    net, example, plain = measured
-    with pytest.raises(ValueError, match="latency: got a table of float32 alone"):
-        plain.in_8_bits()
+    net, example, _ = measured
     calibration = torch.randn(16, 3, 8, 8)
     table = LatencyTable.measure(net, example, seconds=0.1, calibration=calibration)
     assert {n: set(t) for n, t in table.int8_layers.items()} == {
@@ -124,14 +122,69 @@ def test_precision_is_a_column(measured, tmp_path):
     assert all(0 < ms < 1000 for layer in table.int8_layers.values() for ms in layer.values())
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == table
-    lowered, wanted = table.in_8_bits(), (8, 1, 2, 4)
-    lowered.check_layers(net)
-    names = list(table.layers)
-    assert lowered.milliseconds(wanted) == table.milliseconds(wanted, names)
+    names, wanted = list(table.layers), (8, 1, 2, 4)
+    lowered = [table.int8_layers[n][s] for n, s in zip(names, wanted, strict=True)]
+    assert table.milliseconds(wanted, names) == pytest.approx(table.int8_rest + sum(lowered))
     mixed = table.milliseconds(wanted, names[:1])
-    floats = sum(table.layers[n][s] for n, s in list(zip(names, wanted, strict=True))[1:])
-    assert mixed == pytest.approx(table.int8_rest + table.int8_layers[names[0]][8] + floats)
+    floats = list(zip(names, wanted, strict=True))[1:]
+    times = [table.layers[n][s] + table.conversions[n] for n, s in floats]
+    assert mixed == pytest.approx(table.int8_rest + table.int8_layers[names[0]][8] + sum(times))
     assert "8 int8" in str(table)
+    assert f"{table.conversions[names[1]]:.3f}" in str(table)
+
+
+def test_conversions_are_those_of_whole_networks(monkeypatch):
+    """Catches a layer in float32 among 8 bits that is thought to cost what it costs among its like:
+    on a clock on which layer ``i`` takes ``(i + 1)·size`` milliseconds in float32 and half of that
+    in 8 bits, everything else 5 and 3, and the conversions around a layer its size and one."""
+    now = [0.0]
+    monkeypatch.setattr(latency, "_now", lambda device: now[0])
+
+    class Paused(nn.Module):
+        def __init__(self, milliseconds: float) -> None:
+            super().__init__()
+            self.milliseconds = milliseconds
+
+        def forward(self, input: Tensor) -> Tensor:
+            now[0] += self.milliseconds / 1000
+            return input
+
+    def exported(net: nn.Module, c: tuple[int, ...], precision: object = None, **_: object):
+        if precision is None:
+            return Paused(5 + sum((i + 1) * size for i, size in enumerate(c)))
+        total = 3.0
+        for i, (name, size) in enumerate(
+            zip(gross.supernet.decomposed_layers(net), c, strict=True)
+        ):
+            total += (i + 1) * (size + 1 if name in precision.float32 else size / 2)
+        return Paused(total)
+
+    class Clock:
+        def __init__(self, network: nn.Module, names: list[str], device: object) -> None:
+            self.network, self.names = network, names
+
+        def __call__(self, example: Tensor) -> tuple[float, list[float]]:
+            c = gross.configuration(self.network)
+            parts = [(i + 1) * size for i, size in enumerate(c)]
+            return 5 + sum(parts), parts
+
+    names = list(gross.supernet.decomposed_layers(supernet()))
+    monkeypatch.setattr(latency, "export", exported)
+    monkeypatch.setattr(latency, "_LayerClock", Clock)
+    monkeypatch.setattr(
+        latency,
+        "in_8_bits",
+        lambda layer, read, settings: {s: Paused(s * next(place)) for s in layer.group_sizes},
+    )
+    place = (i + 1 for i in range(4) for _ in range(4))
+    example = torch.randn(8, 3, 8, 8)
+    table = LatencyTable.measure(supernet(), example, seconds=0, calibration=example)
+    for i, name in enumerate(names):
+        times = {s: (i + 1) * s / 2 for s in (1, 2, 4, 8)}
+        assert table.int8_layers[name] == pytest.approx(times)
+        assert table.conversions[name] == pytest.approx(i + 1)
+    assert table.int8_rest == pytest.approx(3)
+    assert table.milliseconds((8, 1, 2, 4), names[1:]) == pytest.approx(3 + 9 + 1 + 3 + 8)
 
 
 def test_a_line_through_totals():

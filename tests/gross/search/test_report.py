@@ -67,8 +67,7 @@ def test_reductions_are_those_that_the_paper_prints():
             "found",
             next(e for e in result.evaluations if e.configuration == row.configuration),
             true,
-            result.base,
-            result.fixed["macs"],
+            result,
         )
         assert round(found.macs_cut, 2) == pytest.approx(row.macs_cut, abs=0.011)
         assert round(found.grouped_cut, 2) == pytest.approx(row.grouped_cut, abs=0.011)
@@ -77,7 +76,7 @@ def test_reductions_are_those_that_the_paper_prints():
 
 def test_changes_have_one_minus_sign():
     """Catches a hyphen beside a minus sign, "−-5.00 %" for what costs more, and "-0.00"."""
-    row = evidence.Row("found", (1,), 2e6, 60.0, 60.0, -0.333, -5.0, 0.0)
+    row = evidence.Row("found", (1,), "1", 2e6, None, 60.0, 60.0, -0.333, -5.0, 0.0)
     (line,) = evidence.search_table([row]).splitlines()[2:]
     assert line.endswith("| −0.33 | +5.00 % | 0.00 % |")
     assert "| +0.33 | −5.00 % |" in evidence.search_table(

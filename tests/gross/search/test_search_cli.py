@@ -8,6 +8,7 @@ import gross
 import pytest
 import torch
 from gross.cli import app
+from gross.latency import LatencyTable
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -152,6 +153,7 @@ def test_latency_in_8_bits(saved, tmp_path):
         gross_command(
             *("search", saved, "--milliseconds", "1000", "--latency", table, "--images", 4),
             *("--precision", "int8", "--method", "random", "--evaluations", 1, "--json"),
+            *("--calibration", "digits:16"),
         )
     )
     (result,) = searched["searches"]
@@ -160,6 +162,46 @@ def test_latency_in_8_bits(saved, tmp_path):
     wanted = found["int8_rest"] + sum(layer[str(size)] for layer, size in layers)
     (evaluation,) = [e for e in result["evaluations"] if e["configuration"] == sizes]
     assert evaluation["costs"]["milliseconds"] == pytest.approx(wanted)
+
+
+def test_a_search_for_precisions_is_exported(saved, tmp_path):
+    """Catches options that do not reach the search, and an export of other sizes or precisions."""
+    net = gross.load(saved)
+    names = list(gross.supernet.decomposed_layers(net))
+    # The second layer is fast in float32, the others are in 8 bits.
+    times = [{size: 1.0 + size / 100 for size in (1, 8, 32)} for _ in names]
+    slow = [{size: 3.0 + size / 100 for size in (1, 8, 32)} for _ in names]
+    table = LatencyTable(
+        *("a device", 1, (1, 3, 32, 32), "float32", True, 1.0),
+        *(dict(zip(names, (slow[0], times[1], slow[2]), strict=True)), 9.0, 0.5),
+        dict(zip(names, (times[0], slow[1], times[2]), strict=True)),
+    )
+    table.save(tmp_path / "table.json")
+    found, program = tmp_path / "found.json", tmp_path / "network.pt2"
+    calibration = ("--calibration", "digits:16", "--json")
+    result = content(
+        gross_command(
+            *("search", saved, "--latency", tmp_path / "table.json", "--precision", "mixed"),
+            *("--milliseconds", 4.1, "--images", 20, "--runs", 2, "--output", found, *calibration),
+        )
+    )["searches"][0]
+    assert result["int8"] == [names[0], names[2]]
+    arguments = ("export", saved, "--search", found, "--output", program, "--batch", 2)
+    exported = content(gross_command(*arguments, *calibration))
+    assert exported["configuration"] == result["configuration"]
+    rows = {row["network"]: row for row in exported["networks"]}
+    lowered = rows["gross's kernels, int8"]
+    assert 0 < lowered["in_8_bits"] < lowered["macs"]
+    text = gross_command(*arguments, *calibration[:2])
+    assert "as asked for" in text.stdout
+    assert text.stdout.count("as asked for") == 1
+    report = gross_command("report", found, "--output", tmp_path / "report")
+    assert report.exit_code == 0, report.output
+    beside = gross_command(*arguments, "--configuration", "1,1,1", *calibration)
+    assert "--configuration or --precision beside it" in " ".join(beside.stderr.split())
+    plain = gross_command(*arguments, "--plain", *calibration)
+    assert "both precisions" in " ".join(plain.stderr.split())
+    assert "--calibration" in gross_command(*arguments).stderr
 
 
 def test_study_goes_all_the_way(saved, tmp_path):
@@ -204,7 +246,19 @@ def test_study_goes_all_the_way(saved, tmp_path):
             "accepted are float32 and int8",
             2,
         ),
-        (("search", "--precision", "int8"), "int8 with --latency", 2),
+        (("search", "--precision", "int8"), "--calibration", 2),
+        (("search", "--precision", "int4"), "accepted are float32, int8, mixed", 2),
+        (("search", "--calibration", "digits:8"), "--calibration", 2),
+        (
+            ("search", "--precision", "mixed", "--calibration", "digits:8"),
+            "none in milliseconds",
+            1,
+        ),
+        (
+            ("search", "--precision", "mixed", "--calibration", "digits:8", "--base", "1,1,1"),
+            "--precision mixed beside it",
+            2,
+        ),
         (("export", "--output", "no/a.onnx"), "a file in a folder that exists", 2),
         (("latency", "--output", "no/a.json"), "a file in a folder that exists", 2),
         (("search", "--output", "no/a.json"), "a file in a folder that exists", 2),
