@@ -108,7 +108,8 @@ def test_sums_over_windows(channels_last: bool, dtype: torch.dtype) -> None:
         ((2, 96, 14, 14), ((17, 2, 3), 2, (1, 2), (1, 0), (2, 1))),
     ):
         input = torch.randn(shape).to(dtype).contiguous(memory_format=format)
-        wide, here = (x.requires_grad_() for x in (input.double(), input.to(DEVICE).detach().clone()))
+        wide = input.double().requires_grad_()
+        here = input.to(DEVICE, copy=True).requires_grad_()
         expected = windows.sum_pool(wide, windows.Windows(*numbers))
         output = torch.ops.gross.sum_pool(here, *numbers)
         grad = torch.randn(expected.shape).to(dtype)
