@@ -462,7 +462,9 @@ def export_command(
                     "got --configuration or --precision beside it", param_hint="--search"
                 )
             configuration, settings = _found(search_file)
-        _check_calibration(calibration, settings is not None)
+        if search_file is None or settings is not None:
+            # A search may have found that nothing is better in 8 bits.
+            _check_calibration(calibration, settings is not None)
         if output.suffix not in (".pt2", ".onnx"):
             raise typer.BadParameter(
                 f"got {output}, accepted is a .pt2 or .onnx file", param_hint="--output"
