@@ -459,7 +459,7 @@ def test_values_that_are_not_finite(kind: str, value: float) -> None:
 HEADERS = {
     # Byte of the header, and what the error says of it.
     "magic": (0, "program: got bytes without the header of a program, accepted is"),
-    "version": (8, r"program: got version 3, accepted is .* in version 2"),
+    "version": (8, r"program: got version 4, accepted is .* in version 3"),
     "vectors": (12, r"program: got one for vectors of \d+ bytes, accepted are \d+"),
     "size": (40, r"program: got \d+ bytes, accepted is what program_pack made: \d+"),
 }
