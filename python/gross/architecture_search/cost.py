@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
-from ..arguments import check_number, check_type
+from ..arguments import check_choice, check_number, check_type
 from ..copying import unwrapped
 from ..macs import macs
 from ..supernet import Configuration, check_configuration, check_supernet, dense_network
-from .choices import of_sizes
+from .choices import PRECISIONS, of_sizes
 
 if TYPE_CHECKING:
     from ..latency import LatencyTable
@@ -191,6 +191,7 @@ def costs_of(
     from ..latency import LatencyTable
 
     layers = check_supernet("supernet", supernet)
+    check_choice("precision", precision, PRECISIONS)
     if latency is not None:
         check_type("latency", latency, LatencyTable, "a gross.LatencyTable")
     supernet = unwrapped(supernet)
