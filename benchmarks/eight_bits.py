@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,12 @@ class Convolution:
     dilation: tuple[int, int] = field(default=(1, 1), init=False)
 
 
-def rounded(weight: Tensor, bits: int, **geometry: object) -> Convolution:
+def rounded(weight: Tensor, bits: int, **geometry: Any) -> Convolution:
     """A convolution of numbers with its weights in so many bits."""
     most = 2 ** (bits - 1) - 1
     scales = weight.abs().amax((1, 2, 3)) / most
     whole = (weight / scales.view(-1, 1, 1, 1)).round().to(torch.int8)
-    return Convolution(whole, scales, **geometry)  # type: ignore[arg-type]
+    return Convolution(whole, scales, **geometry)
 
 
 def variants(

@@ -171,16 +171,22 @@ class LatencyTable:
                 others then counts with its conversions, as if its neighbours were in 8 bits: of
                 neighbours in float32 the conversions between them are too many.
         """
-        if not int8:
-            sizes = zip(self.layers.values(), configuration, strict=True)
-            return self.rest + sum(layer[size] for layer, size in sizes)
-        total = self.int8_rest
-        for name, size in zip(self.layers, configuration, strict=True):
-            if name in int8:
-                total += self.int8_layers[name][size]
-            else:
-                total += self.layers[name][size] + self.conversions.get(name, 0.0)
-        return total
+        rest, layers = self.rest, dict(self.layers)
+        if int8:
+            rest = self.int8_rest
+            layers = {
+                name: self.int8_layers[name] if name in int8 else self.beside_8_bits(name)
+                for name in self.layers
+            }
+        return rest + sum(
+            layer[size] for layer, size in zip(layers.values(), configuration, strict=True)
+        )
+
+    def beside_8_bits(self, name: str) -> dict[int, float]:
+        """Milliseconds by group size of a layer in float32 where others are in 8 bits: its own and
+        those of its conversions."""
+        conversion = self.conversions.get(name, 0.0)
+        return {size: time + conversion for size, time in self.layers[name].items()}
 
     def check(
         self,

@@ -248,8 +248,7 @@ def _milliseconds(latency: LatencyTable, precision: str) -> Cost:
     if precision == "int8":
         return int8
     both = tuple(
-        {size: time + latency.conversions.get(name, 0.0) for size, time in layer.items()} | own
-        for (name, layer), own in zip(latency.layers.items(), lowered, strict=True)
+        latency.beside_8_bits(name) | own for name, own in zip(latency.layers, lowered, strict=True)
     )
     return replace(floats, mixed=replace(int8, per_layer=both))
 
